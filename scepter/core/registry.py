@@ -1,0 +1,232 @@
+"""Registries: names in YAML, components in Python.
+
+    @BACKBONES.register_class()
+    class TinyUNet(BaseModel): ...
+
+    model = BACKBONES.build(cfg.SOLVER.MODEL, logger=logger)
+
+Registration is an import, nothing cleverer. A registry takes classes of ours (`Component`), plain typed functions, and foreign
+classes; for the last two the signature is the schema.
+"""
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from scepter.core.config import NOWHERE, Config, ConfigError, Fault, Origin, did_you_mean
+from scepter.core.schema import Param, Schema, dict_to_yaml
+
+
+class Component:
+    """Whatever a registry builds from a config node. Its parameters, declared in the class body, are read as self.NAME_OF_KEY.
+
+    `base=True` in the class statement marks a base class of the framework: a subclass that declares nothing of its own is open.
+    """
+    registry_name = 'COMPONENT'
+    is_framework_base = True
+    para_dict: dict[str, dict[str, Any]] = {}
+
+    def __init_subclass__(cls, base: bool = False, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.is_framework_base = base
+        for name, entry in vars(cls).get('para_dict', {}).items():    # the documents' older spelling declares too
+            if name not in vars(cls) and isinstance(entry, dict) and 'value' in entry:
+                declared = Param(entry['value'], entry.get('description', ''))
+                setattr(cls, name, declared)
+                declared.__set_name__(cls, name)
+        cls.para_dict = _ParaDict()
+
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__()
+        # straight into __dict__: nn.Module's own __setattr__ looks through all of its tables first
+        self.__dict__['cfg'] = schema_of(type(self)).fill(cfg if isinstance(cfg, Config) else Config(cfg))
+        self.__dict__['logger'] = logger
+
+    @classmethod
+    def get_config_template(cls) -> str:
+        """Commented YAML of this component's parameters, ready to paste."""
+        return dict_to_yaml(cls.registry_name, cls.__name__, cls.para_dict, set_name=True)
+
+
+class _ParaDict(dict):
+    """para_dict is worked out on first use: annotations may name what is imported later."""
+
+    def __get__(self, instance: Any, owner: type) -> dict[str, dict[str, Any]]:
+        return schema_of(owner).para_dict()
+
+
+_schemas: dict[type, Schema] = {}
+
+
+def schema_of(owner: type) -> Schema:
+    """The schema of a component class; worked out once."""
+    if owner not in _schemas:
+        _schemas[owner] = Schema.of_component(owner)
+    return _schemas[owner]
+
+
+class Registry:
+    """Names of components, and the way to build one from its config.
+
+    given: arguments of plain functions and foreign classes that the program passes, so that no config may.
+    aliases: the user's words for arguments of foreign classes (LEARNING_RATE -> lr).
+    """
+
+    def __init__(self, name: str, given: tuple[str, ...] = (), aliases: dict[str, str] | None = None):
+        self.name, self.given, self.aliases = name, given, aliases or {}
+        self._entries: dict[str, Any] = {}
+        self._libraries: list[Callable[[], dict[str, Any]]] = []
+        self._schemas: dict[str, Schema] = {}
+        _registries.append(self)
+
+    # ---------------------------------------------------------------- filling
+    def register_class(self, name: str | None = None) -> Callable[[Any], Any]:
+        """Decorator: enter a class or a plain typed function under its own name, or under `name`.
+
+        A user's class replaces the shipped one of the same name, and one line says so. Two of the package, or two of the user's,
+        are a KeyError that names both modules.
+        """
+        def register(obj: Any) -> Any:
+            key = name or obj.__name__
+            old = self._entries.get(key)
+            if old is not None and (old.__module__, old.__qualname__) != (obj.__module__, obj.__qualname__):
+                if _is_ours(old) == _is_ours(obj):
+                    raise KeyError(f'{self.name} already has a {key}, from {old.__module__}; the one in {obj.__module__} needs another name')
+                if _is_ours(obj):    # the user's own came first
+                    return obj
+                from scepter.core.logger import get_logger
+                get_logger().info(f'{self.name}: {key} of {obj.__module__} replaces the shipped one')
+            self._entries[key] = obj
+            self._schemas.pop(key, None)
+            if isinstance(obj, type) and issubclass(obj, Component):
+                obj.registry_name = self.name
+            return obj
+        return register
+
+    register_function = register_class
+
+    def add_library(self, find: Callable[[], dict[str, Any]]) -> None:
+        """Offer the classes of a third party, imported when a name is looked up that the registry itself has not."""
+        self._libraries.append(find)
+
+    # ---------------------------------------------------------------- reading
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._entries))
+
+    def get(self, name: str) -> Any:
+        """The class or function of this name. Raises KeyError with the nearest name."""
+        if name in self._entries:
+            return self._entries[name]
+        offered: dict[str, Any] = {}
+        for find in self._libraries:
+            offered |= find()
+        if name in offered:
+            return offered[name]
+        raise KeyError(f'{self.name} has no {name}{did_you_mean(name, [*self._entries, *offered])}'
+                       f'{"" if did_you_mean(name, [*self._entries, *offered]) else " (is its file listed under IMPORTS?)"}')
+
+    def schema(self, name: str) -> Schema:
+        """What the component of this name takes."""
+        obj = self.get(name)
+        if isinstance(obj, type) and issubclass(obj, Component):
+            return schema_of(obj)
+        if name not in self._schemas:
+            self._schemas[name] = Schema.of_callable(obj, self.given, self.aliases)
+        return self._schemas[name]
+
+    def faults(self, cfg: Any, where: str, origin: Origin = NOWHERE) -> Iterator[Fault]:
+        """Every fault in a component's config, and in those below it."""
+        if not isinstance(cfg, dict) or not isinstance(cfg.get('NAME'), str):
+            got = 'one without' if isinstance(cfg, dict) else repr(cfg)[:60]
+            yield Fault(where, f'expected a {self.name} component with a NAME, got {got}', origin)
+            return
+        try:
+            schema = self.schema(cfg['NAME'])
+        except KeyError as error:
+            yield Fault(f'{where}.NAME', error.args[0], cfg.origin('NAME') if isinstance(cfg, Config) else origin)
+            return
+        yield from schema.faults(cfg, where)
+
+    # ---------------------------------------------------------------- building
+    def build(self, cfg: dict, logger: Any = None, **given: Any) -> Any:
+        """Build the component that cfg.NAME names; `given` are run-time objects that no file can hold.
+
+        Raises ConfigError where the config does not fit. Any other error is the component's own, with a note that names the node.
+        """
+        cfg = cfg if isinstance(cfg, Config) else Config(cfg) if isinstance(cfg, dict) else cfg
+        faults = list(self.faults(cfg, self.name))
+        if faults:
+            raise ConfigError(faults)
+        obj = self.get(cfg['NAME'])
+        try:
+            if isinstance(obj, type) and issubclass(obj, Component):
+                return obj(cfg, logger=logger, **given)
+            return obj(**self.schema(cfg['NAME']).arguments(cfg), **given)
+        except Exception as error:
+            add_note(error, f'while building {self.name}.{cfg["NAME"]}{_place(cfg)}')
+            raise
+
+    def function(self, cfg: dict) -> Callable[..., Any]:
+        """A registered function with the config's arguments filled in; the program passes the given ones on each call."""
+        from functools import partial
+        faults = list(self.faults(cfg, self.name))
+        if faults:
+            raise ConfigError(faults)
+        return partial(self.get(cfg['NAME']), **self.schema(cfg['NAME']).arguments(cfg))
+
+    def get_config_template(self, name: str) -> str:
+        """Commented YAML of a component's parameters."""
+        return dict_to_yaml(self.name, name, self.schema(name).para_dict(), set_name=True)
+
+
+def _is_ours(obj: Any) -> bool:
+    return obj.__module__.startswith('scepter.') and not obj.__module__.startswith('scepter.examples.')
+
+
+def _place(cfg: Config) -> str:
+    origin = cfg.origin('NAME')
+    return '' if origin == NOWHERE else f' ({origin})'
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """PEP 678's add_note, also where Python is 3.10."""
+    error.__notes__ = [*getattr(error, '__notes__', []), note]
+
+
+_registries: list[Registry] = []
+
+
+def registries() -> list[Registry]:
+    """All registries, in the order in which they were made."""
+    return _registries
+
+
+def need(module: str, extra: str) -> Any:
+    """Import a heavy third party where it is needed. Raises ImportError that says which extra installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        if error.name is not None and error.name.split('.')[0] == module.split('.')[0]:
+            raise ImportError(f'{module} is not installed: pip install -e ".[{extra}]" (Python {sys.version.split()[0]})', name=error.name) from error
+        raise
+
+
+MODELS = Registry('MODELS')
+BACKBONES = Registry('BACKBONES')
+EMBEDDERS = Registry('EMBEDDERS')
+LOSSES = Registry('LOSSES')
+SOLVERS = Registry('SOLVERS')
+HOOKS = Registry('HOOKS')
+DATASETS = Registry('DATASETS')
+TRANSFORMS = Registry('TRANSFORMS')
+METRICS = Registry('METRICS')
+OPTIMIZERS = Registry('OPTIMIZERS', given=('params',), aliases={'LEARNING_RATE': 'lr'})
+LR_SCHEDULERS = Registry('LR_SCHEDULERS', given=('step', 'max_steps'))
+FILE_SYSTEMS = Registry('FILE_SYSTEMS')
+SCHEDULES = Registry('SCHEDULES', given=('n',))
+SAMPLERS = Registry('SAMPLERS', given=('denoise', 'x', 'levels', 'fresh', 'between'))

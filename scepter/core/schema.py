@@ -1,0 +1,317 @@
+"""A parameter is declared once; its YAML key, default, check, documentation and did-you-mean all come from that line.
+
+    class FrozenCLIPEmbedder(BaseEmbedder):
+        PRETRAINED_MODEL: str | None = param(None, 'Folder, URL or hub id of a Hugging Face CLIP text model.')
+        MAX_LENGTH: int = param(77, 'Tokens per prompt; longer ones are cut, shorter ones padded.')
+
+Capitals mean: this comes from the config. A plain function or a foreign class declares by its signature.
+"""
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from scepter.core.config import NOWHERE, Config, ConfigError, Fault, FromEnv, did_you_mean, dump, plain
+
+if TYPE_CHECKING:
+    from scepter.core.registry import Registry
+
+REQUIRED: Any = type('REQUIRED', (), {'__repr__': lambda self: 'required', '__bool__': lambda self: False,
+                                      '__copy__': lambda self: self, '__deepcopy__': lambda self, memo: self,
+                                      '__reduce__': lambda self: 'REQUIRED'})()
+
+
+@dataclass(eq=False)
+class Param:
+    """One key that a component reads. As a class attribute it hands out the value from self.cfg."""
+    default: Any = REQUIRED
+    doc: str = ''
+    registry: Registry | None = None    # the value is itself a component of this registry
+    many: bool = False                  # ... or a list of them
+    name: str = ''
+    owner: Any = field(default=None, repr=False)
+    hint: Any = Any
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        if self.owner is None:
+            self.owner, self.name = owner, name
+            self.hint = vars(owner).get('__annotations__', {}).get(name, Any)
+
+    @property
+    def type(self) -> Any:
+        """The annotation, resolved on first use, when all that it may name has been imported."""
+        if isinstance(self.hint, str):
+            names = {**vars(types), **vars(sys.modules[self.owner.__module__]), 'Any': Any, 'Literal': Literal}
+            self.hint = eval(self.hint, names)  # noqa: S307  an annotation in our or the user's source, as typing.get_type_hints does
+        return self.hint
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        try:
+            return instance.__dict__['cfg'][self.name]
+        except KeyError:
+            raise RuntimeError(f'{type(instance).__name__}.{self.name} is read before super().__init__(cfg, logger=logger) has run') from None
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        raise AttributeError(f'{self.name} is a parameter of {type(instance).__name__}: set it in the config')
+
+    def spell(self) -> str:
+        if self.registry is None:
+            return spell(self.type)
+        return f'list of {self.registry.name} components' if self.many else f'{self.registry.name} component'
+
+
+def param(default: Any = REQUIRED, doc: str = '') -> Any:
+    """Declare a key with its default and one line of documentation; without a default it is required."""
+    return Param(default, doc)
+
+
+def part(registry: Registry, doc: str = '', default: Any = REQUIRED) -> Any:
+    """Declare a key that holds the config of another component (default=None: it may be left out)."""
+    return Param(default, doc, registry)
+
+
+def parts(registry: Registry, doc: str = '', default: Any = ()) -> Any:
+    """Declare a key that holds a list of component configs."""
+    return Param(default if default is REQUIRED else list(default), doc, registry, many=True)
+
+
+class Schema(dict):
+    """name -> Param, as a class or a function declares them.
+
+    open: an unknown key is not a fault. Such a class reads cfg.get itself, in the style of the quick start.
+    """
+
+    def __init__(self, params: Iterable[Param] = (), open: bool = False, spellings: dict[str, str] | None = None):
+        super().__init__((p.name, p) for p in params)
+        self.open = open
+        self.spellings = spellings or {}    # how a key may also be spelled: LEARNING_RATE -> LR
+
+    # ---------------------------------------------------------------- where a schema comes from
+    @classmethod
+    def of_component(cls, owner: type) -> Schema:
+        """The parameters of a class and its ancestors. Strict when it, or an ancestor other than the framework's bases, declares."""
+        params: dict[str, Param] = {}
+        strict = False
+        for base in reversed(owner.__mro__):
+            declared = {n: v for n, v in vars(base).items() if isinstance(v, Param)}
+            params.update(declared)
+            strict |= bool(declared) and not vars(base).get('is_framework_base', False)
+        return cls(params.values(), open=not strict and not vars(owner).get('is_framework_base', False))
+
+    @classmethod
+    def of_callable(cls, fn: Callable, given: Iterable[str] = (), aliases: dict[str, str] | None = None) -> Schema:
+        """The signature of a plain function or a foreign class is its schema; what the program itself passes is left out."""
+        try:
+            hints = get_type_hints(fn.__init__ if isinstance(fn, type) else fn)
+        except (NameError, TypeError, AttributeError):    # a third party's annotations may name what is not there
+            hints = {}
+        schema, given = cls(), {g.lower() for g in given}
+        for name, p in inspect.signature(fn).parameters.items():
+            if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                schema.open |= p.kind is p.VAR_KEYWORD
+            elif name.lower() not in given:
+                default = REQUIRED if p.default is p.empty else p.default
+                schema[name.upper()] = Param(default, name=name.upper(), owner=fn, hint=hints.get(name, Any))
+        schema.spellings = {alias: name.upper() for alias, name in (aliases or {}).items() if name.upper() in schema}
+        return schema
+
+    # ---------------------------------------------------------------- checking and filling
+    def find(self, key: str) -> Param | None:
+        """The parameter that a key of a config means."""
+        return self.get(key) or self.get(self.spellings.get(key, ''))
+
+    def faults(self, cfg: Config, where: str) -> Iterator[Fault]:
+        """Every fault in cfg and in the component configs below it, each with its place."""
+        for key, value in cfg.items():
+            if key == 'NAME':
+                continue
+            p, path, origin = self.find(key), f'{where}.{key}' if where else key, cfg.origin(key) if isinstance(cfg, Config) else NOWHERE
+            if p is not None:
+                yield from value_faults(value, p, path, origin)
+            elif self.open:
+                yield from loose_faults(value, path)
+            else:
+                yield Fault(path, f'no such parameter{did_you_mean(key, [*self, *self.spellings])}', origin)
+        have = {self.find(k).name for k in cfg if self.find(k) is not None}
+        for name, p in self.items():
+            if p.default is REQUIRED and name not in have:
+                origin = cfg.origin('NAME') if isinstance(cfg, Config) else NOWHERE
+                yield Fault(f'{where}.{name}' if where else name, f'required, but missing{f" ({p.doc})" if p.doc else ""}', origin)
+
+    def fill(self, cfg: Config) -> Config:
+        """A copy of cfg with every default in place and every value of its parameter's own type."""
+        filled = cfg.copy() if isinstance(cfg, Config) else Config(cfg)
+        for name, p in self.items():
+            if name in filled:
+                dict.__setitem__(filled, name, convert(filled[name], p))
+            elif p.default is not REQUIRED:
+                filled[name] = _fresh(p.default)
+        return filled
+
+    def arguments(self, cfg: Config) -> dict[str, Any]:
+        """The keyword arguments that cfg means for a plain function or a foreign class."""
+        named = {(self.find(k).name if self.find(k) else k): v for k, v in cfg.items() if k != 'NAME'}
+        return {k.lower() if k in self else k.lower(): convert(v, self[k]) if k in self else v for k, v in named.items()}
+
+    def para_dict(self) -> dict[str, dict[str, Any]]:
+        """The same declarations in the documents' spelling."""
+        return {n: {'value': None if p.default is REQUIRED else plain(p.default), 'description': p.doc,
+                    'type': p.spell(), 'required': p.default is REQUIRED} for n, p in self.items()}
+
+
+def value_faults(value: Any, p: Param, path: str, origin: Any) -> Iterator[Fault]:
+    if p.registry is None:
+        if isinstance(value, Config) and 'NAME' in value and p.type in (Any, dict):
+            yield from loose_faults(value, path)
+        elif not fits(value, p.type):
+            yield Fault(path, f'expected {p.spell()}, got {_show(value)}', origin)
+    elif value is None and p.default is None:
+        return
+    elif p.many:
+        if not isinstance(value, list):
+            yield Fault(path, f'expected a {p.spell()}, got {_show(value)}', origin)
+            return
+        for i, node in enumerate(value):
+            yield from p.registry.faults(node, f'{path}[{i}]', origin)
+    else:
+        yield from p.registry.faults(value, path, origin)
+
+
+def loose_faults(value: Any, path: str) -> Iterator[Fault]:
+    """In an open node, every dict with a NAME that exactly one registry knows is still checked."""
+    from scepter.core.registry import registries
+    if isinstance(value, list):
+        for i, v in enumerate(value):
+            yield from loose_faults(v, f'{path}[{i}]')
+    elif isinstance(value, dict):
+        owners = [r for r in registries() if isinstance(value.get('NAME'), str) and value['NAME'] in r]
+        if len(owners) == 1:
+            yield from owners[0].faults(value, path)
+        else:
+            for k, v in value.items():
+                yield from loose_faults(v, f'{path}.{k}')
+
+
+_WORDS = {'on': True, 'yes': True, 'off': False, 'no': False}
+
+
+def convert(value: Any, p: Param) -> Any:
+    """A value that fits, in its parameter's own type: 3 -> 3.0 for a float, 'on' -> True for a bool, '${N}' -> a number."""
+    if p.registry is not None or value is None:
+        return value
+    return _convert(value, p.type)
+
+
+def _convert(value: Any, type_: Any) -> Any:
+    choices = get_args(type_) if get_origin(type_) in (Union, types.UnionType) else (type_,)
+    if isinstance(value, FromEnv) and str not in choices:
+        value = _from_environment(value, choices)
+    if isinstance(value, str) and bool in choices and str not in choices:
+        return _WORDS.get(value.lower(), value)
+    if isinstance(value, int) and not isinstance(value, bool) and float in choices and int not in choices:
+        return float(value)
+    if isinstance(value, list):
+        for choice in choices:
+            inner = get_args(choice)
+            if get_origin(choice) in (list, tuple) and inner and fits(value, choice):
+                kinds = inner if get_origin(choice) is tuple and Ellipsis not in inner else (inner[0],) * len(value)
+                return [_convert(v, kind) for v, kind in zip(value, kinds)]
+    return value
+
+
+def _from_environment(value: FromEnv, choices: Iterable[Any]) -> Any:
+    from scepter.core.config import read_scalar
+    read = read_scalar(str(value))
+    return read if any(_fits_one(read, choice) for choice in choices) else value
+
+
+def fits(value: Any, type_: Any) -> bool:
+    """Whether a value of a config fits an annotation. An int is a float; a bool is no int; unknown annotations take all."""
+    if isinstance(value, FromEnv) and type_ is not Any:
+        choices = get_args(type_) if get_origin(type_) in (Union, types.UnionType) else (type_,)
+        return any(_fits_one(str(value), c) for c in choices) or not isinstance(_from_environment(value, choices), FromEnv)
+    return _fits_one(value, type_)
+
+
+def _fits_one(value: Any, type_: Any) -> bool:
+    origin, args = get_origin(type_), get_args(type_)
+    if type_ is Any or isinstance(type_, str):
+        return True
+    if origin is Literal:
+        return any(value == a and type(value) is type(a) for a in args)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, a) for a in args)
+    if origin in (list, tuple) or type_ in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            return False
+        if not args:
+            return True
+        if origin is tuple and Ellipsis not in args:
+            return len(value) == len(args) and all(fits(v, a) for v, a in zip(value, args))
+        return all(fits(v, args[0]) for v in value)
+    if origin is dict or type_ is dict:
+        return isinstance(value, dict) and (len(args) < 2 or all(fits(v, args[1]) for v in value.values()))
+    if type_ is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and not (isinstance(value, float) and math.isnan(value))
+    if type_ is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if type_ is bool:
+        return isinstance(value, bool) or (isinstance(value, str) and value.lower() in _WORDS)
+    if type_ is types.NoneType or type_ is None:
+        return value is None
+    if type_ is str:
+        return isinstance(value, str)
+    # a foreign class's own types (torch.Tensor, Callable, an enum): no YAML value is one, so a scalar may stand for it
+    return True
+
+
+def spell(type_: Any) -> str:
+    """An annotation in plain words."""
+    origin, args = get_origin(type_), get_args(type_)
+    if type_ is Any:
+        return 'anything'
+    if type_ is types.NoneType or type_ is None:
+        return 'null'
+    if origin is Literal:
+        return 'one of ' + ', '.join('null' if a is None else str(a) for a in args)
+    if origin in (Union, types.UnionType):
+        return ' or '.join(spell(a) for a in args)
+    if origin is list and args:
+        return f'list of {spell(args[0])}'
+    if origin is tuple and args:
+        return f'list of {spell(args[0])}' if Ellipsis in args else f'[{", ".join(spell(a) for a in args)}]'
+    return getattr(type_, '__name__', str(type_).replace('typing.', ''))
+
+
+def _show(value: Any) -> str:
+    text = repr(plain(value))
+    return text if len(text) <= 60 else text[:57] + '...'
+
+
+def _fresh(default: Any) -> Any:
+    return Config(default).copy() if isinstance(default, dict) else list(default) if isinstance(default, list) else default
+
+
+def dict_to_yaml(module_name: str, name: str, para_dict: dict, set_name: bool = False) -> str:
+    """A commented YAML block, ready to paste, that loads. A required key stands without a value."""
+    lines = [f'{module_name}:'] + ([f'  NAME: {name}'] if set_name else [])
+    for key, entry in para_dict.items():
+        kind = entry.get('type', type(entry['value']).__name__)
+        lines.append(f'  # {entry.get("description", "")} ({kind}{", required" if entry.get("required") else ""})'.replace('\n', ' '))
+        value = '' if entry.get('required') else dump({'V': entry['value']}, flow=True).strip()[4:-1].replace('\n', ' ')
+        lines.append(f'  {key}: {value}'.rstrip())
+    return '\n'.join(lines) + '\n'
+
+
+def check(faults: Iterable[Fault], title: str = 'the config') -> None:
+    """Raise one ConfigError with all of the faults, if there are any."""
+    found = list(faults)
+    if found:
+        raise ConfigError(found, title)

@@ -1,0 +1,155 @@
+"""Keyed randomness: every draw is a function of (seed, use, n), never of what was drawn before.
+
+`n` is a sample's draw number in the one endless stream of samples. Nothing depends on the rank, the number of processes or
+workers, or the order of calls, so a resume needs only the step, and no two ranks can share noise by accident.
+
+    with streams.current(seed, n=n, step=step):        # the solver does this around each forward pass
+        noise = streams.normal('noise', x0)            # row i is keyed by n[i]
+        t = streams.integers('timestep', 1000, len(x0))
+
+Outside of such a context the same calls draw from torch's global generator, so a network also works on its own.
+Normals come from Philox (Salmon et al. 2011) with (seed, use) as its key and n as its counter; single numbers from SplitMix64.
+"""
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MASK = (1 << 64) - 1
+
+
+class Keys(NamedTuple):
+    seed: int
+    n: np.ndarray     # [B] int64, the draw number of each row
+    step: int
+
+
+_keys: ContextVar[Keys | None] = ContextVar('keys', default=None)
+
+
+@contextmanager
+def current(seed: int, n: Tensor | Sequence[int], step: int = 0) -> Iterator[None]:
+    """Inside, the draws of this module are keyed by `seed` and by n [B], the draw numbers of the batch's rows."""
+    token = _keys.set(Keys(seed, np.asarray(n, dtype=np.int64), step))
+    try:
+        yield
+    finally:
+        _keys.reset(token)
+
+
+def normal(use: str, like: Tensor) -> Tensor:
+    """Standard normals of the shape, type and device of like [B, ...]; row i depends on n[i] alone."""
+    keys = _keys.get()
+    if keys is None:
+        return torch.randn_like(like)
+    _check_rows(keys, len(like), use)
+    return _rows(keys.seed, use, keys.n, like.shape[1:], like.device, like.dtype)
+
+
+def uniform(use: str, count: int) -> Tensor:
+    """[count] float32 in [0, 1), on the CPU; entry i depends on n[i] alone."""
+    keys = _keys.get()
+    if keys is None:
+        return torch.rand(count)
+    _check_rows(keys, count, use)
+    return torch.from_numpy((bits(keys.seed, use, keys.n) >> np.uint64(40)).astype(np.float32) * np.float32(2 ** -24))
+
+
+def integers(use: str, high: int, count: int) -> Tensor:
+    """[count] int64 in 0 .. high-1, on the CPU; entry i depends on n[i] alone."""
+    keys = _keys.get()
+    if keys is None:
+        return torch.randint(0, high, (count,))
+    _check_rows(keys, count, use)
+    return torch.from_numpy((bits(keys.seed, use, keys.n) % np.uint64(high)).astype(np.int64))
+
+
+def row_seeds(seed: int | Sequence[int], count: int, first: int = 0) -> list[int]:
+    """One 64-bit seed per row. Row i of seed s is hash(s, first + i), so it does not depend on the batch it is drawn in.
+
+    A sequence is taken as it is. Raises ValueError where its length is not count.
+    """
+    if isinstance(seed, Sequence):
+        if len(seed) != count:
+            raise ValueError(f'{len(seed)} seeds for {count} rows: give one number, or one seed for each row')
+        return [int(s) for s in seed]
+    return [int(b) for b in bits(seed, 'row', np.arange(first, first + count))]
+
+
+def normal_rows(seeds: Sequence[int], use: str, shape: Sequence[int], device: torch.device | str = 'cpu',
+                dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normals [len(seeds), *shape]; row i depends on seeds[i] and `use` alone, to the bit, on every device."""
+    rows = [_rows(s, use, np.zeros(1, np.int64), shape, torch.device('cpu'), dtype) for s in seeds]
+    return torch.cat(rows).to(device) if rows else torch.empty((0, *shape), device=device, dtype=dtype)
+
+
+def permute(seed: int, epoch: int, place: int, size: int) -> int:
+    """The index that stands at `place` in the shuffled order of this epoch: a keyed bijection of 0 .. size-1.
+
+    A Feistel network on the next even number of bits, walked until it lands inside (Black & Rogaway 2002).
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    key = _mix(seed & MASK, epoch + 1)
+    value = place
+    while True:
+        left, right = value >> half, value & mask
+        for turn in range(4):
+            left, right = right, left ^ (_mix(key, right << 2 | turn) >> 32 & mask)
+        value = left << half | right
+        if value < size:
+            return value
+
+
+def bits(seed: int, use: str, n: np.ndarray) -> np.ndarray:
+    """uint64 [len(n)]: 64 even bits for each of n, by SplitMix64's finalizer applied to the key, then to each n."""
+    key = _mix(seed & MASK, zlib.crc32(use.encode()))
+    with np.errstate(over='ignore'):
+        z = np.asarray(n).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+        return z ^ (z >> np.uint64(31))
+
+
+def seed_global(*words: int | str) -> int:
+    """A 63-bit seed made of words, for torch.manual_seed and its like."""
+    state = 0
+    for word in words:
+        state = _mix(state, zlib.crc32(word.encode()) if isinstance(word, str) else word & MASK)
+    return state >> 1
+
+
+def _mix(a: int, b: int) -> int:
+    """One 64-bit word out of two (SplitMix64's finalizer), in plain integers."""
+    z = (a + (b + 1) * 0x9E3779B97F4A7C15) & MASK
+    z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ z >> 27) * 0x94D049BB133111EB) & MASK
+    return z ^ z >> 31
+
+
+def _rows(seed: int, use: str, n: np.ndarray, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    kind = np.float64 if dtype == torch.float64 else np.float32
+    out = np.empty((len(n), math.prod(shape)), kind)
+    philox = np.random.Philox(key=[seed & MASK, zlib.crc32(use.encode())])
+    state, draw = philox.state, np.random.Generator(philox).standard_normal
+    for row, counter in zip(out, n.tolist()):
+        # the counter's low word counts within the row, its second word is the row's own number
+        state['state']['counter'][:] = (0, counter & MASK, 0, 0)
+        state['buffer_pos'], state['has_uint32'] = 4, 0
+        philox.state = state
+        draw(out=row, dtype=kind)
+    return torch.from_numpy(out).reshape(len(n), *shape).to(device=device, dtype=dtype)
+
+
+def _check_rows(keys: Keys, count: int, use: str) -> None:
+    if len(keys.n) != count:
+        raise ValueError(f'{count} rows of {use!r} in a batch of {len(keys.n)} samples: draw for the whole batch and select, '
+                         'or pass the noise explicitly')
