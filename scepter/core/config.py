@@ -221,8 +221,8 @@ class FromEnv(str):
 
 
 _ENV = re.compile(r'\$\{(\w+)\}')
-_SECRET = re.compile(r'(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|APPKEY|(OSS_)?[AS]K|ACCESS_ID|(ACCESS|API|SECRET|PRIVATE)_KEY(_ID|_SECRET)?)$',
-                     re.IGNORECASE)
+_SECRET = re.compile(r'(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|APPKEY|(OSS_)?[AS]K|ACCESS_ID'
+                     r'|(ACCESS|API|SECRET|PRIVATE)_KEY(_ID|_SECRET)?)$', re.IGNORECASE)
 _secrets: set[str] = set()
 
 
@@ -298,7 +298,8 @@ class Loader(yaml.SafeLoader):
         if node in above:
             return self.fault(node, 'this alias holds itself', path)
         if len(above) > MAX_DEPTH or self.count > MAX_NODES:
-            raise ConfigError([Fault(path, f'more than {MAX_DEPTH} levels deep or {MAX_NODES:,} values in all', self._origin(node))], self.file)
+            message = f'more than {MAX_DEPTH} levels deep or {MAX_NODES:,} values in all'
+            raise ConfigError([Fault(path, message, self._origin(node))], self.file)
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, path, (*above, node))
         if isinstance(node, yaml.SequenceNode):
@@ -488,7 +489,8 @@ class Dumper(yaml.SafeDumper):
 def _write_string(dumper: Dumper, text: str) -> yaml.Node:
     word = text.written if isinstance(text, FromEnv) else str(text)
     quoted = not isinstance(read_scalar(word), str) or word.startswith(('=', '<<'))
-    return dumper.represent_scalar('tag:yaml.org,2002:str', word, style="'" if quoted else '|' if '\n' in word and _ENV.search(word) is None else None)
+    style = "'" if quoted else '|' if '\n' in word and _ENV.search(word) is None else None
+    return dumper.represent_scalar('tag:yaml.org,2002:str', word, style=style)
 
 
 def _write_float(dumper: Dumper, value: float) -> yaml.Node:

@@ -42,6 +42,15 @@ def _handler(handler: logging.Handler) -> logging.Handler:
     return handler
 
 
+def note_traceback() -> None:
+    """Write the traceback of the error at hand to the log file alone; the console shows its message."""
+    logger = get_logger()
+    record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, 'the error in full', (), sys.exc_info())
+    for handler in logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.emit(record)
+
+
 class _Formatter(logging.Formatter):
     """Replaces each secret that a config has shown us; the whole text is searched, tracebacks included."""
 

@@ -11,7 +11,6 @@ classes; for the last two the signature is the schema.
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -93,7 +92,8 @@ class Registry:
             old = self._entries.get(key)
             if old is not None and (old.__module__, old.__qualname__) != (obj.__module__, obj.__qualname__):
                 if _is_ours(old) == _is_ours(obj):
-                    raise KeyError(f'{self.name} already has a {key}, from {old.__module__}; the one in {obj.__module__} needs another name')
+                    raise KeyError(f'{self.name} already has a {key}, from {old.__module__}; '
+                                   f'the one in {obj.__module__} needs another name')
                 if _is_ours(obj):    # the user's own came first
                     return obj
                 from scepter.core.logger import get_logger
@@ -212,7 +212,7 @@ def need(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         if error.name is not None and error.name.split('.')[0] == module.split('.')[0]:
-            raise ImportError(f'{module} is not installed: pip install -e ".[{extra}]" (Python {sys.version.split()[0]})', name=error.name) from error
+            raise ImportError(f'{module} is not installed: pip install -e ".[{extra}]" in the checkout', name=error.name) from error
         raise
 
 

@@ -36,6 +36,7 @@ class Param:
     name: str = ''
     owner: Any = field(default=None, repr=False)
     hint: Any = Any
+    argument: str = ''                  # the argument's own name, where a signature declares
 
     def __set_name__(self, owner: type, name: str) -> None:
         if self.owner is None:
@@ -50,13 +51,19 @@ class Param:
             self.hint = eval(self.hint, names)  # noqa: S307  an annotation in our or the user's source, as typing.get_type_hints does
         return self.hint
 
+    @property
+    def nested(self) -> Schema | None:
+        """The schema of a section without a NAME, where the annotation is a component class itself."""
+        from scepter.core.registry import Component, schema_of
+        return schema_of(self.type) if isinstance(self.type, type) and issubclass(self.type, Component) else None
+
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None:
             return self
         try:
             return instance.__dict__['cfg'][self.name]
         except KeyError:
-            raise RuntimeError(f'{type(instance).__name__}.{self.name} is read before super().__init__(cfg, logger=logger) has run') from None
+            raise RuntimeError(f'{type(instance).__name__}.{self.name} is read before super().__init__(cfg, logger=logger)') from None
 
     def __set__(self, instance: Any, value: Any) -> None:
         raise AttributeError(f'{self.name} is a parameter of {type(instance).__name__}: set it in the config')
@@ -118,7 +125,7 @@ class Schema(dict):
                 schema.open |= p.kind is p.VAR_KEYWORD
             elif name.lower() not in given:
                 default = REQUIRED if p.default is p.empty else p.default
-                schema[name.upper()] = Param(default, name=name.upper(), owner=fn, hint=hints.get(name, Any))
+                schema[name.upper()] = Param(default, name=name.upper(), owner=fn, hint=hints.get(name, Any), argument=name)
         schema.spellings = {alias: name.upper() for alias, name in (aliases or {}).items() if name.upper() in schema}
         return schema
 
@@ -152,13 +159,13 @@ class Schema(dict):
             if name in filled:
                 dict.__setitem__(filled, name, convert(filled[name], p))
             elif p.default is not REQUIRED:
-                filled[name] = _fresh(p.default)
+                filled[name] = convert(_fresh(p.default), p)
         return filled
 
     def arguments(self, cfg: Config) -> dict[str, Any]:
         """The keyword arguments that cfg means for a plain function or a foreign class."""
         named = {(self.find(k).name if self.find(k) else k): v for k, v in cfg.items() if k != 'NAME'}
-        return {k.lower() if k in self else k.lower(): convert(v, self[k]) if k in self else v for k, v in named.items()}
+        return {self[k].argument if k in self else k.lower(): convert(v, self[k]) if k in self else v for k, v in named.items()}
 
     def para_dict(self) -> dict[str, dict[str, Any]]:
         """The same declarations in the documents' spelling."""
@@ -168,7 +175,9 @@ class Schema(dict):
 
 def value_faults(value: Any, p: Param, path: str, origin: Any) -> Iterator[Fault]:
     if p.registry is None:
-        if isinstance(value, Config) and 'NAME' in value and p.type in (Any, dict):
+        if p.nested is not None and isinstance(value, dict):
+            yield from p.nested.faults(value, path)
+        elif isinstance(value, Config) and 'NAME' in value and p.type in (Any, dict):
             yield from loose_faults(value, path)
         elif not fits(value, p.type):
             yield Fault(path, f'expected {p.spell()}, got {_show(value)}', origin)
@@ -206,6 +215,8 @@ def convert(value: Any, p: Param) -> Any:
     """A value that fits, in its parameter's own type: 3 -> 3.0 for a float, 'on' -> True for a bool, '${N}' -> a number."""
     if p.registry is not None or value is None:
         return value
+    if p.nested is not None:
+        return p.nested.fill(value)
     return _convert(value, p.type)
 
 
@@ -268,6 +279,8 @@ def _fits_one(value: Any, type_: Any) -> bool:
         return value is None
     if type_ is str:
         return isinstance(value, str)
+    if isinstance(type_, type) and hasattr(type_, 'para_dict'):    # a section of keys
+        return isinstance(value, dict)
     # a foreign class's own types (torch.Tensor, Callable, an enum): no YAML value is one, so a scalar may stand for it
     return True
 

@@ -12,6 +12,8 @@ from scepter.core.registry import Component
 class BaseModel(Component, nn.Module, base=True):
     """A registered nn.Module. Reads its parameters in __init__; the bricks below it take plain typed arguments."""
 
+    is_frozen = False
+
     def load_pretrained(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
         """Load published or own weights from any place that FS knows.
 
@@ -22,9 +24,12 @@ class BaseModel(Component, nn.Module, base=True):
 
     def freeze(self) -> None:
         """Evaluation mode for good, no gradients; what is trained is decided by a network's own FREEZE."""
+        self.is_frozen = True
         self.eval()
         self.requires_grad_(False)
-        self.__dict__['train'] = lambda mode=True: self
+
+    def train(self, mode: bool = True) -> BaseModel:
+        return super().train(mode and not self.is_frozen)
 
 
 class TrainModule(BaseModel, base=True):
