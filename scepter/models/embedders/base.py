@@ -1,0 +1,55 @@
+"""What every text embedder is built on: prompts -> tokens -> context."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scepter.core.logger import get_logger
+from scepter.models.base import BaseModel
+from scepter.models.embedders.hugging_face import accept_both_layouts
+
+
+class BaseEmbedder(BaseModel, base=True):
+    """Prompts -> context [B, L, D]. A subclass writes encode_text and sets self.tokenizer and self.max_length, or writes tokenize too.
+
+    self.tokenizer may be any tokenizer of Hugging Face. A text model of theirs inside loads weights of either layout of its names.
+    """
+
+    LAYERS = ('last', 'pooled', 'hidden', 'penultimate')
+
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__(cfg, logger=logger)
+        self.has_warned_of_cut = False
+        self._register_load_state_dict_pre_hook(accept_both_layouts, with_module=True)
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """int64 [B, L], L = max_length. What does not fit is cut, and one warning shows what was lost."""
+        if any(len(prompt.encode()) > self.max_length - 2 for prompt in prompts):    # a token has at least one byte
+            for ids in self.tokenizer(prompts, verbose=False)['input_ids']:
+                if len(ids) > self.max_length:
+                    self.warn_of_cut(self.tokenizer.decode(ids[self.max_length - 1:], skip_special_tokens=True), self.max_length)
+        return self.tokenizer(prompts, truncation=True, max_length=self.max_length, padding='max_length', return_tensors='pt')['input_ids']
+
+    def encode_text(self, tokens: Tensor, tokenizer: Any = None, append_sentence_embedding: bool = False) -> Tensor:
+        """int64 [B, L] -> context [B, L, D]."""
+        raise TypeError(f'{type(self).__name__} has no encode_text(tokens, tokenizer=None, append_sentence_embedding=False): write one')
+
+    def forward(self, prompts: list[str]) -> Tensor:
+        return self.encode_text(self.tokenize(prompts).to(self.device))
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """Prompts -> context [B, L, D]."""
+        return self(prompts)
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device('cpu'))
+
+    def warn_of_cut(self, lost: str, limit: int) -> None:
+        """Say once per embedder what a long prompt lost: a training set would say it a million times."""
+        if not self.has_warned_of_cut:
+            self.has_warned_of_cut = True
+            (self.logger or get_logger()).warning(
+                f'a prompt is longer than {limit} tokens; this was cut: "{lost.strip()[:200]}" (further ones are cut without a word)')

@@ -1,0 +1,163 @@
+"""CLIP's text tower, under the names that CompVis files and published folders use."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from scepter.core.errors import CheckpointError
+from scepter.core.files import FS
+from scepter.core.registry import EMBEDDERS
+from scepter.core.schema import param
+from scepter.models.embedders.text_tower import (
+    ACTIVATIONS,
+    TextTowerEmbedder,
+    Tower,
+    causal_attention,
+    hub_path,
+    init_block_std,
+    refuse,
+)
+from scepter.models.embedders.tokenizer import ClipTokenizer
+
+
+@EMBEDDERS.register_class()
+class FrozenCLIPEmbedder(TextTowerEmbedder):
+    """CLIP's text tower as Stable Diffusion 1.x and XL use it.    tokens [B, L] int64  ->  context [B, L, D]
+
+    With PRETRAINED_MODEL the folder says how large the tower is; otherwise WIDTH, DEPTH and HEADS do (default: ViT-L/14), and the
+    weights start as CLIP's own did.
+    """
+
+    PRETRAINED_MODEL: str | None = param(None, 'Folder, URL or hub id of a Hugging Face CLIP text model and its tokenizer.')
+    TOKENIZER_PATH: str | None = param(None, 'Another folder for the tokenizer; without both, the vocabulary that open_clip_torch ships.')
+    LAYER: Literal['last', 'pooled', 'hidden', 'penultimate'] = param('last', 'Which activation to hand on.')
+    LAYER_IDX: int | None = param(None, 'For LAYER: hidden: how many blocks before it; -2 is the last but one.')
+    WIDTH: int = param(768, 'Channels of a tower without PRETRAINED_MODEL.')
+    DEPTH: int = param(12, 'Its transformer blocks.')
+    HEADS: int = param(12, 'Its attention heads.')
+
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__(cfg, logger=logger)
+        if self.PRETRAINED_MODEL is None:
+            self._build(ClipText(self.WIDTH, self.DEPTH, self.HEADS, self.MAX_LENGTH), None)
+        else:
+            with FS.get_dir_to_local_dir(hub_path(self.PRETRAINED_MODEL), wait_finish=True) as folder:
+                self._build(ClipText.from_folder(folder), folder)
+        if self.LAYER == 'hidden' and not (self.LAYER_IDX is not None and 0 <= self.tower.index(self.LAYER_IDX) <= self.tower.depth):
+            raise refuse(self, 'LAYER_IDX', f'LAYER: hidden needs one of {-self.tower.depth - 1} to {self.tower.depth}, got {self.LAYER_IDX}')
+        if self.FREEZE:
+            self.freeze()
+        else:
+            self.tower.freeze_from(self.taken_state)
+
+    def _build(self, tower: ClipText, folder: str | None) -> None:
+        self.transformer = nn.Module()    # its names: transformer.text_model.embeddings...
+        self.transformer.text_model = tower
+        if tower.positions < self.MAX_LENGTH:
+            raise refuse(self, 'MAX_LENGTH', f'{self.MAX_LENGTH} tokens, but the tower knows {tower.positions} places')
+        if self.TOKENIZER_PATH is not None:
+            with FS.get_dir_to_local_dir(hub_path(self.TOKENIZER_PATH), wait_finish=True) as tokenizer:
+                self.tokenizer = ClipTokenizer.from_folder(tokenizer)
+        else:
+            self.tokenizer = ClipTokenizer.shipped() if folder is None else ClipTokenizer.from_folder(folder)
+
+    @property
+    def tower(self) -> ClipText:
+        return self.transformer.text_model
+
+
+class ClipText(Tower):
+    """The text transformer of CLIP (Radford et al. 2021) under Hugging Face's names.    int64 [B, L] -> hidden states [B, L, D]"""
+
+    def __init__(self, width: int = 768, depth: int = 12, heads: int = 12, positions: int = 77, vocabulary: int = 49408,
+                 mlp_width: int | None = None, activation: str = 'quick_gelu', eps: float = 1e-5):
+        super().__init__()
+        self.width, self.depth, self.heads, self.positions, self.activation = width, depth, heads, positions, activation
+        self.embeddings = nn.Module()
+        self.embeddings.token_embedding = nn.Embedding(vocabulary, width)
+        self.embeddings.position_embedding = nn.Embedding(positions, width)
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList(
+            ClipBlock(width, heads, mlp_width or 4 * width, activation, eps) for _ in range(depth))
+        self.final_layer_norm = nn.LayerNorm(width, eps=eps)
+        self._init_weights()
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> ClipText:
+        """The tower of a folder with config.json and weights, of the whole CLIP or its text side alone. Raises CheckpointError."""
+        from scepter.models.weights import load_into, text_tower_weights
+        try:
+            config = json.loads((Path(folder) / 'config.json').read_text('utf-8'))
+            config = config.get('text_config') or config
+            with torch.device('meta'):
+                tower = cls(config['hidden_size'], config['num_hidden_layers'], config['num_attention_heads'], config['max_position_embeddings'],
+                            config['vocab_size'], config['intermediate_size'], config.get('hidden_act', 'quick_gelu'),
+                            config.get('layer_norm_eps', 1e-5))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f'{folder}: expected the config.json of a CLIP text model ({type(error).__name__}: {error})') from error
+        load_into(tower, text_tower_weights(folder), source=str(folder))
+        return tower.float()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[:ids.shape[1]]
+
+    def blocks(self) -> nn.ModuleList:
+        return self.encoder.layers
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        return self.final_layer_norm(x)
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        into, out, mlp = init_block_std(self.width, self.depth)
+        nn.init.normal_(self.embeddings.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.embeddings.position_embedding.weight, std=0.01)
+        for block in self.encoder.layers:
+            attn = block.self_attn
+            for linear, std in ((attn.q_proj, into), (attn.k_proj, into), (attn.v_proj, into), (attn.out_proj, out),
+                                (block.mlp.fc1, mlp), (block.mlp.fc2, out)):
+                nn.init.normal_(linear.weight, std=std)
+                nn.init.zeros_(linear.bias)
+
+
+class ClipBlock(nn.Module):
+    """Attention and MLP, each behind a norm and beside a residual.    [B, L, D] -> [B, L, D]"""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, activation: str, eps: float):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(width, eps=eps)
+        self.self_attn = ClipAttention(width, heads)
+        self.layer_norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = ClipMLP(width, mlp_width, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class ClipAttention(nn.Module):
+    """Causal self-attention.    [B, L, D] -> [B, L, D]"""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(causal_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads))
+
+
+class ClipMLP(nn.Module):
+    """[B, L, D] -> [B, L, D]"""
+
+    def __init__(self, width: int, mlp_width: int, activation: str):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
