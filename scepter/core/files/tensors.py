@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,23 +90,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write tensors of any device and layout to a new safetensors file and fsync it; the digest is of the whole file.
 
     At most one tensor at a time is copied. Names that share memory are each written out, so every reader finds every name.
-    Raises OSError, and TypeError for a tensor that the format cannot hold.
+    Raises OSError, and CheckpointError for a tensor that the format cannot hold.
     """
     if '__metadata__' in tensors:
-        raise TypeError(f'{path.name}: no tensor can be named __metadata__')
+        raise CheckpointError(f'{path}: no tensor can be named __metadata__')
     header: dict[str, object] = {'__metadata__': dict(metadata)} if metadata else {}
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     offset = 0
     for name in names:
         tensor = tensors[name]
         if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in CODES:
-            raise TypeError(f'{name}: a {tensor.device} tensor of {tensor.dtype}, {tensor.layout} cannot be written to {path.name}')
+            raise CheckpointError(f'{path}: {name}: a {tensor.device} tensor of {tensor.dtype}, {tensor.layout} cannot be written')
         size = tensor.numel() * tensor.element_size()
         header[name] = {'dtype': CODES[tensor.dtype], 'shape': list(tensor.shape), 'data_offsets': [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(',', ':')).encode()
     if len(text) > HEADER_LIMIT:
-        raise TypeError(f'{path.name}: {len(names)} tensors need a header of {len(text)} bytes; the limit is {HEADER_LIMIT}')
+        raise CheckpointError(f'{path}: {len(names)} tensors need a header of {len(text)} bytes; the limit is {HEADER_LIMIT}')
     text += b' ' * (-len(text) % 8)
 
     def chunks() -> Iterator[bytes | memoryview]:
@@ -116,6 +116,43 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
                 yield memoryview(tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy())
 
     return write_file(path, chunks())
+
+
+def pack(tree: Any, name: str = '') -> tuple[Any, dict[str, Tensor]]:
+    """Part nested dicts, lists and tuples into plain JSON and their tensors, named by their path: 'ema/decay', 'state/0/exp_avg'.
+
+    `unpack` gives back an equal tree: tuples stay tuples, and keys that are not strings stay what they were.
+    """
+    if isinstance(tree, Tensor):
+        return {'$tensor': name}, {name: tree}
+    if not isinstance(tree, (dict, list, tuple)):
+        return tree, {}
+    pairs = list(tree.items() if isinstance(tree, dict) else enumerate(tree))
+    packed = [(key, *pack(value, f'{name}/{key}' if name else str(key))) for key, value in pairs]
+    tensors = {key: tensor for _, _, inner in packed for key, tensor in inner.items()}
+    if isinstance(tree, dict) and all(isinstance(key, str) and not key.startswith('$') for key in tree):
+        return {key: value for key, value, _ in packed}, tensors
+    if isinstance(tree, dict):
+        return {'$dict': [[key, value] for key, value, _ in packed]}, tensors
+    values = [value for _, value, _ in packed]
+    return (values if isinstance(tree, list) else {'$tuple': values}), tensors
+
+
+def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The tree that `pack` took apart. Raises CheckpointError where a tensor is missing."""
+    if isinstance(packed, list):
+        return [unpack(value, tensors) for value in packed]
+    if not isinstance(packed, dict):
+        return packed
+    if '$tensor' in packed:
+        if packed['$tensor'] not in tensors:
+            raise CheckpointError(f'the checkpoint holds no tensor {packed["$tensor"]}, which its state refers to')
+        return tensors[packed['$tensor']]
+    if '$tuple' in packed:
+        return tuple(unpack(value, tensors) for value in packed['$tuple'])
+    if '$dict' in packed:
+        return {key: unpack(value, tensors) for key, value in packed['$dict']}
+    return {key: unpack(value, tensors) for key, value in packed.items()}
 
 
 def nbytes(tensors: Mapping[str, Tensor]) -> int:

@@ -1,0 +1,504 @@
+"""Checkpoints: the only writer and reader of WORK_DIR/checkpoints (docs/design.md, section 7).
+
+    step-00000100/
+        model.safetensors  ema.safetensors  optimizer.safetensors  state.json  config.yaml  MANIFEST.json
+
+A folder is a checkpoint when its MANIFEST.json, which tells the length and sha256 of every other file, holds true. All is written to a
+hidden folder beside it, each file fsynced, the manifest last, then renamed: a reader sees a whole checkpoint or none. Damage is always
+a CheckpointError that names the file, what was expected and what was found; nothing in a checkpoint is ever executed.
+
+In a run on several processes the main one alone calls `preflight`, `resolve`, `latest` and `prune`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from scepter.core.config import did_you_mean
+from scepter.core.errors import CheckpointError
+from scepter.core.files import atomic
+from scepter.core.files.atomic import NO_SPACE, Digest
+from scepter.core.files.tensors import TensorFile, nbytes, pack, unpack, write_tensors
+from scepter.core.logger import get_logger
+
+__all__ = ['Checkpoint', 'latest', 'load', 'load_optimizer_state', 'optimizer_state', 'pack', 'preflight', 'prune', 'resolve', 'save', 'unpack']
+
+FORMAT = 1
+MANIFEST = 'MANIFEST.json'
+MANIFEST_LIMIT = 1 << 24    # bytes
+STEP = re.compile(r'step-(\d{8,})')
+
+
+# -------------------------------------------------------------------- writing
+def save(root: Path | str, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], config: str,
+         keep: int | None = None, pinned: Collection[int] = ()) -> Path:
+    """Write root/step-<step> and return it; once this returns, the checkpoint survives a power cut.
+
+    groups: name -> tensors, e.g. {'model': ..., 'ema': ..., 'optimizer': ...}, each of any device and layout. state: plain JSON values.
+    config: the run's YAML. keep, pinned: what `prune` leaves.
+    Raises CheckpointError, with nothing of the new checkpoint left behind and every older one untouched, where a tensor is not finite,
+    the state is not JSON, or the disk refuses.
+    """
+    root = Path(root)
+    refuse_non_finite(groups)
+    target = folder_of(root, step)
+    needed = sum(map(nbytes, groups.values()))
+    with _explained(target, needed):
+        recover(root)
+        with _temporary(target) as folder:
+            files = {f'{name}.safetensors': write_tensors(folder / f'{name}.safetensors', tensors) for name, tensors in groups.items()}
+            files['state.json'] = atomic.write_file(folder / 'state.json', [_json(state, 'the state').encode()])
+            files['config.yaml'] = atomic.write_file(folder / 'config.yaml', [config.encode()])
+            _commit(folder, target, step, files, {name: [f'{name}.safetensors'] for name in groups})
+    prune(root, keep, pinned, verified=target)
+    return target
+
+
+def refuse_non_finite(groups: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raises CheckpointError naming the tensors that hold NaN or infinity: such a checkpoint can only spread the damage."""
+    bad = [f'{group}: {name}' for group, tensors in groups.items() for name, tensor in tensors.items() if not is_finite(tensor)]
+    if bad:
+        more = f' and {len(bad) - 5} more' if len(bad) > 5 else ''
+        raise CheckpointError(f'not saved, since these tensors hold NaN or infinity: {", ".join(bad[:5])}{more}')
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
+        return True
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if tensor.element_size() == 1:      # float8 has no arithmetic of its own
+        tensor = tensor.float()
+    # NaN passes through min and max, so one look without a temporary tells all; isfinite would make a mask as large as the weights
+    low, high = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def preflight(root: Path | str) -> None:
+    """Prove, before the first step is spent, that a checkpoint could be written here; also put leftovers of a crash in order.
+
+    Raises CheckpointError.
+    """
+    root = Path(root)
+    probe = atomic.beside(root / 'probe', 'tmp')
+    with _explained(probe, 1024):
+        atomic.make_folder(root)
+        recover(root)
+        landed = probe.with_name(probe.name + '-renamed')
+        try:
+            written = atomic.write_file(probe, [os.urandom(1024)])
+            atomic.publish(probe, landed)
+            if atomic.digest(landed) != written:
+                raise CheckpointError(f'{root} does not give back what was written to it: it cannot hold checkpoints')
+        finally:
+            probe.unlink(missing_ok=True)
+            landed.unlink(missing_ok=True)
+
+
+def prune(root: Path | str, keep: int | None, pinned: Collection[int] = (), verified: Path | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints and the pinned steps; None keeps all.
+
+    Steps are compared as numbers. A damaged folder does not count as kept. At least one checkpoint that verifies always stays;
+    `verified` is one known to, since it was written just now. A folder that cannot be removed is left with a warning.
+    """
+    if keep is None:
+        return
+    if keep < 1:
+        raise ValueError(f'keep is {keep}: at least 1 checkpoint must stay')
+    found = folders(root)
+    whole = [f for f in found if is_sound(f, 'size')]
+    oldest = whole[keep - 1] if len(whole) >= keep else found[-1] if found else None
+    doomed = [f for f in found if oldest is not None and step_of(f) < step_of(oldest) and step_of(f) not in pinned]
+    kept = [f for f in found if f not in doomed]
+    if doomed and verified not in kept and not any(is_sound(f) for f in kept):
+        spared = next((f for f in doomed if is_sound(f)), None)
+        doomed = [f for f in doomed if f != spared] if spared else []
+    for folder in doomed:
+        try:
+            atomic.trash(folder)
+        except OSError as error:
+            get_logger().warning(f'{folder} is no longer needed, but cannot be removed: {error.strerror}')
+
+
+def recover(root: Path) -> None:
+    """Put in order what a killed writer left in root: its hidden folders go, and a checkpoint it was about to replace comes back.
+
+    For the one process that writes here. A folder that a living writer holds is left alone.
+    """
+    if not root.is_dir():
+        return
+    for left in sorted(root.glob('.*')):
+        if re.match(r'\.tmp-\d+-\w+-', left.name) and left.is_file():       # of preflight
+            left.unlink(missing_ok=True)
+        if not left.is_dir() or not (match := re.fullmatch(r'\.(tmp|trash)-\d+-\w+-(step-\d{8,})', left.name)):
+            continue
+        with _held(left) as is_ours:
+            target = root / match[2]
+            if is_ours and match[1] == 'trash' and not target.exists() and is_sound(left):
+                get_logger().warning(f'{target} was taken away but never replaced: put back')
+                atomic.publish(left, target)
+            elif is_ours:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """A hidden folder beside target, held by this process; gone when the block fails."""
+    atomic.make_folder(target.parent)
+    folder = atomic.beside(target, 'tmp')
+    os.mkdir(folder)
+    try:
+        with _held(folder):
+            yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _commit(folder: Path, target: Path, step: int, files: Mapping[str, Digest], groups: Mapping[str, list[str]]) -> None:
+    """Seal a folder that holds all files, and let it appear at target. Everything before this is invisible to readers."""
+    manifest = {'format': FORMAT, 'step': step, 'torch': torch.__version__, 'groups': dict(groups),
+                'files': {name: file._asdict() for name, file in files.items()}}
+    atomic.write_file(folder / MANIFEST, [_seal(manifest)])
+    atomic.sync(folder)
+    replaced = None
+    if target.exists():     # a run that went back comes by its old steps again
+        replaced = atomic.beside(target, 'trash')
+        os.rename(target, replaced)
+    atomic.publish(folder, target)
+    if replaced:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Hold a lock on a folder, so that another process's `recover` leaves it alone; yields whether nobody else holds it."""
+    file = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def _explained(target: Path, needed: int) -> Iterator[None]:
+    """Turn what the operating system refuses into a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or target
+        if error.errno in NO_SPACE:
+            raise CheckpointError(f'no space for {target}: {needed:,} bytes of tensors needed, {atomic.space(target):,} free '
+                                  f'({error.strerror}). Nothing of it was left behind; earlier checkpoints are intact') from error
+        raise CheckpointError(f'{target} cannot be written: {error.strerror}: {where}') from error
+
+
+# -------------------------------------------------------------------- reading
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose manifest has been found true."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.manifest['step']
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of its groups of tensors: model, ema, optimizer, ..."""
+        return tuple(self.manifest['groups'])
+
+    @property
+    def config(self) -> str:
+        """The YAML of the run that wrote it. It is data: it must never make us import or execute anything."""
+        return self._text('config.yaml')
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What `save` was given as state."""
+        return json.loads(self._text('state.json'))
+
+    def tensors(self, group: str) -> Mapping[str, Tensor]:
+        """The tensors of a group, each read when it is asked for; names and shapes cost nothing.
+
+        Raises CheckpointError where the checkpoint has no such group.
+        """
+        if group not in self.manifest['groups']:
+            raise CheckpointError(f'{self.path} holds no {group}: it has {", ".join(self.groups) or "no tensors"}')
+        files = [TensorFile(self.path / name) for name in self.manifest['groups'][group]]
+        return files[0] if len(files) == 1 else _Union(files)
+
+    def group(self, group: str, device: torch.device | str = 'cpu') -> dict[str, Tensor]:
+        """All tensors of a group, on a device. Raises CheckpointError where the checkpoint has no such group."""
+        return {name: tensor.to(device) for name, tensor in self.tensors(group).items()}
+
+    def _text(self, name: str) -> str:
+        try:
+            return (self.path / name).read_text(encoding='utf-8')
+        except OSError as error:
+            raise CheckpointError(f'{self.path / name}: cannot be read: {error.strerror}') from error
+
+
+class _Union(Mapping[str, Tensor]):
+    """The tensors of a group that lies in several files."""
+
+    def __init__(self, files: Iterable[TensorFile]):
+        self.places = {name: file for file in files for name in file}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.places[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def load(folder: Path | str, verify: Literal['full', 'size'] = 'full') -> Checkpoint:
+    """Open exactly this checkpoint. 'full' reads every byte and compares its sha256, 'size' trusts what has the right length.
+
+    Raises CheckpointError naming the file, what was expected and what was found.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(_missing(folder))
+    manifest = _read_manifest(folder)
+    _compare(folder, manifest['files'], verify)
+    return Checkpoint(folder, manifest)
+
+
+def latest(root: Path | str) -> Checkpoint | None:
+    """The newest checkpoint under root that verifies in full; None where root holds none at all.
+
+    A damaged one is passed over with a warning. Raises CheckpointError where there are some, all damaged.
+    """
+    found = folders(root)
+    for folder in found:
+        try:
+            checkpoint = load(folder)
+        except CheckpointError as error:
+            get_logger().warning(f'DAMAGED CHECKPOINT, falling back to the one before it: {error}')
+            continue
+        return checkpoint
+    if found:
+        raise CheckpointError(f'{root} holds {len(found)} checkpoints, and all are damaged; the warnings above say how')
+    return None
+
+
+def resolve(work_dir: Path | str, resume_from: str | None) -> Checkpoint | None:
+    """The checkpoint that RESUME_FROM means, or None for a fresh run, which is never chosen silently.
+
+        absent     a fresh run; refused where WORK_DIR already holds checkpoints
+        auto       the newest, else a fresh run
+        latest     the newest; it must exist
+        a path     exactly that one: no falling back
+
+    Raises CheckpointError.
+    """
+    root = Path(work_dir) / 'checkpoints'
+    if resume_from not in (None, 'auto', 'latest'):
+        return load(resume_from)
+    with _explained(root, 0):
+        recover(root)
+    if resume_from is None:
+        if found := folders(root):
+            raise CheckpointError(f'{work_dir} already holds a run, up to {found[0].name}. Set SOLVER.RESUME_FROM: auto to continue it, '
+                                  'or give another WORK_DIR to start afresh')
+        return None
+    checkpoint = latest(root)
+    if checkpoint is None and resume_from == 'latest':
+        raise CheckpointError(f'RESUME_FROM is latest, but {root} holds no checkpoint. '
+                              'Set RESUME_FROM: auto to start afresh where there is none')
+    return checkpoint
+
+
+def folder_of(root: Path | str, step: int) -> Path:
+    """Where the checkpoint of this step lies."""
+    return Path(root) / f'step-{step:08d}'
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint folder's name tells, or -1."""
+    match = STEP.fullmatch(folder.name)
+    return int(match[1]) if match else -1
+
+
+def folders(root: Path | str) -> list[Path]:
+    """All checkpoint folders under root, sound or not, the newest step first."""
+    root = Path(root)
+    return sorted((f for f in root.iterdir() if step_of(f) >= 0 and f.is_dir()), key=step_of, reverse=True) if root.is_dir() else []
+
+
+def is_sound(folder: Path, verify: Literal['full', 'size'] = 'full') -> bool:
+    """Whether load(folder) would succeed."""
+    try:
+        load(folder, verify)
+    except CheckpointError:
+        return False
+    return True
+
+
+# -------------------------------------------------------------------- optimizers
+def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
+    """optimizer.state_dict() with parameters called by name instead of by place; hand it to `pack`.
+
+    parameters: the network's named_parameters().
+    """
+    names = {id(parameter): name for name, parameter in parameters}
+    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group['params']]
+    state = optimizer.state_dict()
+    groups = [{**group, 'params': [order[i] for i in group['params']]} for group in state['param_groups']]
+    return {'state': {order[i]: value for i, value in state['state'].items()}, 'param_groups': groups}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[str, Tensor]], saved: Mapping[str, Any]) -> None:
+    """Give each parameter the state it had, found by its name, whatever its place; as in torch, a group's settings are the saved ones.
+
+    Raises CheckpointError where a parameter is new, gone, of another shape, or in another company of parameters than before.
+    """
+    parameters = dict(parameters)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    order = [[names[id(parameter)] for parameter in group['params']] for group in optimizer.param_groups]
+    home = {name: i for i, group in enumerate(saved['param_groups']) for name in group['params']}
+    _check_names(order, home, saved['param_groups'])
+    place = {name: i for i, name in enumerate(name for group in order for name in group)}
+    for name, values in saved['state'].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.dim() == parameters[name].dim() and value.shape != parameters[name].shape:
+                raise CheckpointError(f'the optimizer\'s {key} of {name} has shape {list(value.shape)}, '
+                                      f'the parameter has {list(parameters[name].shape)}')
+    groups = [{**saved['param_groups'][home[group[0]]], 'params': [place[name] for name in group]} for group in order]
+    optimizer.load_state_dict({'state': {place[name]: values for name, values in saved['state'].items()}, 'param_groups': groups})
+    for name, values in saved['state'].items():     # torch casts state to the parameter's type; a resume must change no bit
+        current = optimizer.state[parameters[name]]
+        for key, value in values.items():
+            if isinstance(value, Tensor) and current[key].dtype != value.dtype:
+                current[key] = value.to(current[key].device)
+
+
+def _check_names(order: list[list[str]], home: Mapping[str, int], saved: list[dict[str, Any]]) -> None:
+    wanted = {name for group in order for name in group}
+    new, gone = sorted(wanted - home.keys()), sorted(home.keys() - wanted)
+    if new or gone:
+        told = [f'{len(names)} {what}, e.g. {", ".join(names[:3])}' for names, what in ((new, 'new'), (gone, 'gone')) if names]
+        raise CheckpointError(f'the optimizer of this checkpoint is of other parameters: {"; ".join(told)}. '
+                              'Start from its weights alone (PRETRAINED_MODEL), or restore the config')
+    for group in order:
+        if len({home[name] for name in group}) > 1 or len(group) != len(saved[home[group[0]]]['params']):
+            raise CheckpointError(f'the parameter groups of this checkpoint are other ones: {group[0]} was with '
+                                  f'{len(saved[home[group[0]]]["params"]) - 1} others, now with {len(group) - 1}')
+
+
+# -------------------------------------------------------------------- the manifest
+def _seal(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest's one spelling, closed by its own sha256, so that a changed byte shows wherever it lies."""
+    body = json.dumps(dict(manifest), indent=1, sort_keys=True)
+    return json.dumps({**manifest, 'sha256': hashlib.sha256(body.encode()).hexdigest()}, indent=1, sort_keys=True).encode() + b'\n'
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f'{folder} is no checkpoint of ours: it has no {MANIFEST}{_inside(folder)}')
+    try:
+        with open(path, 'rb') as file:
+            text = file.read(MANIFEST_LIMIT)
+        manifest = json.loads(text)
+        seal = manifest.pop('sha256')
+        if manifest['format'] != FORMAT and _seal(manifest) == text:
+            raise CheckpointError(f'{path}: format {manifest["format"]}, but this version of scepter reads format {FORMAT}: upgrade it')
+        expected = _seal(manifest)
+        if text != expected:
+            raise CheckpointError(f'{path}: damaged: sha256 {seal} expected, {json.loads(expected)["sha256"]} found')
+    except OSError as error:
+        raise CheckpointError(f'{path}: cannot be read: {error.strerror}') from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f'{path}: damaged: {path.stat().st_size} bytes that are not a manifest ({type(error).__name__})') from error
+    if step_of(folder) not in (-1, manifest['step']):
+        raise CheckpointError(f'{path}: this manifest is of step {manifest["step"]}, but the folder is {folder.name}')
+    _check_shape(path, manifest)
+    return manifest
+
+
+def _check_shape(path: Path, manifest: Mapping[str, Any]) -> None:
+    """A sealed manifest can still be a forged one: its names may not lead out of the folder, its groups only to its files."""
+    try:
+        for name, file in manifest['files'].items():
+            if '/' in name or name.startswith('.') or name == MANIFEST:
+                raise ValueError(f'{name!r} is not the name of a file in this folder')
+            atomic.safe_join(path.parent, name)
+            if type(file['size']) is not int or type(file['sha256']) is not str:
+                raise ValueError(f'{name!r} has no size and sha256')
+        if not {'state.json', 'config.yaml'} | {name for names in manifest['groups'].values() for name in names} <= set(manifest['files']):
+            raise ValueError('its groups name files that it does not list')
+        if type(manifest['step']) is not int or manifest['step'] < 0:
+            raise ValueError(f'its step is {manifest["step"]!r}')
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f'{path}: refused: {error}') from error
+
+
+def _compare(folder: Path, files: Mapping[str, Mapping[str, Any]], verify: Literal['full', 'size']) -> None:
+    # hidden names are the file system's own (.nfs..., .DS_Store); ours never begin with a dot
+    found = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder) if not entry.name.startswith('.')}
+    extra = sorted(found.keys() - files.keys() - {MANIFEST})
+    if extra:
+        raise CheckpointError(f'{folder / extra[0]}: not a file of this checkpoint: its manifest does not list it')
+    for name, expected in files.items():
+        if name not in found:
+            raise CheckpointError(f'{folder / name}: missing; {expected["size"]} bytes expected')
+        if not stat.S_ISREG(found[name].st_mode):
+            raise CheckpointError(f'{folder / name}: a plain file expected, a link or something else found')
+        if found[name].st_size != expected['size']:
+            raise CheckpointError(f'{folder / name}: {expected["size"]} bytes expected, {found[name].st_size} found')
+    if verify == 'size':
+        return
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        try:
+            digests = dict(zip(files, pool.map(lambda name: atomic.digest(folder / name), files)))
+        except OSError as error:
+            raise CheckpointError(f'{folder}: cannot be read: {error.strerror}') from error
+    for name, expected in files.items():
+        if digests[name] != (expected['size'], expected['sha256']):
+            raise CheckpointError(f'{folder / name}: damaged: sha256 {expected["sha256"]} expected, {digests[name].sha256} found')
+
+
+def _missing(folder: Path) -> str:
+    parent = next((p for p in folder.absolute().parents if p.is_dir()), Path('/'))
+    if folder.is_file():
+        return f'{folder} is a file; a checkpoint is a folder'
+    hint = did_you_mean(folder.name, [p.name for p in parent.iterdir()]) if parent == folder.absolute().parent else ''
+    return f'{folder} does not exist (the nearest folder that does is {parent}){hint}'
+
+
+def _inside(folder: Path) -> str:
+    inner = next((f for root in (folder, folder / 'checkpoints') for f in folders(root)), None)
+    return f'; did you mean {inner}?' if inner else ''
+
+
+def _json(value: Any, what: str) -> str:
+    try:
+        return json.dumps(value, indent=1)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f'{what} is not plain JSON ({error}): pass tensors in a group, see pack()') from error
