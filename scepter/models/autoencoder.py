@@ -1,0 +1,371 @@
+"""The autoencoder of latent diffusion: images to latents a few times smaller, and back. Trainable, under the published names.
+
+Rombach et al. 2022 (arXiv 2112.10752), section 3.1. At the size of Stable Diffusion: 248 tensors, 83,653,863 parameters.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from scepter.core import streams
+from scepter.core.registry import BACKBONES, LOSSES, MODELS
+from scepter.core.schema import param, part
+from scepter.models.base import BaseModel, TrainModule
+from scepter.models.layers import GroupNorm32, SiLU, attention, to_image, to_tokens, upsample_conv
+
+
+@MODELS.register_class()
+class AutoencoderKL(TrainModule):
+    """Images to the distribution of their latents, and latents to images.    [B, 3, H, W] in -1..1  <->  [B, EMBED_DIM, h, w]"""
+
+    ENCODER: dict = part(BACKBONES, 'The network from image to moments.')
+    DECODER: dict = part(BACKBONES, 'The network from latent to image.')
+    EMBED_DIM: int = param(4, 'Channels of the latent.')
+    USE_CONV: bool = param(True, 'A 1x1 convolution between each network and the latent (Stable Diffusion); false: none.')
+    REC_LOSS: dict = part(LOSSES, 'Error of the reconstruction.', default={'NAME': 'ReconstructLoss', 'LOSS_TYPE': 'l1'})
+    KL_WEIGHT: float = param(1e-6, 'Weight of the KL divergence to the standard normal, a mean over latent values as that is over pixels.')
+    BATCH_SIZE: int | None = param(16, 'Images that are encoded or decoded at once where no gradient is needed; null: all.')
+    TILE_SIZE: int | None = param(None, 'Larger images are encoded and decoded in overlapping tiles of so many pixels; null: never.')
+    PRETRAINED_MODEL: str | None = param(None, 'Weights to start from.')
+    IGNORE_KEYS: list[str] = param([], 'Names or globs of weights that may be missing, left over or of another shape.')
+
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__(cfg, logger=logger)
+        self.encoder = BACKBONES.build(self.ENCODER, logger=logger)
+        self.decoder = BACKBONES.build(self.DECODER, logger=logger)
+        self.rec_loss = LOSSES.build(self.REC_LOSS, logger=logger)
+        z_channels = self.decoder.Z_CHANNELS
+        if self.USE_CONV:
+            self.quant_conv = nn.Conv2d(2 * z_channels, 2 * self.EMBED_DIM, 1)
+            self.post_quant_conv = nn.Conv2d(self.EMBED_DIM, z_channels, 1)
+        elif self.EMBED_DIM != z_channels:
+            raise ValueError(f'without USE_CONV the latent has Z_CHANNELS ({z_channels}) channels, but EMBED_DIM is {self.EMBED_DIM}')
+        if self.TILE_SIZE is not None and (self.TILE_SIZE % self.size_factor or self.TILE_SIZE < 4 * self.size_factor):
+            raise ValueError(f'TILE_SIZE is {self.TILE_SIZE}: use a multiple of {self.size_factor}, from {4 * self.size_factor} on')
+        if self.PRETRAINED_MODEL:
+            self.load_pretrained(self.PRETRAINED_MODEL, self.IGNORE_KEYS)
+
+    def forward_train(self, image: Tensor, **batch: Any) -> dict[str, Any]:
+        """image [B, 3, H, W] in -1..1  ->  loss, and its parts: rec_loss per pixel, kl_loss per latent value."""
+        posterior = self.encode(image).latent_dist
+        out = self.decode(posterior.sample())
+        rec_loss = self.rec_loss(out, image).mean()
+        kl_loss = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = rec_loss + self.KL_WEIGHT * kl_loss
+        return {'loss': loss, 'rec_loss': rec_loss.detach(), 'kl_loss': kl_loss.detach(),
+                'probe_data': {'image': to_pixels(image), 'reconstruction': to_pixels(out)}}
+
+    @torch.no_grad()
+    def forward_test(self, image: Tensor, **batch: Any) -> list[dict[str, Any]]:
+        """image [B, 3, H, W] in -1..1  ->  per sample its reconstruction from the mode, image [3, H, W] in 0..1, and the target."""
+        out = self.decode(self.encode(image).latent_dist.mode())
+        return [{'image': o, 'target': i} for o, i in zip(to_pixels(out), to_pixels(image))]
+
+    def encode(self, x: Tensor) -> EncoderOutput:
+        """The posterior of the latents of x [B, 3, H, W] in -1..1.    .latent_dist.parameters [B, 2 * EMBED_DIM, h, w]
+
+        Raises ValueError where a side is not a multiple of `size_factor`.
+        """
+        factor, (h, w) = self.size_factor, x.shape[2:]
+        if h % factor or w % factor:
+            near = 'x'.join(str(max(factor, round(side / factor) * factor)) for side in (h, w))
+            raise ValueError(f'image is {h}x{w}, but the autoencoder makes it {factor} times smaller: '
+                             f'use multiples of {factor}, e.g. {near}')
+        x = x.to(self.dtype)
+        return EncoderOutput(DiagonalGaussian(self._in_chunks(self._encode_one, x, 1 / factor)))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The image of latents.    z [B, EMBED_DIM, h, w]  ->  [B, 3, H, W], about -1..1
+
+        A decode in half precision that overflowed is done again in float32.
+        """
+        return self._in_chunks(self._decode_one, z.to(self.dtype), self.size_factor)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.conv_out.weight.dtype
+
+    @cached_property
+    def size_factor(self) -> int:
+        """How many times smaller than the image the latent is, e.g. 8."""
+        return 2 ** (len(self.decoder.CH_MULT) - 1)
+
+    def _encode_one(self, x: Tensor) -> Tensor:
+        moments = self.encoder(x)
+        return self.quant_conv(moments) if self.USE_CONV else moments
+
+    def _decode_one(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z) if self.USE_CONV else z)
+
+    def _in_chunks(self, convert: Callable[[Tensor], Tensor], x: Tensor, scale: float) -> Tensor:
+        """convert(x), a few rows at a time, and in tiles where that is configured. scale: of the result's sides to those of x."""
+        def one(rows: Tensor) -> Tensor:
+            return convert(rows) if self.TILE_SIZE is None else in_tiles(convert, rows, self.TILE_SIZE // self.size_factor, scale)
+
+        if torch.is_grad_enabled() or self.BATCH_SIZE is None or len(x) <= self.BATCH_SIZE:
+            return one(x)
+        return torch.cat([one(rows) for rows in x.split(self.BATCH_SIZE)])
+
+
+@dataclass
+class EncoderOutput:
+    """What `encode` returns."""
+    latent_dist: DiagonalGaussian
+
+
+class DiagonalGaussian:
+    """Independent normals, one per latent value.    parameters [B, 2C, h, w]: means, then log-variances, clamped to -30..20"""
+
+    def __init__(self, parameters: Tensor):
+        self.parameters = parameters
+        self.mean, logvar = parameters.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    @property
+    def std(self) -> Tensor:
+        return torch.exp(0.5 * self.logvar)
+
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        """One draw [B, C, h, w], keyed by the batch's samples unless the noise is given."""
+        return self.mean + self.std * (streams.normal('posterior', self.mean) if noise is None else noise)
+
+    def mode(self) -> Tensor:
+        """The most likely latent, which is the mean."""
+        return self.mean
+
+    def kl(self) -> Tensor:
+        """[B], the KL divergence to the standard normal in nats, summed over the latent values; in float32."""
+        mean, logvar = self.mean.float(), self.logvar.float()
+        return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
+
+
+@BACKBONES.register_class()
+class Encoder(BaseModel):
+    """Image to the moments of its latent.    [B, IN_CHANNELS, H, W]  ->  [B, 2 * Z_CHANNELS, h, w]"""
+
+    CH: int = param(128, 'Channels of the first level; a multiple of 32.')
+    CH_MULT: list[int] = param([1, 2, 4, 4], 'Channels of each level, in multiples of CH; each level but the last halves the size.')
+    NUM_RES_BLOCKS: int = param(2, 'Residual blocks per level.')
+    ATTN_RESOLUTIONS: list[int] = param([], 'Downsampling factors (1, 2, 4, ...) whose levels have attention.')
+    IN_CHANNELS: int = param(3, 'Channels of the image.')
+    Z_CHANNELS: int = param(4, 'Channels of the latent.')
+    DOUBLE_Z: bool = param(True, 'Give means and log-variances; false: one value per latent.')
+    DROPOUT: float = param(0.0, 'Share of activations dropped before the second convolution of residual blocks.')
+    RESAMP_WITH_CONV: bool = param(True, 'Halve the size by convolutions; false: by means.')
+    CHECKPOINTING: int = param(0, 'From 3 on, residual blocks are recomputed in the backward pass, to save memory.')
+
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__(cfg, logger=logger)
+        channels = self.CH
+        self.conv_in = nn.Conv2d(self.IN_CHANNELS, channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        for level, mult in enumerate(self.CH_MULT):
+            has_attention, last = 2 ** level in self.ATTN_RESOLUTIONS, level == len(self.CH_MULT) - 1
+            widths = [channels] + [mult * self.CH] * self.NUM_RES_BLOCKS
+            channels = widths[-1]
+            self.down.append(Level(widths, has_attention, self.DROPOUT, 'downsample',
+                                   None if last else Downsample(channels, self.RESAMP_WITH_CONV)))
+        self.mid = Middle(channels, self.DROPOUT)
+        self.norm_out = GroupNorm32(channels, eps=1e-6)
+        self.act_out = SiLU()
+        self.conv_out = nn.Conv2d(channels, (1 + self.DOUBLE_Z) * self.Z_CHANNELS, 3, padding=1)
+        set_checkpointing(self, self.CHECKPOINTING >= 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(self.act_out(self.norm_out(self.mid(x))))
+
+
+@BACKBONES.register_class()
+class Decoder(BaseModel):
+    """Latent to image.    [B, Z_CHANNELS, h, w]  ->  [B, OUT_CH, H, W]"""
+
+    CH: int = param(128, 'Channels of the last level; a multiple of 32.')
+    CH_MULT: list[int] = param([1, 2, 4, 4], 'Channels of each level, as in the encoder, so the decoder begins with the last.')
+    NUM_RES_BLOCKS: int = param(2, 'Residual blocks per level of the encoder; here there is one more.')
+    ATTN_RESOLUTIONS: list[int] = param([], 'Downsampling factors (1, 2, 4, ...) whose levels have attention.')
+    OUT_CH: int = param(3, 'Channels of the image.')
+    Z_CHANNELS: int = param(4, 'Channels of the latent.')
+    DROPOUT: float = param(0.0, 'Share of activations dropped before the second convolution of residual blocks.')
+    RESAMP_WITH_CONV: bool = param(True, 'Convolve after each enlargement.')
+    CHECKPOINTING: int = param(0, 'From 3 on, residual blocks are recomputed in the backward pass, to save memory.')
+
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__(cfg, logger=logger)
+        channels = self.CH * self.CH_MULT[-1]
+        self.conv_in = nn.Conv2d(self.Z_CHANNELS, channels, 3, padding=1)
+        self.mid = Middle(channels, self.DROPOUT)
+        up = []
+        for level, mult in reversed(list(enumerate(self.CH_MULT))):
+            widths = [channels] + [mult * self.CH] * (self.NUM_RES_BLOCKS + 1)
+            channels = widths[-1]
+            up.append(Level(widths, 2 ** level in self.ATTN_RESOLUTIONS, self.DROPOUT, 'upsample',
+                            Upsample(channels, self.RESAMP_WITH_CONV) if level else None))
+        self.up = nn.ModuleList(reversed(up))    # up.0 is the largest image, as published
+        self.norm_out = GroupNorm32(channels, eps=1e-6)
+        self.act_out = SiLU()
+        self.conv_out = nn.Conv2d(channels, self.OUT_CH, 3, padding=1)
+        set_checkpointing(self, self.CHECKPOINTING >= 3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(self.act_out(self.norm_out(x)))
+
+
+class Level(nn.Module):
+    """Residual blocks of one size, each with attention or not, then a change of size."""
+
+    def __init__(self, widths: list[int], has_attention: bool, dropout: float, name: str, resample: nn.Module | None):
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(i, o, dropout) for i, o in pairwise(widths))
+        self.attn = nn.ModuleList(AttnBlock(width) for width in widths[1:]) if has_attention else nn.ModuleList()
+        self.resample = name if resample is not None else None
+        if resample is not None:
+            self.add_module(name, resample)    # `downsample` or `upsample`, as published
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return x if self.resample is None else getattr(self, self.resample)(x)
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, channels: int, dropout: float):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, dropout)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(act(norm(conv(act(norm(x)))))).    [B, C, H, W] -> [B, D, H, W]"""
+    is_checkpointed = False
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float):
+        super().__init__()
+        self.norm1 = GroupNorm32(in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = GroupNorm32(out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.act, self.dropout = SiLU(), nn.Dropout(dropout)
+        self.nin_shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_checkpointed and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(self.act(self.norm1(x)))
+        h = self.conv2(self.dropout(self.act(self.norm2(h))))
+        return h.add_(self.nin_shortcut(x))
+
+
+class AttnBlock(nn.Module):
+    """x + attention of its pixels to each other, with one head.    [B, C, H, W] -> [B, C, H, W]"""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = GroupNorm32(channels, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (to_tokens(conv(h)).unsqueeze(2) for conv in (self.q, self.k, self.v))    # [B, H*W, 1, C]
+        h = attention(q, k, v).squeeze(2)
+        return self.proj_out(to_image(h, (x.shape[2], x.shape[3]))).add_(x)
+
+
+class Downsample(nn.Module):
+    """Half the size.    [B, C, H, W] -> [B, C, H/2, W/2]"""
+
+    def __init__(self, channels: int, use_conv: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2) if use_conv else nn.AvgPool2d(2)
+        self.use_conv = use_conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.use_conv else x)    # padded at the right and below alone, as published
+
+
+class Upsample(nn.Module):
+    """Twice the size by nearest neighbour, then a convolution.    [B, C, H, W] -> [B, C, 2H, 2W]"""
+
+    def __init__(self, channels: int, use_conv: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
+        self.use_conv = use_conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return upsample_conv(x, self.conv) if self.use_conv else F.interpolate(x, scale_factor=2.0, mode='nearest')
+
+
+def set_checkpointing(network: nn.Module, is_checkpointed: bool) -> None:
+    for module in network.modules():
+        if isinstance(module, ResnetBlock):
+            module.is_checkpointed = is_checkpointed
+
+
+def in_tiles(convert: Callable[[Tensor], Tensor], x: Tensor, tile: int, scale: float) -> Tensor:
+    """convert(x) from overlapping tiles, blended linearly over a quarter of a tile.    [B, C, H, W] -> [B, D, H * scale, W * scale]
+
+    tile: side of a tile in latents; scale: size_factor for decoding, its inverse for encoding. It is not quite convert(x): norms and
+    attention see one tile at a time.
+    """
+    factor_in, factor_out = max(1, round(1 / scale)), max(1, round(scale))    # pixels per latent before and after
+    h, w = x.shape[2] // factor_in, x.shape[3] // factor_in
+    if max(h, w) <= tile:
+        return convert(x)
+    out = total = torch.zeros(())
+    for top, bottom in _spans(h, tile):
+        for left, right in _spans(w, tile):
+            piece = convert(x[:, :, top * factor_in:bottom * factor_in, left * factor_in:right * factor_in])
+            if out.dim() == 0:
+                out = piece.new_zeros((*piece.shape[:2], h * factor_out, w * factor_out), dtype=torch.float32)
+                total = torch.zeros_like(out[0, 0])
+            rows, columns = (_ramp(side, tile * factor_out / 4) for side in piece.shape[2:])
+            weight = rows.outer(columns).to(piece.device)
+            place = (..., slice(top * factor_out, bottom * factor_out), slice(left * factor_out, right * factor_out))
+            out[place] += piece * weight
+            total[place] += weight
+    return (out / total).to(piece.dtype)
+
+
+def _spans(size: int, tile: int) -> list[tuple[int, int]]:
+    """Spans of length `tile`, or `size`, that cover 0 .. size and overlap by a quarter or more."""
+    if size <= tile:
+        return [(0, size)]
+    count = math.ceil((size - tile) / (tile * 3 // 4)) + 1
+    starts = [round(i * (size - tile) / (count - 1)) for i in range(count)]
+    return [(start, start + tile) for start in starts]
+
+
+def _ramp(size: int, length: float) -> Tensor:
+    """[size], rising from just above 0 to 1 over `length` pixels, and falling likewise."""
+    i = torch.arange(size, dtype=torch.float32) + 0.5
+    return torch.minimum(i, size - i).div(length).clamp(max=1.0)
+
+
+def to_pixels(x: Tensor) -> Tensor:
+    """-1..1 to 0..1, clipped."""
+    return x.detach().float().add(1).div(2).clamp(0, 1)

@@ -1,0 +1,388 @@
+"""The UNet of latent diffusion: Stable Diffusion 1, 2 and XL are configurations of it, under the names of their published weights.
+
+Rombach et al. 2022 (arXiv 2112.10752), Podell et al. 2023 (2307.01952). Sizes as published:
+
+    SD 1.5      686 tensors     859,520,964 parameters
+    SD 2.1      686             865,910,724
+    SDXL base   1680            2,567,463,684
+    refiner     1220            2,259,526,660
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from scepter.core.registry import BACKBONES
+from scepter.core.schema import param
+from scepter.models.base import BaseModel
+from scepter.models.layers import GroupNorm32, SiLU, attention, timestep_embedding, to_image, to_tokens, upsample_conv, zero
+
+
+@BACKBONES.register_class()
+class DiffusionUNet(BaseModel):
+    """What a noisy latent, its time and a condition say about the clean one.    x [B, C, H, W], t [B]  ->  [B, OUT_CHANNELS, H, W]"""
+
+    IN_CHANNELS: int = param(doc='Channels of x; with a `concat` condition, those of both together.')
+    OUT_CHANNELS: int = param(doc='Channels of the prediction.')
+    MODEL_CHANNELS: int = param(doc='Channels of the first level; a multiple of 32.')
+    NUM_RES_BLOCKS: int | list[int] = param(doc='Residual blocks per level on the way down; one more on the way up.')
+    ATTENTION_RESOLUTIONS: list[int] = param(doc='Downsampling factors (1, 2, 4, ...) whose levels have transformers.')
+    CONTEXT_DIM: int | None = param(doc='Width of the text context; null for a network without cross attention.')
+    CHANNEL_MULT: list[int] = param([1, 2, 4, 4], 'Channels of each level, in multiples of MODEL_CHANNELS.')
+    NUM_HEADS: int | None = param(None, 'Attention heads of every transformer; give this or NUM_HEADS_CHANNELS.')
+    NUM_HEADS_CHANNELS: int | None = param(None, 'Channels of an attention head.')
+    TRANSFORMER_DEPTH: int | list[int] = param(1, 'Transformer blocks after each residual block; one number, or one per level.')
+    TRANSFORMER_DEPTH_MIDDLE: int | None = param(None, 'Transformer blocks in the middle; null means as in the last level.')
+    USE_LINEAR_IN_TRANSFORMER: bool = param(False, 'Enter and leave transformers by linear layers (SD2, SDXL), not 1x1 convolutions (SD1).')
+    DISABLE_SELF_ATTENTIONS: list[bool] | None = param(None, 'One per level: whether its first attention reads the context too.')
+    DISABLE_MIDDLE_SELF_ATTN: bool = param(False, 'The same for the middle.')
+    NUM_CLASSES: int | Literal['continuous', 'sequential'] | None = param(
+        None, 'What y is: null, none; the number of classes, [B]; continuous, [B, 1]; sequential, vectors [B, ADM_IN_CHANNELS] (SDXL).')
+    ADM_IN_CHANNELS: int | None = param(None, 'Width of y where NUM_CLASSES is sequential.')
+    DROPOUT: float = param(0.0, 'Share of activations dropped before the second convolution of residual blocks and in transformers.')
+    CONV_RESAMPLE: bool = param(True, 'Change the size by convolutions; false: by mean and nearest neighbour alone.')
+    USE_SCALE_SHIFT_NORM: bool = param(False, 'Let the time scale and shift the second norm of residual blocks, instead of being added.')
+    RESBLOCK_UPDOWN: bool = param(False, 'Change the size inside residual blocks.')
+    CHECKPOINTING: int = param(0, 'Recompute in the backward pass, to save memory: 0 nothing, 1 transformer blocks, 2 residual blocks too.')
+    PRETRAINED_MODEL: str | None = param(None, 'Weights to start from.')
+    IGNORE_KEYS: list[str] = param([], 'Names or globs of weights that may be missing, left over or of another shape.')
+
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__(cfg, logger=logger)
+        levels = len(self.CHANNEL_MULT)
+        depths = self._per_level('TRANSFORMER_DEPTH', self.TRANSFORMER_DEPTH)
+        blocks = self._per_level('NUM_RES_BLOCKS', self.NUM_RES_BLOCKS)
+        cross_only = self._per_level('DISABLE_SELF_ATTENTIONS', self.DISABLE_SELF_ATTENTIONS or False)
+        if (self.NUM_HEADS is None) == (self.NUM_HEADS_CHANNELS is None):
+            raise ValueError(f'give either NUM_HEADS (got {self.NUM_HEADS}) or NUM_HEADS_CHANNELS (got {self.NUM_HEADS_CHANNELS})')
+        if self.CONTEXT_DIM is None and (any(cross_only) or self.DISABLE_MIDDLE_SELF_ATTN):
+            raise ValueError('self-attention is disabled for cross attention, but CONTEXT_DIM is null: give the width of the context')
+
+        channels, time_channels = self.MODEL_CHANNELS, 4 * self.MODEL_CHANNELS
+        self.time_embed = nn.Sequential(nn.Linear(channels, time_channels), nn.SiLU(), nn.Linear(time_channels, time_channels))
+        if self.NUM_CLASSES is not None:
+            self.label_emb = self._label_embedding(time_channels)
+
+        def res_block(in_channels: int, out_channels: int, resample: Literal['up', 'down'] | None = None) -> ResBlock:
+            return ResBlock(in_channels, out_channels, time_channels, self.DROPOUT, self.USE_SCALE_SHIFT_NORM, resample)
+
+        def transformer(channels: int, depth: int, cross_only: bool) -> SpatialTransformer:
+            heads = self.NUM_HEADS or channels // self.NUM_HEADS_CHANNELS
+            if channels % heads:
+                raise ValueError(f'{channels} channels cannot be shared by {heads} attention heads')
+            return SpatialTransformer(channels, heads, depth, self.CONTEXT_DIM, self.USE_LINEAR_IN_TRANSFORMER, self.DROPOUT, cross_only)
+
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(self.IN_CHANNELS, channels, 3, padding=1))])
+        skips = [channels]
+        for level, mult in enumerate(self.CHANNEL_MULT):
+            has_attention = 2 ** level in self.ATTENTION_RESOLUTIONS and depths[level] > 0
+            for _ in range(blocks[level]):
+                stage = [res_block(channels, mult * self.MODEL_CHANNELS)]
+                channels = mult * self.MODEL_CHANNELS
+                if has_attention:
+                    stage.append(transformer(channels, depths[level], cross_only[level]))
+                self.input_blocks.append(Stage(*stage))
+                skips.append(channels)
+            if level < levels - 1:
+                down = res_block(channels, channels, 'down') if self.RESBLOCK_UPDOWN else Downsample(channels, self.CONV_RESAMPLE)
+                self.input_blocks.append(Stage(down))
+                skips.append(channels)
+
+        depth = depths[-1] if self.TRANSFORMER_DEPTH_MIDDLE is None else self.TRANSFORMER_DEPTH_MIDDLE
+        attentions = [transformer(channels, depth, self.DISABLE_MIDDLE_SELF_ATTN)] if depth else []
+        self.middle_block = Stage(res_block(channels, channels), *attentions, res_block(channels, channels))
+
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(self.CHANNEL_MULT))):
+            has_attention = 2 ** level in self.ATTENTION_RESOLUTIONS and depths[level] > 0
+            for i in range(blocks[level] + 1):
+                stage = [res_block(channels + skips.pop(), mult * self.MODEL_CHANNELS)]
+                channels = mult * self.MODEL_CHANNELS
+                if has_attention:
+                    stage.append(transformer(channels, depths[level], cross_only[level]))
+                if level and i == blocks[level]:
+                    stage.append(res_block(channels, channels, 'up') if self.RESBLOCK_UPDOWN else Upsample(channels, self.CONV_RESAMPLE))
+                self.output_blocks.append(Stage(*stage))
+
+        self.out = nn.Sequential(GroupNorm32(channels), SiLU(), zero(nn.Conv2d(channels, self.OUT_CHANNELS, 3, padding=1)))
+        self._share_context()
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                module.is_checkpointed = self.CHECKPOINTING >= 2
+            elif isinstance(module, TransformerBlock):
+                module.is_checkpointed = self.CHECKPOINTING >= 1
+        if self.PRETRAINED_MODEL:
+            self.load_pretrained(self.PRETRAINED_MODEL, self.IGNORE_KEYS)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | Mapping[str, Tensor] | None = None) -> Tensor:
+        """x [B, C, H, W] of any size, t [B], cond  ->  [B, OUT_CHANNELS, H, W]
+
+        cond: the text context [B, L, CONTEXT_DIM], or a dict of `crossattn` (that context), `y` (see NUM_CLASSES) and `concat`
+        [B, C', H, W], which is appended to x; or what `precompute` made of it. Raises ValueError where a part is missing or too many.
+        """
+        cond = self._read_condition(cond)
+        dtype = x.dtype
+        embedding = self.time_embed(timestep_embedding(t, self.MODEL_CHANNELS).to(self.dtype))
+        if 'y' in cond:
+            y = cond['y']
+            embedding = embedding + self.label_emb(y if isinstance(self.NUM_CLASSES, int) else y.to(self.dtype))
+        context = cond.get('crossattn')
+        if 'keys_values' in cond:
+            context = KeysValues(cond['keys_values'])
+        if 'concat' in cond:
+            x = torch.cat([x, cond['concat'].to(x.dtype)], dim=1)
+
+        x, skips = x.to(self.dtype), []
+        for stage in self.input_blocks:
+            x = stage(x, embedding, context)
+            skips.append(x)
+        x = self.middle_block(x, embedding, context)
+        for stage in self.output_blocks:
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = stage(x, embedding, context, tuple(skips[-1].shape[2:]) if skips else None)
+        return self.out(x).to(dtype)
+
+    @torch.no_grad()
+    def precompute(self, cond: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The condition with the keys and values of its context already computed, for sampling: they are the same at every step.
+
+        The result is a condition like any other: `keys_values` [B, L, K] holds those of all layers side by side, so it is batched,
+        sliced and moved as a context is. K is 24,960 for SD1.5.
+        """
+        cond = dict(self._read_condition(cond))
+        if 'crossattn' in cond:
+            context = cond.pop('crossattn')
+            layers = (layer for attn in self._cross_attentions() for layer in (attn.to_k, attn.to_v))
+            cond['keys_values'] = torch.cat([layer(context) for layer in layers], dim=-1)
+        return cond
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.out[2].weight.dtype
+
+    def _read_condition(self, cond: Tensor | Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+        cond = {'crossattn': cond} if isinstance(cond, Tensor) else cond or {}
+        unknown = set(cond) - {'crossattn', 'keys_values', 'y', 'concat'}
+        if unknown:
+            raise ValueError(f'a condition has the parts crossattn, y and concat; got {", ".join(sorted(unknown))} too')
+        has_context = 'crossattn' in cond or 'keys_values' in cond
+        if has_context != (self.CONTEXT_DIM is not None):
+            raise ValueError(f'CONTEXT_DIM is {self.CONTEXT_DIM}, so the condition must have {"no" if has_context else "a"} context')
+        width = cond['crossattn'].shape[-1] if 'crossattn' in cond else self.CONTEXT_DIM
+        if width != self.CONTEXT_DIM:
+            raise ValueError(f'the context is {width} wide, but CONTEXT_DIM is {self.CONTEXT_DIM}: is it of another text encoder?')
+        if ('y' in cond) != (self.NUM_CLASSES is not None):
+            raise ValueError(f'NUM_CLASSES is {self.NUM_CLASSES}, so the condition must have {"no y" if "y" in cond else "a y"}')
+        return cond
+
+    def _label_embedding(self, width: int) -> nn.Module:
+        if isinstance(self.NUM_CLASSES, int):
+            return nn.Embedding(self.NUM_CLASSES, width)
+        if self.NUM_CLASSES == 'continuous':
+            return nn.Linear(1, width)
+        if self.ADM_IN_CHANNELS is None:
+            raise ValueError('NUM_CLASSES is sequential: give the width of y as ADM_IN_CHANNELS (2816 for SDXL)')
+        # a Sequential in a Sequential: label_emb.0.0 and label_emb.0.2 are the published names
+        return nn.Sequential(nn.Sequential(nn.Linear(self.ADM_IN_CHANNELS, width), nn.SiLU(), nn.Linear(width, width)))
+
+    def _per_level(self, key: str, value: Any) -> list[Any]:
+        values = value if isinstance(value, list) else [value] * len(self.CHANNEL_MULT)
+        if len(values) != len(self.CHANNEL_MULT):
+            raise ValueError(f'{key} has {len(values)} entries, CHANNEL_MULT {len(self.CHANNEL_MULT)}: one per level')
+        return values
+
+    def _cross_attentions(self) -> Iterator[Attention]:
+        return (m for m in self.modules() if isinstance(m, Attention) and m.reads_context)
+
+    def _share_context(self) -> None:
+        """Tell every layer where its keys and values stand in what `precompute` makes."""
+        start = 0
+        for attn in self._cross_attentions():
+            attn.place = (start, start + 2 * attn.channels)
+            start += 2 * attn.channels
+
+
+class KeysValues(NamedTuple):
+    """A context of which only keys and values are left."""
+    of_all_layers: Tensor    # [B, L, K]
+
+
+class Stage(nn.Sequential):
+    """Residual blocks, transformers and changes of size, one after the other."""
+
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | KeysValues | None, size: tuple[int, int] | None = None) -> Tensor:
+        """x [B, C, H, W], embedding [B, E], context [B, L, D]; size: that of the next skip connection, for what enlarges."""
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, embedding, size)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            elif isinstance(layer, Upsample):
+                x = layer(x, size)
+            else:
+                x = layer(x)
+        return x
+
+
+class ResBlock(nn.Module):
+    """x + conv(act(norm(conv(act(norm(x))) + time))), zero at first.    x [B, C, H, W], embedding [B, E]  ->  [B, D, H, W]"""
+    is_checkpointed = False
+
+    def __init__(self, in_channels: int, out_channels: int, embedding_channels: int, dropout: float,
+                 scale_shift: bool = False, resample: Literal['up', 'down'] | None = None):
+        super().__init__()
+        self.scale_shift, self.resample = scale_shift, resample
+        self.in_layers = nn.Sequential(GroupNorm32(in_channels), SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_channels, 2 * out_channels if scale_shift else out_channels))
+        self.out_layers = nn.Sequential(GroupNorm32(out_channels), SiLU(), nn.Dropout(dropout),
+                                        zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
+        self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        if self.is_checkpointed and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, embedding, size, use_reentrant=False)
+        return self._forward(x, embedding, size)
+
+    def _forward(self, x: Tensor, embedding: Tensor, size: tuple[int, int] | None) -> Tensor:
+        norm, act, conv = self.in_layers
+        h = act(norm(x))
+        if self.resample == 'up':
+            h, x = (F.interpolate(a, size=size, mode='nearest') for a in (h, x))
+        elif self.resample == 'down':
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+        h = conv(h)
+
+        norm, *rest = self.out_layers
+        embedding = self.emb_layers(embedding)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = embedding.chunk(2, dim=1)
+            h = norm(h) * (1 + scale) + shift
+        else:
+            h = norm(h.add_(embedding))
+        for layer in rest:
+            h = layer(h)
+        return h.add_(self.skip_connection(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels as tokens, added to x; nothing at first.    x [B, C, H, W], context [B, L, D]  ->  [B, C, H, W]"""
+
+    def __init__(self, channels: int, heads: int, depth: int, context_dim: int | None, linear: bool, dropout: float, cross_only: bool):
+        super().__init__()
+        self.norm = GroupNorm32(channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, heads, context_dim, dropout, cross_only) for _ in range(depth))
+        self.proj_out = zero(nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, context: Tensor | KeysValues | None) -> Tensor:
+        size = (x.shape[2], x.shape[3])
+        linear = isinstance(self.proj_in, nn.Linear)
+        h = self.norm(x)
+        tokens = self.proj_in(to_tokens(h)) if linear else to_tokens(self.proj_in(h))
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        h = to_image(self.proj_out(tokens), size) if linear else self.proj_out(to_image(tokens, size))
+        return h.add_(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross attention (where there is a context), feed-forward, each after a norm.    x [B, N, C] -> [B, N, C]"""
+    is_checkpointed = False
+
+    def __init__(self, channels: int, heads: int, context_dim: int | None, dropout: float, cross_only: bool):
+        super().__init__()
+        self.attn1 = Attention(channels, heads, context_dim if cross_only else None, dropout)
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn2 = None
+        if context_dim is not None:
+            self.attn2 = Attention(channels, heads, context_dim, dropout)
+            self.norm2 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels, dropout)
+        self.norm3 = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor, context: Tensor | KeysValues | None) -> Tensor:
+        if self.is_checkpointed and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, context, use_reentrant=False)
+        return self._forward(x, context)
+
+    def _forward(self, x: Tensor, context: Tensor | KeysValues | None) -> Tensor:
+        x = self.attn1(self.norm1(x), context).add_(x)
+        if self.attn2 is not None:
+            x = self.attn2(self.norm2(x), context).add_(x)
+        return self.ff(self.norm3(x)).add_(x)
+
+
+class Attention(nn.Module):
+    """Attention of tokens to each other (context_dim None) or to a context.    x [B, N, C], context [B, L, D]  ->  [B, N, C]"""
+    place: tuple[int, int]    # of this layer's keys and values in KeysValues
+
+    def __init__(self, channels: int, heads: int, context_dim: int | None, dropout: float):
+        super().__init__()
+        self.channels, self.heads, self.reads_context = channels, heads, context_dim is not None
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim or channels, channels, bias=False)
+        self.to_v = nn.Linear(context_dim or channels, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor, context: Tensor | KeysValues | None = None) -> Tensor:
+        if self.reads_context and isinstance(context, KeysValues):
+            k, v = context.of_all_layers[..., slice(*self.place)].chunk(2, dim=-1)
+        else:
+            source = context if self.reads_context else x
+            k, v = self.to_k(source), self.to_v(source)
+        heads = (self.heads, -1)
+        h = attention(self.to_q(x).unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads))
+        return self.to_out(h.flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a gate of GELU between (GEGLU, Shazeer 2020), 4 times as wide inside.    [B, N, C] -> [B, N, C]"""
+
+    def __init__(self, channels: int, dropout: float):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Dropout(dropout), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class GEGLU(nn.Module):
+    """a * gelu(b) for two projections a, b of x.    [..., C] -> [..., D]"""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.proj = nn.Linear(in_channels, 2 * out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class Downsample(nn.Module):
+    """Half the size, by a convolution of stride 2 or by the mean of 2x2.    [B, C, H, W] -> [B, C, ceil(H/2), ceil(W/2)]"""
+
+    def __init__(self, channels: int, use_conv: bool):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Enlarge by nearest neighbour to a given size, then convolve.    [B, C, H, W] -> [B, C, *size]"""
+
+    def __init__(self, channels: int, use_conv: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        if isinstance(self.conv, nn.Identity):
+            return F.interpolate(x, size=size, mode='nearest')
+        return upsample_conv(x, self.conv, size)
