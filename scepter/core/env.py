@@ -165,6 +165,8 @@ def guarded(main: Callable[[], None]) -> int:
         return 130
     except Stopped as stop:
         return 128 + stop.signal
+    except Exit as end:
+        return int(end.code or 0)
     except Exception:
         get_logger().exception('an error that should not happen')
         return 1

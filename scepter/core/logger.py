@@ -43,11 +43,11 @@ def _handler(handler: logging.Handler) -> logging.Handler:
 
 
 def note_traceback() -> None:
-    """Write the traceback of the error at hand to the log file alone; the console shows its message."""
+    """Write the traceback of the error at hand to the log file alone; the console shows its message, and with --debug this too."""
     logger = get_logger()
     record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, 'the error in full', (), sys.exc_info())
     for handler in logger.handlers:
-        if isinstance(handler, logging.FileHandler):
+        if isinstance(handler, logging.FileHandler) or logger.isEnabledFor(logging.DEBUG):
             handler.emit(record)
 
 

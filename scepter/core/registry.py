@@ -91,10 +91,10 @@ class Registry:
             key = name or obj.__name__
             old = self._entries.get(key)
             if old is not None and (old.__module__, old.__qualname__) != (obj.__module__, obj.__qualname__):
-                if _is_ours(old) == _is_ours(obj):
+                if _is_shipped(old) == _is_shipped(obj):
                     raise KeyError(f'{self.name} already has a {key}, from {old.__module__}; '
                                    f'the one in {obj.__module__} needs another name')
-                if _is_ours(obj):    # the user's own came first
+                if _is_shipped(obj):    # the user's own came first
                     return obj
                 from scepter.core.logger import get_logger
                 get_logger().info(f'{self.name}: {key} of {obj.__module__} replaces the shipped one')
@@ -117,6 +117,14 @@ class Registry:
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._entries))
+
+    def offers(self, name: str) -> bool:
+        """Whether `get` finds this name, here or in a third party's library."""
+        try:
+            self.get(name)
+        except (KeyError, ImportError):
+            return False
+        return True
 
     def get(self, name: str) -> Any:
         """The class or function of this name. Raises KeyError with the nearest name."""
@@ -147,8 +155,8 @@ class Registry:
             return
         try:
             schema = self.schema(cfg['NAME'])
-        except KeyError as error:
-            yield Fault(f'{where}.NAME', error.args[0], cfg.origin('NAME') if isinstance(cfg, Config) else origin)
+        except (KeyError, ImportError) as error:    # ImportError: the library that may have this name is not installed
+            yield Fault(f'{where}.NAME', str(error.args[0]), cfg.origin('NAME') if isinstance(cfg, Config) else origin)
             return
         yield from schema.faults(cfg, where)
 
@@ -184,8 +192,8 @@ class Registry:
         return dict_to_yaml(self.name, name, self.schema(name).para_dict(), set_name=True)
 
 
-def _is_ours(obj: Any) -> bool:
-    return obj.__module__.startswith('scepter.') and not obj.__module__.startswith('scepter.examples.')
+def _is_shipped(obj: Any) -> bool:
+    return obj.__module__.split('.')[0] in ('scepter', 'torch', 'torchvision') and not obj.__module__.startswith('scepter.examples.')
 
 
 def _place(cfg: Config) -> str:

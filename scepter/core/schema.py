@@ -37,6 +37,7 @@ class Param:
     owner: Any = field(default=None, repr=False)
     hint: Any = Any
     argument: str = ''                  # the argument's own name, where a signature declares
+    place: Any = None                   # a Component class of further keys that a node takes in this place; such a part may be named
 
     def __set_name__(self, owner: type, name: str) -> None:
         if self.owner is None:
@@ -79,9 +80,12 @@ def param(default: Any = REQUIRED, doc: str = '') -> Any:
     return Param(default, doc)
 
 
-def part(registry: Registry, doc: str = '', default: Any = REQUIRED) -> Any:
-    """Declare a key that holds the config of another component (default=None: it may be left out)."""
-    return Param(default, doc, registry)
+def part(registry: Registry, doc: str = '', default: Any = REQUIRED, place: Any = None) -> Any:
+    """Declare a key that holds the config of another component (default=None: it may be left out).
+
+    place: a Component class of further keys that the node may hold; the key then also takes a map of named nodes.
+    """
+    return Param(default, doc, registry, place=place)
 
 
 def parts(registry: Registry, doc: str = '', default: Any = ()) -> Any:
@@ -183,6 +187,12 @@ def value_faults(value: Any, p: Param, path: str, origin: Any) -> Iterator[Fault
             yield Fault(path, f'expected {p.spell()}, got {_show(value)}', origin)
     elif value is None and p.default is None:
         return
+    elif p.place is not None and isinstance(value, Config):
+        named = {f'{path}.{k}': v for k, v in value.items()} if 'NAME' not in value else {path: value}
+        for where, node in named.items():
+            own, beside = split_node(node, p.place)
+            yield from p.registry.faults(own, where, origin)
+            yield from beside[0].faults(beside[1], where)
     elif p.many:
         if not isinstance(value, list):
             yield Fault(path, f'expected a {p.spell()}, got {_show(value)}', origin)
@@ -191,6 +201,17 @@ def value_faults(value: Any, p: Param, path: str, origin: Any) -> Iterator[Fault
             yield from p.registry.faults(node, f'{path}[{i}]', origin)
     else:
         yield from p.registry.faults(value, path, origin)
+
+
+def split_node(node: Any, place: Any) -> tuple[Any, tuple[Schema, Config]]:
+    """A node's own keys, and those that belong to the place where it stands (with their schema)."""
+    from scepter.core.registry import schema_of
+    schema, own, beside = schema_of(place), Config(), Config()
+    if not isinstance(node, Config):
+        return node, (schema, beside)
+    for key, value in node.items():
+        (beside if key in schema else own).put(key, value, node.origin(key))
+    return own, (schema, beside)
 
 
 def loose_faults(value: Any, path: str) -> Iterator[Fault]:
@@ -321,6 +342,11 @@ def dict_to_yaml(module_name: str, name: str, para_dict: dict, set_name: bool = 
         value = '' if entry.get('required') else dump({'V': entry['value']}, flow=True).strip()[4:-1].replace('\n', ' ')
         lines.append(f'  {key}: {value}'.rstrip())
     return '\n'.join(lines) + '\n'
+
+
+def default(value: Any, fallback: Any) -> Any:
+    """The value, or the fallback where it is None."""
+    return fallback if value is None else value
 
 
 def check(faults: Iterable[Fault], title: str = 'the config') -> None:

@@ -1,0 +1,44 @@
+"""scepter: train and sample diffusion models that a YAML file describes.
+
+The public names, each imported when it is first used: `import scepter` alone costs nothing. Whoever asks for a registry finds
+all shipped components in it.
+"""
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = '0.1.0'
+
+_REGISTRIES = ('MODELS', 'BACKBONES', 'EMBEDDERS', 'LOSSES', 'SOLVERS', 'HOOKS', 'DATASETS', 'TRANSFORMS', 'METRICS', 'OPTIMIZERS',
+               'LR_SCHEDULERS', 'FILE_SYSTEMS', 'SCHEDULES', 'SAMPLERS')
+_HOMES = {
+    'core.registry': (*_REGISTRIES, 'Component', 'Registry', 'need'),
+    'core.schema': ('param', 'part', 'parts', 'REQUIRED', 'dict_to_yaml', 'default'),
+    'core.config': ('Config', 'ConfigError'),
+    'core.errors': ('ScepterError', 'DataError', 'CheckpointError', 'PeerError', 'NonFiniteError'),
+    'core.env': ('we',),
+    'core.files': ('FS',),
+    'core.logger': ('get_logger',),
+    'diffusion': ('Diffusion',),
+    'models.base': ('BaseModel', 'TrainModule'),
+    'models.embedders.base': ('BaseEmbedder',),
+    'solvers.base': ('BaseSolver',),
+    'hooks.base': ('Hook',),
+}
+_HOME_OF = {name: f'scepter.{module}' for module, names in _HOMES.items() for name in names}
+__all__ = ['__version__', *_HOME_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f'module scepter has no attribute {name}')
+    if name in _REGISTRIES:
+        importlib.import_module('scepter.components')
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})

@@ -1,0 +1,111 @@
+"""What a key of a config means, what it takes, and where its value came from."""
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+from scepter.core.config import NOWHERE, Config, ConfigError, Fault, Origin, did_you_mean, dump, masked, split_path
+from scepter.core.experiment import Experiment
+from scepter.core.registry import registries, schema_of
+from scepter.core.schema import REQUIRED, Param, Schema
+
+
+def explain(cfg: Config, path: str) -> str:
+    """A few lines about the key at this path, as in --explain SOLVER.MAX_STEPS. Raises ConfigError where there is none."""
+    place = Place('', cfg, schema=schema_of(Experiment))
+    for step in split_path(path):
+        place = place.below(step)
+    if place.key is None:
+        raise ConfigError('--explain takes the path of a key, such as SOLVER.NAME')
+    return place.text()
+
+
+def template(name: str) -> str:
+    """Commented YAML of the component of this name, from each registry that has one. Raises ConfigError with the nearest name."""
+    owners = [r for r in registries() if name in r] or [r for r in registries() if r.offers(name)]
+    if not owners:
+        raise ConfigError(f'no registry has {name}{did_you_mean(name, (n for r in registries() for n in r))}')
+    return '\n'.join(r.get_config_template(name) for r in owners)
+
+
+@dataclass
+class Place:
+    """Where a walk down a config stands."""
+    path: str
+    value: Any
+    param: Param | None = None      # what declares it; None where nothing does
+    schema: Schema | None = None    # what its own keys mean
+    origin: Origin = NOWHERE
+    is_set: bool = True
+    key: str | None = None
+
+    def below(self, step: str) -> Place:
+        p, path = self.param, f'{self.path}.{step}' if self.path else step
+        if isinstance(self.value, list) and step.isdigit():
+            if int(step) >= len(self.value):
+                raise ConfigError([Fault(self.path, f'has {len(self.value)} entries', self.origin)])
+            return self._of(f'{self.path}[{step}]', step, self.value[int(step)], p)
+        if isinstance(self.value, Config) and p is not None and p.place is not None and 'NAME' not in self.value and step in self.value:
+            return self._of(path, step, self.value[step], p)    # a map of named parts
+        if step == 'NAME' and p is not None and p.registry is not None and isinstance(self.value, Config):
+            name = Param(REQUIRED, f'Which of {p.registry.name} this is: {", ".join(p.registry)}.', name='NAME', hint=str)
+            return self._of(path, step, self.value.get('NAME'), name)
+        known = self.schema.find(step) if self.schema is not None else None
+        if known is not None:
+            is_set = isinstance(self.value, Config) and step in self.value
+            value = self.value[step] if is_set else None if known.default is REQUIRED else known.default
+            return self._of(path, step, value, known, is_set)
+        if isinstance(self.value, Config) and step in self.value:
+            return self._of(path, step, self.value[step], None)
+        raise ConfigError([Fault(path, self._unknown(step), NOWHERE)], 'the path')
+
+    def _of(self, path: str, key: str, value: Any, p: Param | None, is_set: bool = True) -> Place:
+        value = Config(value) if isinstance(value, dict) and not isinstance(value, Config) else value
+        origin = self.value.origin(key) if isinstance(self.value, Config) and is_set else self.origin
+        return Place(path, value, p, _schema_below(value, p), origin, is_set, key)
+
+    def _unknown(self, step: str) -> str:
+        if self.schema is not None:
+            return f'no such parameter{did_you_mean(step, [*self.schema, *self.schema.spellings])}'
+        return 'nothing is set here' if self.value is None else f'there are no keys below {self.path}'
+
+    def text(self) -> str:
+        p, rows = self.param, {}
+        if p is not None:
+            rows['meaning'] = p.doc or (f'an argument of {p.owner.__module__}.{p.owner.__qualname__}' if p.argument else '')
+            rows['type'] = p.spell()
+            if p.registry is not None:
+                rows['choices'] = ', '.join(p.registry)
+            rows['default'] = 'none: it is required' if p.default is REQUIRED else _show(p.default, self.key)
+        else:
+            rows['meaning'] = 'nothing declares this key; its component reads it itself'
+        rows['value'] = _show(self.value, self.key) if self.is_set or p is None or p.default is not REQUIRED else 'missing'
+        rows['from'] = str(self.origin) if self.is_set else 'the default'
+        if self.schema:
+            rows['keys'] = ', '.join(self.schema)
+        lines = [self.path]
+        for name, text in rows.items():
+            if text:
+                block = '\n'.join(textwrap.fill(line, 110) for line in text.splitlines())
+                lines.append(f'  {name:<9}' + block.replace('\n', '\n' + ' ' * 11))
+        return '\n'.join(lines)
+
+
+def _schema_below(value: Any, p: Param | None) -> Schema | None:
+    if p is None:
+        return None
+    if p.registry is None:
+        return p.nested
+    if not isinstance(value, Config) or not isinstance(value.get('NAME'), str):
+        return None
+    own = p.registry.schema(value['NAME'])
+    beside = schema_of(p.place) if p.place is not None else Schema()
+    return Schema([*own.values(), *beside.values()], own.open, own.spellings)
+
+
+def _show(value: Any, key: str | None) -> str:
+    shown = masked(value, key or '')
+    if isinstance(shown, (dict, list, tuple)) and shown:
+        return dump(shown).rstrip()
+    return dump({'V': shown}, flow=True).strip()[4:-1]
