@@ -1,0 +1,51 @@
+"""A hook receives the solver at fixed moments and minds one side concern. A run without any hook trains."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from scepter.core.registry import Component
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Hook(Component, base=True):
+    """Overwrite the moments you need. Each mode calls only its own list (TRAIN_HOOKS, EVAL_HOOKS, TEST_HOOKS), in list order.
+
+    A hook that wants a checkpoint calls solver.request_save(); the solver saves at one place, after all hooks and the evaluation.
+    """
+
+    def before_solve(self, solver: Any) -> None:
+        """Everything is built, the checkpoint of RESUME_FROM is loaded, nothing has run."""
+
+    def before_all_iter(self, solver: Any) -> None:
+        """The loop of this mode begins."""
+
+    def before_iter(self, solver: Any) -> None:
+        """A step begins; solver.step counts the finished ones, solver.batches holds its batches."""
+
+    def after_iter(self, solver: Any) -> None:
+        """A step is done; solver.outputs holds what it gave."""
+
+    def before_eval(self, solver: Any) -> None:
+        """In training: an evaluation begins."""
+
+    def after_eval(self, solver: Any) -> None:
+        """In training: an evaluation is done; solver.eval_outputs holds its figures."""
+
+    def after_all_iter(self, solver: Any) -> None:
+        """The loop of this mode has ended."""
+
+    def after_solve(self, solver: Any) -> None:
+        """The run ends; also called after an error."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON values."""
+        return {}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What a resumed run needs, as tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take back what state_dict and state_tensors gave."""

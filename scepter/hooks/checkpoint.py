@@ -1,0 +1,56 @@
+"""When to save."""
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from scepter.core.config import ConfigError
+from scepter.core.registry import HOOKS
+from scepter.core.schema import param
+from scepter.hooks.base import Hook
+
+
+@HOOKS.register_class()
+class CheckpointHook(Hook):
+    """Asks for a checkpoint every INTERVAL steps, at the end, and when a figure of the evaluation is the best so far."""
+
+    INTERVAL: int = param(1000, 'Steps between checkpoints; 0 for none but the last.')
+    SAVE_LAST: bool = param(True, 'Save when the run is done.')
+    SAVE_BEST_BY: str | None = param(None, "Keep the checkpoint with the best of this figure: '+accuracy' the highest, '-loss' the lowest.")
+
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__(cfg, logger=logger)
+        if self.SAVE_BEST_BY is not None and self.SAVE_BEST_BY[:1] not in ('+', '-'):
+            raise ConfigError(f"SAVE_BEST_BY is {self.SAVE_BEST_BY!r}: begin with + (the highest is best) or - (the lowest)")
+        self.best: float | None = None
+        self.best_step: int | None = None
+
+    @property
+    def pinned_steps(self) -> list[int]:
+        """Steps that KEEP_CHECKPOINTS must not remove."""
+        return [] if self.best_step is None else [self.best_step]
+
+    def after_iter(self, solver: Any) -> None:
+        if self.INTERVAL and solver.step % self.INTERVAL == 0:
+            solver.request_save('interval')
+
+    def after_eval(self, solver: Any) -> None:
+        if self.SAVE_BEST_BY is None:
+            return
+        sign, key = self.SAVE_BEST_BY[0], self.SAVE_BEST_BY[1:]
+        if key not in solver.eval_outputs:
+            raise ConfigError(f'SAVE_BEST_BY: the evaluation gives {", ".join(solver.eval_outputs)}, not {key}')
+        value = solver.eval_outputs[key]
+        if math.isfinite(value) and (self.best is None or (value > self.best if sign == '+' else value < self.best)):
+            self.best, self.best_step = value, solver.step
+            solver.request_save(f'best {key}')
+
+    def after_all_iter(self, solver: Any) -> None:
+        if self.SAVE_LAST:
+            solver.request_save('last')
+
+    def state_dict(self) -> dict[str, Any]:
+        return {'best': self.best, 'best_step': self.best_step}
+
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Any]) -> None:
+        self.best, self.best_step = state['best'], state['best_step']

@@ -1,0 +1,72 @@
+"""Looking in while the network trains."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scepter.core import streams
+from scepter.core.env import we
+from scepter.core.images import file_name, grid, save_png
+from scepter.core.registry import HOOKS
+from scepter.core.schema import param
+from scepter.hooks.base import Hook
+
+
+@HOOKS.register_class()
+class ProbeDataHook(Hook):
+    """Every INTERVAL steps: what the network put under probe_data, and pictures it draws for PROMPTS with its averaged weights.
+
+    Goes to WORK_DIR/probes/step-<step>/. Draws are keyed by SEED, so nothing of it disturbs the training. In EVAL_HOOKS and TEST_HOOKS
+    it saves the pictures among the results, in WORK_DIR/<mode>_images/.
+    """
+
+    INTERVAL: int = param(1000, 'Steps between probes.')
+    PROMPTS: list[str] = param([], 'Prompts to draw.')
+    SEED: int = param(2023, 'Seed of the drawn pictures, the same at each probe.')
+    COLUMNS: int = param(8, 'Pictures in a row.')
+
+    def before_all_iter(self, solver: Any) -> None:
+        self.number = 0
+
+    def after_iter(self, solver: Any) -> None:
+        if solver.mode != 'train':
+            self._save_results(solver)
+        elif solver.step % self.INTERVAL == 0:
+            self._probe(solver)
+
+    def _probe(self, solver: Any) -> None:
+        folder = solver.work_dir / 'probes' / f'step-{solver.step:08d}'
+        if we.is_main:
+            self._write(solver.outputs.get('probe_data', {}), folder)
+        if self.PROMPTS:
+            # every process draws, so that none waits in a collective that the others never enter; the main one saves
+            with solver.ema_weights(), torch.no_grad(), solver.autocast(), streams.current(self.SEED, range(len(self.PROMPTS))):
+                solver.test_mode()
+                results = solver.model.forward_test(prompt=list(self.PROMPTS), **{**solver.test_arguments(), 'seed': self.SEED})
+                solver.train_mode()
+            if we.is_main:
+                save_png(grid([r['image'] for r in results], self.COLUMNS), folder / 'samples.png', {'prompts': list(self.PROMPTS)})
+
+    def _write(self, data: dict[str, Any], folder: Path) -> None:
+        """Images to PNG grids, the rest to probe.json."""
+        words: dict[str, Any] = {}
+        for key, value in data.items():
+            if isinstance(value, Tensor) and value.ndim == 4 and value.shape[1] in (1, 3):
+                save_png(grid(list(value[:64]), self.COLUMNS), folder / f'{key}.png')
+            elif isinstance(value, Tensor):
+                words[key] = value.detach().float().cpu().tolist() if value.numel() <= 256 else f'tensor {list(value.shape)}'
+            else:
+                words[key] = value
+        if words:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / 'probe.json').write_text(json.dumps(words, indent=1, default=str, ensure_ascii=False), encoding='utf-8')
+
+    def _save_results(self, solver: Any) -> None:
+        for result, n in zip(solver.outputs.get('results', []), solver.batches[0][1].tolist()):
+            if isinstance(result.get('image'), Tensor):
+                settings = {k: v for k, v in result.items() if not isinstance(v, Tensor)}
+                save_png(result['image'], solver.work_dir / f'{solver.mode}_images' / file_name(n, str(result.get('prompt', ''))), settings)

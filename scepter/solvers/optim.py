@@ -1,0 +1,181 @@
+"""Optimizers by their own signatures, learning rates as functions, and the bookkeeping that joins them to named parameters."""
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scepter.core.config import Config, ConfigError
+from scepter.core.registry import LR_SCHEDULERS, OPTIMIZERS, Component
+from scepter.core.schema import param, split_node
+
+for _name, _value in vars(torch.optim).items():
+    if isinstance(_value, type) and issubclass(_value, torch.optim.Optimizer) and _value is not torch.optim.Optimizer:
+        OPTIMIZERS.register_class(_name)(_value)
+
+
+# ------------------------------------------------------------------------------------------------ learning rates
+# factor(step, max_steps, ...) -> what the optimizer's rate is multiplied by at this step (counted from 0). Without state, so a changed
+# MAX_STEPS or a resume can never disagree with it.
+
+@LR_SCHEDULERS.register_function()
+def Constant(step: int, max_steps: int) -> float:
+    """The same rate throughout."""
+    return 1.0
+
+
+@LR_SCHEDULERS.register_function()
+def Linear(step: int, max_steps: int, final: float = 0.0) -> float:
+    """From 1 straight to `final` at the last step."""
+    return 1.0 + (final - 1.0) * _progress(step, max_steps)
+
+
+@LR_SCHEDULERS.register_function()
+def Cosine(step: int, max_steps: int, final: float = 0.0) -> float:
+    """From 1 along half a cosine to `final` at the last step (Loshchilov & Hutter 2016, without restarts)."""
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * _progress(step, max_steps)))
+
+
+@LR_SCHEDULERS.register_function()
+def Polynomial(step: int, max_steps: int, power: float = 2.0, final: float = 0.0) -> float:
+    """From 1 along (1 - progress) ** power to `final`."""
+    return final + (1.0 - final) * (1.0 - _progress(step, max_steps)) ** power
+
+
+@LR_SCHEDULERS.register_function()
+def Step(step: int, max_steps: int, milestones: list[int], gamma: float = 0.1) -> float:
+    """Multiplied by gamma at each milestone (a step)."""
+    return gamma ** sum(step >= m for m in milestones)
+
+
+@LR_SCHEDULERS.register_function()
+def ConstantThenDecay(step: int, max_steps: int, decay: float = 0.2, final: float = 0.0) -> float:
+    """Constant, then 1 - sqrt to `final` over the last share `decay` of the run (Hägele et al. 2024)."""
+    begin = max_steps * (1.0 - decay)
+    return 1.0 if step < begin else final + (1.0 - final) * (1.0 - math.sqrt((step - begin) / max(1.0, max_steps - begin)))
+
+
+def _progress(step: int, max_steps: int) -> float:
+    return min(1.0, step / max(1, max_steps - 1))
+
+
+# ------------------------------------------------------------------------------------------------ optimizers
+class OptimizerPlace(Component):
+    """What an optimizer's node says about its place, beside the optimizer's own arguments."""
+
+    PARAMS: list[str] = param(['*'], 'Names (globs) of the parameters it owns; each parameter belongs to the first that names it.')
+    LOSS: str = param('loss', "The key of the network's outputs that it follows.")
+    EVERY: int = param(1, 'It steps once in so many steps.')
+    LR_SCALE: float = param(1.0, "Multiplies the solver's rate for this optimizer.")
+
+
+class NamedOptimizer:
+    """One torch optimizer with the names of what it owns.    state: tensors by parameter name, so that no order matters"""
+
+    def __init__(self, name: str, node: Config, owned: dict[str, nn.Parameter], groups: list[dict[str, Any]]):
+        own, (schema, beside) = split_node(node, OptimizerPlace)
+        place = schema.fill(beside)
+        self.name, self.loss, self.every = name, place.LOSS, place.EVERY
+        self.owned = owned
+        params = _grouped(owned, groups)
+        self.optimizer: torch.optim.Optimizer = OPTIMIZERS.build(_with_fused(own, owned), params=params)
+        for group in self.optimizer.param_groups:
+            group['base_lr'] = float(group['lr']) * group.pop('lr_scale', 1.0) * place.LR_SCALE
+
+    def set_rate(self, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group['lr'] = group['base_lr'] * factor
+
+    @property
+    def rate(self) -> float:
+        return self.optimizer.param_groups[0]['lr']
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """{'parameter name/exp_avg': tensor}; numbers as 0-d tensors."""
+        state = self.optimizer.state
+        return {f'{name}/{key}': value if isinstance(value, Tensor) else torch.tensor(value)
+                for name, p in self.owned.items() for key, value in state.get(p, {}).items() if value is not None}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> list[str]:
+        """Take the state of each owned parameter by its name. Answers the names that had none."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            name, _, entry = key.rpartition('/')
+            found.setdefault(name, {})[entry] = value
+        missing = []
+        for name, p in self.owned.items():
+            if name not in found:
+                missing.append(name)
+                continue
+            # torch keeps Adam's step counter on the CPU unless the step is fused on the device or captured
+            state: dict[str, Any] = {}
+            for entry, value in found[name].items():
+                on_device = value.ndim > 0 or (entry == 'step' and self.optimizer.param_groups[0].get('fused'))
+                state[entry] = value.clone().to(p.device if on_device else 'cpu')
+            self.optimizer.state[p] = state
+        return missing
+
+
+def build_optimizers(cfg: Config, model: nn.Module) -> list[NamedOptimizer]:
+    """The optimizers of OPTIMIZER: one config, or a map of named ones. Every trainable parameter belongs to exactly one.
+
+    Raises ConfigError where a parameter is in none, or an optimizer owns nothing.
+    """
+    nodes = {'main': cfg} if 'NAME' in cfg else dict(cfg)
+    left = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not left:
+        raise ConfigError('nothing is trained: every parameter of the network is frozen (FREEZE)')
+    groups = model.parameter_groups() if hasattr(model, 'parameter_groups') else []
+    built = []
+    for name, node in nodes.items():
+        patterns = node.get('PARAMS', ['*'])
+        owned = {n: p for n, p in left.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)}
+        if not owned:
+            raise ConfigError(f'OPTIMIZER.{name}.PARAMS {patterns} matches no trainable parameter that is left; '
+                              f'there are {", ".join(list(left)[:5])}')
+        left = {n: p for n, p in left.items() if n not in owned}
+        built.append(NamedOptimizer(name, node, owned, groups))
+    if left:
+        raise ConfigError(f'{len(left)} trainable parameters are in no optimizer: {", ".join(list(left)[:5])} ...; '
+                          'name them in PARAMS, or freeze them')
+    return built
+
+
+def _grouped(owned: dict[str, nn.Parameter], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    left, result = dict(owned), []
+    for group in groups:
+        members = [left.pop(name) for name in group['params'] if name in left]
+        if members:
+            result.append({**group, 'params': members})
+    return ([{'params': list(left.values())}] if left else []) + result
+
+
+def _with_fused(node: Config, owned: dict[str, nn.Parameter]) -> Config:
+    """One kernel for all parameters where the optimizer has one for this device and the user did not choose."""
+    parameters = inspect.signature(OPTIMIZERS.get(node['NAME'])).parameters
+    asked = {key.lower() for key in node}
+    kinds = {p.device.type for p in owned.values()}
+    if 'fused' not in parameters or asked & {'fused', 'foreach', 'capturable', 'differentiable'} or not kinds <= {'cuda', 'cpu', 'mps'}:
+        return node
+    if not all(p.is_floating_point() for p in owned.values()):
+        return node
+    node = node.copy()
+    node['FUSED'] = True
+    return node
+
+
+def rate_function(cfg: Config | None, warmup: int, max_steps: int) -> Callable[[int], float]:
+    """step -> the factor on every optimizer's rate: the scheduler's, times a linear warm-up."""
+    schedule = LR_SCHEDULERS.function(cfg) if cfg is not None else Constant
+    return lambda step: schedule(step=step, max_steps=max_steps) * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
