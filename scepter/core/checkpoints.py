@@ -36,7 +36,8 @@ from scepter.core.files.atomic import NO_SPACE, Digest
 from scepter.core.files.tensors import TensorFile, nbytes, pack, unpack, write_tensors
 from scepter.core.logger import get_logger
 
-__all__ = ['Checkpoint', 'latest', 'load', 'load_optimizer_state', 'optimizer_state', 'pack', 'preflight', 'prune', 'resolve', 'save', 'unpack']
+__all__ = ['Checkpoint', 'latest', 'load', 'load_optimizer_state', 'optimizer_state', 'pack', 'preflight', 'prune', 'resolve', 'save',
+           'unpack']
 
 FORMAT = 1
 MANIFEST = 'MANIFEST.json'
