@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+from scepter.core.registry import SCHEDULES
+from scepter.diffusion import Diffusion, zero_terminal_snr
+
+
+def log_snr(alphas, sigmas):
+    return 2 * torch.log(alphas / sigmas)
+
+
+@pytest.mark.parametrize('n', [2, 25, 1000])
+@pytest.mark.parametrize('name', sorted(SCHEDULES))
+def test_every_schedule_goes_from_clean_to_noise(name, n):
+    alphas, sigmas = SCHEDULES.get(name)(n)
+    assert alphas.dtype == sigmas.dtype == torch.float64 and alphas.shape == sigmas.shape == (n,)
+    Diffusion(alphas, sigmas, 'v')    # its constructor refuses any other
+
+
+@pytest.mark.parametrize('name', sorted(set(SCHEDULES) - {'shifted'}))
+def test_schedules_preserve_variance(name):
+    alphas, sigmas = SCHEDULES.get(name)(1000)
+    torch.testing.assert_close(alphas ** 2 + sigmas ** 2, torch.ones(1000).double(), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(('ours', 'theirs', 'ends'), [
+    ('linear', 'linear', (1e-4, 0.02)), ('scaled_linear', 'scaled_linear', (0.00085, 0.012)),
+    ('quadratic', 'scaled_linear', (0.00085, 0.012)), ('cosine', 'squaredcos_cap_v2', (0, 0)), ('sigmoid', 'sigmoid', (1e-4, 0.02)),
+])
+def test_schedules_in_betas_equal_the_reference_library(ours, theirs, ends):
+    reference = DDPMScheduler(1000, beta_schedule=theirs, beta_start=ends[0], beta_end=ends[1]).alphas_cumprod.double()
+    alphas, _ = SCHEDULES.get(ours)(1000)
+    torch.testing.assert_close(alphas ** 2, reference, rtol=2e-4, atol=1e-6)    # theirs are products in float32
+
+
+@pytest.mark.parametrize('name', ['karras', 'exponential', 'polyexponential'])
+def test_schedules_in_sigma_reach_from_sigma_min_to_sigma_max(name):
+    alphas, sigmas = SCHEDULES.get(name)(40, sigma_min=0.01, sigma_max=50.0)
+    ratio = sigmas / alphas
+    assert ratio[0].item() == pytest.approx(0.01) and ratio[-1].item() == pytest.approx(50)
+
+
+def test_karras_is_a_line_in_the_seventh_root():
+    alphas, sigmas = SCHEDULES.get('karras')(20)
+    root = (sigmas / alphas) ** (1 / 7)
+    torch.testing.assert_close(root.diff(), (root[-1] - root[0]).expand(19) / 19)
+
+
+def test_exponential_is_a_line_in_the_logarithm():
+    steps = log_snr(*SCHEDULES.get('exponential')(20)).diff()
+    torch.testing.assert_close(steps, steps[:1].expand(19))
+
+
+def test_vp_is_the_continuous_variance_preserving_process():
+    alphas, _ = SCHEDULES.get('vp')(11, eps_s=0.0 + 1e-3)
+    t = torch.linspace(1e-3, 1, 11).double()
+    torch.testing.assert_close(alphas, torch.exp(-(19.9 * t ** 2 / 4 + 0.1 * t / 2)), rtol=1e-6, atol=0)
+
+
+def test_cosine_in_log_snr_is_the_cosine_schedule():
+    alphas, _ = SCHEDULES.get('logsnr_cosine')(101, logsnr_min=-30, logsnr_max=30)
+    torch.testing.assert_close(alphas, torch.cos(torch.linspace(0, 1, 101).double() * math.pi / 2), rtol=0, atol=1e-6)
+
+
+def test_a_shift_moves_log_snr_by_twice_the_log_of_the_scale():
+    plain, shifted = (log_snr(*SCHEDULES.get(f'logsnr_cosine{end}')(50)) for end in ('', '_shifted'))
+    torch.testing.assert_close(plain - shifted, torch.full((50,), 2 * math.log(2)).double())
+
+
+def test_the_interpolated_shift_goes_from_scale_min_to_scale_max():
+    plain, interp = (log_snr(*SCHEDULES.get(f'logsnr_cosine{end}')(50)) for end in ('', '_interp'))
+    torch.testing.assert_close(plain - interp, torch.linspace(2 * math.log(2), 2 * math.log(4), 50).double())
+
+
+def test_shifted_is_the_flow_of_sd3_and_ends_in_pure_noise():
+    alphas, sigmas = SCHEDULES.get('shifted')(4, shift=3.0)
+    torch.testing.assert_close(sigmas, torch.tensor([0.5, 0.75, 0.9, 1.0]).double())
+    assert alphas[-1] == 0 and torch.equal(alphas + sigmas, torch.ones(4).double())
+
+
+@pytest.mark.parametrize('name', ['linear', 'scaled_linear', 'cosine', 'karras'])
+def test_zero_terminal_snr_equals_the_reference_library(name):
+    alphas, sigmas = SCHEDULES.get(name)(1000)
+    betas = 1 - torch.cat([alphas[:1] ** 2, (alphas[1:] / alphas[:-1]) ** 2])
+    reference = torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0).sqrt()
+    stretched, noise = zero_terminal_snr(alphas, sigmas)
+    torch.testing.assert_close(stretched, reference, rtol=0, atol=1e-7)
+    assert stretched[-1] == 0 and noise[-1] == 1 and stretched[0].item() == pytest.approx(alphas[0].item(), abs=1e-15)
+
+
+def test_zero_terminal_snr_of_stable_diffusion_has_the_papers_value_in_the_middle():
+    _, sigmas = zero_terminal_snr(*SCHEDULES.get('scaled_linear')(1000))
+    assert sigmas[500].item() == pytest.approx(0.8712, abs=1e-4)
+
+
+def test_zero_terminal_snr_refuses_a_flow():
+    with pytest.raises(ValueError, match='ends in pure noise by itself'):
+        zero_terminal_snr(*SCHEDULES.get('shifted')(10))
+
+
+def test_a_schedule_is_built_from_a_config():
+    built = SCHEDULES.build({'NAME': 'shifted', 'SHIFT': 2.0}, n=10)
+    assert torch.equal(built[1], SCHEDULES.get('shifted')(10, shift=2.0)[1])
