@@ -19,8 +19,8 @@ from scepter.core.errors import ScepterError
 
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 1_000_000, 64, 100_000
 
-# the folder of shipped examples: beside the package in a checkout, inside it when installed
-EXAMPLES = next((p for p in (Path(__file__).resolve().parents[2] / 'examples', Path(__file__).resolve().parents[1] / 'examples')
+# the folder of shipped examples: inside the package when installed, beside it in a checkout
+EXAMPLES = next((p for p in (Path(__file__).resolve().parents[1] / 'examples', Path(__file__).resolve().parents[2] / 'examples')
                  if p.is_dir()), Path('examples'))
 
 
