@@ -3,8 +3,10 @@ from __future__ import annotations
 
 from scepter.data import datasets, transforms
 from scepter.diffusion import samplers, schedules
-from scepter.models import autoencoder, losses, unet
+from scepter.hooks import checkpoint, ema, log, pretrained, probe, profile
+from scepter.models import autoencoder, latent_diffusion, losses, unet
 from scepter.models.embedders import clip
-from scepter.solvers import metrics, optim
+from scepter.solvers import base, diffusion, metrics, optim
 
-__all__ = ['autoencoder', 'clip', 'datasets', 'losses', 'metrics', 'optim', 'samplers', 'schedules', 'transforms', 'unet']
+__all__ = ['autoencoder', 'base', 'checkpoint', 'clip', 'datasets', 'diffusion', 'ema', 'latent_diffusion', 'log', 'losses', 'metrics', 'optim',
+           'pretrained', 'probe', 'profile', 'samplers', 'schedules', 'transforms', 'unet']

@@ -50,6 +50,19 @@ def grid(images: list[Tensor], columns: int) -> np.ndarray:
     return np.concatenate([np.concatenate(tiles[i:i + columns], axis=1) for i in range(0, len(tiles), columns)])
 
 
+def save_results(results: list[dict[str, Any]], numbers: list[int], folder: str | Path) -> None:
+    """One PNG per result that has an image, its words and numbers inside; the others' go to results.jsonl."""
+    for result, number in zip(results, numbers):
+        words = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in result.items()
+                 if not isinstance(value, Tensor) or (value.numel() <= 4096 and value.ndim < 3)}
+        if isinstance(result.get('image'), Tensor):
+            save_png(result['image'], Path(folder) / file_name(number, str(result.get('prompt', ''))), words)
+        else:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with open(Path(folder) / 'results.jsonl', 'a', encoding='utf-8') as file:
+                file.write(json.dumps({'number': number, **words}, default=str) + '\n')
+
+
 def file_name(number: int, prompt: str = '', suffix: str = '.png') -> str:
     """A name for the picture of a prompt: [a-z0-9-] and a hash, at most 100 bytes. The prompt itself is never a name."""
     plain = unicodedata.normalize('NFKD', prompt[:400]).encode('ascii', 'ignore').decode().lower()

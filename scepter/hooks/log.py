@@ -68,8 +68,8 @@ class LogHook(Hook):
     def _write(self, solver: Any, values: dict[str, float]) -> None:
         self.file.write(json.dumps({'step': solver.step, 'time': round(time.time(), 3), **values}) + '\n')
         self.file.flush()
-        self.logger.info(f'step {solver.step}/{solver.max_steps}  ' + '  '.join(f'{k.split("/", 1)[1] if k.startswith("train/") else k} {_short(v)}'
-                                                                                  for k, v in values.items()))
+        shown = '  '.join(f'{key.removeprefix("train/").removeprefix("perf/")} {_short(value)}' for key, value in values.items())
+        self.logger.info(f'step {solver.step}/{solver.max_steps}  {shown}')
 
 
 @HOOKS.register_class()

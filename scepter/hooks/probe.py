@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scepter.core import streams
 from scepter.core.env import we
-from scepter.core.images import file_name, grid, save_png
+from scepter.core.images import grid, save_png, save_results
 from scepter.core.registry import HOOKS
 from scepter.core.schema import param
 from scepter.hooks.base import Hook
@@ -20,8 +20,8 @@ from scepter.hooks.base import Hook
 class ProbeDataHook(Hook):
     """Every INTERVAL steps: what the network put under probe_data, and pictures it draws for PROMPTS with its averaged weights.
 
-    Goes to WORK_DIR/probes/step-<step>/. Draws are keyed by SEED, so nothing of it disturbs the training. In EVAL_HOOKS and TEST_HOOKS
-    it saves the pictures among the results, in WORK_DIR/<mode>_images/.
+    Goes to WORK_DIR/probes/step-<step>/. Draws are keyed by SEED, so nothing of it disturbs the training. In EVAL_HOOKS it saves the
+    results of the evaluation, in WORK_DIR/eval_images/step-<step>/.
     """
 
     INTERVAL: int = param(1000, 'Steps between probes.')
@@ -29,14 +29,12 @@ class ProbeDataHook(Hook):
     SEED: int = param(2023, 'Seed of the drawn pictures, the same at each probe.')
     COLUMNS: int = param(8, 'Pictures in a row.')
 
-    def before_all_iter(self, solver: Any) -> None:
-        self.number = 0
-
     def after_iter(self, solver: Any) -> None:
-        if solver.mode != 'train':
-            self._save_results(solver)
-        elif solver.step % self.INTERVAL == 0:
+        if solver.mode == 'train' and solver.step % self.INTERVAL == 0:
             self._probe(solver)
+        elif solver.mode == 'eval':
+            folder = solver.work_dir / 'eval_images' / f'step-{solver.step:08d}'
+            save_results(solver.outputs.get('results', []), solver.batches[0][1].tolist(), folder)
 
     def _probe(self, solver: Any) -> None:
         folder = solver.work_dir / 'probes' / f'step-{solver.step:08d}'
@@ -65,8 +63,3 @@ class ProbeDataHook(Hook):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / 'probe.json').write_text(json.dumps(words, indent=1, default=str, ensure_ascii=False), encoding='utf-8')
 
-    def _save_results(self, solver: Any) -> None:
-        for result, n in zip(solver.outputs.get('results', []), solver.batches[0][1].tolist()):
-            if isinstance(result.get('image'), Tensor):
-                settings = {k: v for k, v in result.items() if not isinstance(v, Tensor)}
-                save_png(result['image'], solver.work_dir / f'{solver.mode}_images' / file_name(n, str(result.get('prompt', ''))), settings)

@@ -16,6 +16,7 @@ from scepter.core.config import Config, ConfigError, masked, plain
 from scepter.core.env import Stopped, seed_everything, we
 from scepter.core.errors import CheckpointError, DataError, NonFiniteError
 from scepter.core.files import atomic
+from scepter.core.images import save_results
 from scepter.core.logger import get_logger, set_up_logging
 from scepter.core.registry import DATASETS, HOOKS, LR_SCHEDULERS, METRICS, MODELS, OPTIMIZERS, SOLVERS, Component
 from scepter.core.schema import param, part, parts
@@ -49,9 +50,9 @@ class BaseSolver(Component, base=True):
     WARMUP_STEPS: int = param(0, 'Steps over which the rate rises from nothing.')
     GRADIENT_CLIP: float | None = param(None, 'Largest global norm of the gradient.')
 
-    DTYPE: Literal['float32', 'bfloat16', 'float16', 'auto'] = param('float32', 'Type of the arithmetic (autocast); auto: bfloat16 where the '
-                                                                     'processor computes in it.')
-    PARAM_DTYPE: Literal['float32', 'bfloat16'] = param('float32', 'Type of the weights themselves, and so of gradients and optimizer state.')
+    DTYPE: Literal['float32', 'bfloat16', 'float16', 'auto'] = param(
+        'float32', 'Type of the arithmetic (autocast); auto: bfloat16 where the processor computes in it.')
+    PARAM_DTYPE: Literal['float32', 'bfloat16'] = param('float32', 'Type of the weights, and so of gradients and optimizer state.')
     CHANNELS_LAST: bool = param(False, 'Lay images out with channels last, which convolutions like.')
     COMPILE: bool = param(False, 'Compile the network with torch.compile.')
 
@@ -61,7 +62,7 @@ class BaseSolver(Component, base=True):
     TRAIN_HOOKS: list = parts(HOOKS, 'Side concerns of training.')
     EVAL_HOOKS: list = parts(HOOKS, 'Side concerns of evaluation.')
     TEST_HOOKS: list = parts(HOOKS, 'Side concerns of testing.')
-    RESUME_FROM: str | None = param(None, 'Absent: a fresh run. auto: the newest checkpoint, else fresh. latest: the newest. A path: that one.')
+    RESUME_FROM: str | None = param(None, 'Absent: a fresh run. auto: the newest checkpoint, else fresh. latest: the newest. A path: that.')
     KEEP_CHECKPOINTS: int | None = param(None, 'How many of the newest checkpoints to keep; default all.')
 
     def __init__(self, cfg: dict, logger: Any = None):
@@ -215,7 +216,7 @@ class BaseSolver(Component, base=True):
         self._call('after_eval', 'train')
 
     def run_test(self) -> None:
-        """Let the network draw or predict all of TEST_DATA."""
+        """Let the network draw or predict all of TEST_DATA, into WORK_DIR/test_results/."""
         with self.ema_weights():
             self._run_over('test', with_loss=False, with_results=True)
 
@@ -247,6 +248,8 @@ class BaseSolver(Component, base=True):
             if mode == 'eval':
                 for metric in self.metrics:
                     metric.update(self.outputs['results'], moved)
+            if mode == 'test':
+                save_results(self.outputs['results'], n.tolist(), self.work_dir / 'test_results')
             self._call('after_iter', mode)
         figures: dict[str, float] = {}
         if with_loss:
@@ -349,7 +352,7 @@ class BaseSolver(Component, base=True):
                             f'({self._bad_steps} of {PATIENCE})')
         if self._bad_steps >= PATIENCE:
             numbers = ', '.join(str(int(v)) for _, n in self.batches for v in n[:8])
-            raise NonFiniteError(f'{PATIENCE} steps in a row were not finite, the last at step {self.step} (samples drawn: {numbers}, ...). '
+            raise NonFiniteError(f'{PATIENCE} steps in a row were not finite, the last at step {self.step} (samples {numbers}, ...). '
                                  'Lower the learning rate, set GRADIENT_CLIP, or look at these samples; the last checkpoint is intact')
         return False
 

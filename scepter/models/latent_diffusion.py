@@ -1,0 +1,198 @@
+"""LatentDiffusion: an autoencoder, a network that removes noise in its latent space, and an embedder that tells it what to draw."""
+from __future__ import annotations
+
+import fnmatch
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from scepter.core import streams
+from scepter.core.config import ConfigError
+from scepter.core.env import we
+from scepter.core.registry import BACKBONES, EMBEDDERS, LOSSES, MODELS, SCHEDULES
+from scepter.core.schema import default, param, part
+from scepter.diffusion.process import Diffusion
+from scepter.diffusion.schedules import zero_terminal_snr
+from scepter.models.autoencoder import DiagonalGaussian
+from scepter.models.base import TrainModule
+
+Seed = int | Sequence[int]
+
+
+@MODELS.register_class()
+class LatentDiffusion(TrainModule):
+    """Latent diffusion (Rombach et al. 2022).    image [B, 3, H, W] in -1..1 and prompts -> loss;  prompts -> images in 0..1
+
+    Parts: `model` (the denoising network), `first_stage_model` (frozen), `cond_stage_model` (its own FREEZE decides), `diffusion`.
+    """
+
+    DIFFUSION_MODEL: dict = part(BACKBONES, 'The network that removes noise: (x, t, cond) -> prediction.')
+    FIRST_STAGE_MODEL: dict = part(MODELS, 'The autoencoder; always frozen.')
+    COND_STAGE_MODEL: dict | None = part(EMBEDDERS, 'From prompts to context; null for a network without prompts.', default=None)
+    LOSS: dict | None = part(LOSSES, 'The error of each element of the prediction; default its square.', default=None)
+
+    PARAMETERIZATION: Literal['eps', 'x0', 'v', 'flow'] = param('eps', 'What the network predicts.')
+    TIMESTEPS: int = param(1000, 'Levels of noise in training.')
+    SCHEDULE_ARGS: dict = part(SCHEDULES, 'How noise grows over the levels.', default={'NAME': 'scaled_linear'})
+    ZERO_TERMINAL_SNR: bool = param(False, 'Rescale the schedule so that the last level is pure noise (2305.08891); not for eps.')
+    MIN_SNR_GAMMA: float | None = param(None, 'Weigh the loss by min(SNR, gamma) (2303.09556); 5 is usual.')
+    OFFSET_NOISE: float = param(0.0, 'Share of noise that is constant over each channel, for very dark and very bright pictures.')
+    INPUT_PERTURBATION: float = param(0.0, 'Extra noise on what the network sees, but not on its target (2301.11706).')
+
+    SCALE_FACTOR: float = param(0.18215, 'Latents are multiplied by this, so that their variance is about 1.')
+    SIZE_FACTOR: int = param(8, 'How much smaller than the image a latent is, per side.')
+    IMAGE_SIZE: int | list[int] = param(512, 'Size to draw where none is given: pixels, or [height, width].')
+    P_ZERO: float = param(0.0, 'Share of prompts that training replaces by TRAIN_N_PROMPT, so that guidance can work.')
+    TRAIN_N_PROMPT: str = param('', 'What training puts in place of a dropped prompt.')
+    DEFAULT_N_PROMPT: str = param('', 'The negative prompt of pictures that come without one.')
+    FREEZE: list[str] = param([], 'Names or globs of parameters that are not trained, e.g. model.input_blocks.*')
+    PRETRAINED_MODEL: str | None = param(None, 'Weights of the whole: a single file, a diffusers folder, a checkpoint of ours.')
+    IGNORE_KEYS: list[str] = param([], 'Names or globs of weights that may be missing, left over or of another shape.')
+
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__(cfg, logger=logger)
+        self.model = BACKBONES.build(self.DIFFUSION_MODEL, logger=logger)
+        self.first_stage_model = MODELS.build(self.FIRST_STAGE_MODEL, logger=logger)
+        self.cond_stage_model = EMBEDDERS.build(self.COND_STAGE_MODEL, logger=logger) if self.COND_STAGE_MODEL is not None else None
+        self.loss = LOSSES.build(self.LOSS, logger=logger) if self.LOSS is not None else None
+
+        alphas, sigmas = SCHEDULES.build(self.SCHEDULE_ARGS, n=self.TIMESTEPS)
+        if self.ZERO_TERMINAL_SNR:
+            alphas, sigmas = zero_terminal_snr(alphas, sigmas)
+        try:
+            self.diffusion = Diffusion(alphas, sigmas, self.PARAMETERIZATION)
+        except ValueError as error:
+            raise ConfigError(f'PARAMETERIZATION {self.PARAMETERIZATION} on {self.SCHEDULE_ARGS["NAME"]}: {error}') from error
+        self.num_timesteps, self.size_factor, self.scale_factor = self.TIMESTEPS, self.SIZE_FACTOR, self.SCALE_FACTOR
+        self.p_zero, self.train_n_prompt, self.default_n_prompt = self.P_ZERO, self.TRAIN_N_PROMPT, self.DEFAULT_N_PROMPT
+
+        if self.PRETRAINED_MODEL is not None:
+            self.load_pretrained(self.PRETRAINED_MODEL, self.IGNORE_KEYS)
+        self.first_stage_model.freeze()
+        for name, parameter in self.named_parameters():
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.FREEZE):
+                parameter.requires_grad_(False)
+
+    # ---------------------------------------------------------------- training
+    def forward_train(self, image: Tensor | None = None, moments: Tensor | None = None, noise: Tensor | None = None,
+                      prompt: list[str] | None = None, **batch: Any) -> dict[str, Any]:
+        """image [B, 3, H, W] in -1..1, or moments [B, 2C, h, w] that the autoencoder gave earlier -> {'loss', 'probe_data'}."""
+        x0 = self.encode_first_stage(image) if moments is None else self.scale_factor * DiagonalGaussian(moments).sample()
+        t = streams.integers('timestep', self.num_timesteps, len(x0))
+        probe: dict[str, Any] = {'t': t}
+        model_kwargs = {}
+        if prompt is not None and self.cond_stage_model is not None:
+            dropped = (streams.uniform('drop_caption', len(prompt)) < self.p_zero).tolist()
+            prompt = [self.train_n_prompt if drop else p for p, drop in zip(prompt, dropped)]
+            model_kwargs = {'cond': self.condition(prompt, **batch)}
+            probe['prompt'] = prompt
+        weight = self.diffusion.min_snr(self.MIN_SNR_GAMMA) if self.MIN_SNR_GAMMA is not None else None
+        loss = self.diffusion.loss(x0, t.to(x0.device), self.model, model_kwargs, noise, criterion=self.loss, weight=weight,
+                                   offset_noise=self.OFFSET_NOISE, input_perturbation=self.INPUT_PERTURBATION)
+        return {'loss': loss.mean(), 'probe_data': probe}
+
+    @torch.no_grad()
+    def encode_first_stage(self, image: Tensor, **kwargs: Any) -> Tensor:
+        """[B, 3, H, W] in -1..1 -> a latent [B, C, h, w] of variance about 1, drawn from the posterior."""
+        return self.scale_factor * self.first_stage_model.encode(image).latent_dist.sample()
+
+    def tokenizer(self, prompts: list[str]) -> Tensor:
+        """Prompts -> int64 [B, L], by the embedder's own tokenizer."""
+        return self.cond_stage_model.tokenize(prompts)
+
+    def encode_condition(self, tokens: Tensor, method: str = 'encode_text') -> Any:
+        """Tokens [B, L] -> what the network takes as cond; the embedder's `method` does it, in full precision."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            return getattr(self.cond_stage_model, method)(tokens, tokenizer=getattr(self.cond_stage_model, 'tokenizer', None))
+
+    def condition(self, prompt: list[str], **batch: Any) -> Any:
+        """Prompts, and what the embedder may read beside them (sizes, ...), -> cond."""
+        return self.encode_condition(self.tokenizer(prompt).to(self.device))
+
+    # ---------------------------------------------------------------- drawing
+    @torch.no_grad()
+    def forward_test(self, prompt: list[str] | None = None, n_prompt: list[str] | str | None = None, image: Tensor | None = None,
+                     mask: Tensor | None = None, sampler: str = 'ddim', sample_steps: int = 50, seed: Seed = 2023,
+                     guide_scale: float | list[float] | dict[str, float] | None = 7.5, guide_rescale: float = 0.5,
+                     discretization: str = 'trailing', image_size: int | Sequence[int] | None = None,
+                     denoising_strength: float | None = None, num_samples: int | None = None, run_train_n: bool = False,
+                     show_progress: bool = False, sampler_args: Mapping[str, Any] | None = None, **batch: Any) -> list[dict[str, Any]]:
+        """Prompts -> one dict each: prompt, n_prompt, image [3, H, W] in 0..1.
+
+        seed: a number, below 0 for another one each time; picture i of it is keyed (seed, i). Or one seed for each picture.
+        image [B, 3, H, W] in -1..1: says the size; with a denoising_strength (0..1) or a mask [B, 1, H, W] (1 where the picture is
+        made anew) it is also what to begin with. run_train_n: draw each once more with TRAIN_N_PROMPT as the negative prompt.
+        sampler_args: the sampler's own options (eta, ...), and clamp, percentile, t_max, ...
+        Raises ValueError for a size that the networks cannot make, with the nearest that they can.
+        """
+        count = len(prompt) if prompt is not None else default(num_samples, 1 if image is None else len(image))
+        seed = random.randrange(2 ** 32) if isinstance(seed, int) and seed < 0 else seed
+        seeds = streams.row_seeds(seed, count)
+        height, width = self.size_of(default(image_size, self.IMAGE_SIZE if image is None else list(image.shape[-2:])))
+        shape = (self.latent_channels, height // self.size_factor, width // self.size_factor)
+        noise = streams.normal_rows(seeds, 'start', shape, self.device)
+        start: dict[str, Any] = {}
+        if denoising_strength is not None or mask is not None:
+            if image is None:
+                raise ValueError('denoising_strength and mask need an image to begin with')
+            start = {'x': self.encode_first_stage(image.to(self.device)), 'denoising_strength': default(denoising_strength, 1.0)}
+            if mask is not None:
+                start['mask'] = torch.nn.functional.interpolate(mask.to(self.device).float(), shape[1:], mode='area')
+
+        negative = [n_prompt] * count if isinstance(n_prompt, str) else default(n_prompt, [self.default_n_prompt] * count)
+
+        def draw(negative_prompt: list[str]) -> Tensor:
+            latents = self.diffusion.sample(
+                noise, self.model, self._conditions(prompt, negative_prompt, guide_scale, image_size=(height, width), **batch),
+                solver=sampler, steps=sample_steps, guide_scale=guide_scale if self.cond_stage_model is not None else None,
+                guide_rescale=guide_rescale if self.cond_stage_model is not None else 0.0, discretization=discretization, seed=seeds,
+                show_progress=show_progress, **start, **(sampler_args or {}))
+            return ((self.decode_first_stage(latents).float() + 1) / 2).clamp(0, 1)
+
+        results = [{'image': picture, 'seed': s} for picture, s in zip(draw(negative), seeds)]
+        if prompt is not None:
+            results = [{'prompt': p, 'n_prompt': n, **r} for p, n, r in zip(prompt, negative, results)]
+        if run_train_n and self.train_n_prompt != self.default_n_prompt:
+            for result, picture in zip(results, draw([self.train_n_prompt] * count)):
+                result |= {'train_n_prompt': self.train_n_prompt, 'train_n_image': picture}
+        return results
+
+    def _conditions(self, prompt: list[str] | None, n_prompt: list[str], guide_scale: Any, **batch: Any) -> list[dict[str, Any]] | None:
+        """[wanted, unwanted]; the unwanted one only where guidance looks at it. Keys and values of the context are computed once."""
+        if self.cond_stage_model is None or prompt is None:
+            return None
+        wanted = [prompt] if guide_scale is None or guide_scale == 1 else [prompt, n_prompt]
+        precompute = getattr(self.model, 'precompute', lambda cond: cond)
+        return [{'cond': precompute(self.condition(words, **batch))} for words in wanted]
+
+    def decode_first_stage(self, latents: Tensor) -> Tensor:
+        """[B, C, h, w] -> images [B, 3, H, W] in about -1..1."""
+        return self.first_stage_model.decode(latents / self.scale_factor)
+
+    def noise_sample(self, num_samples: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
+        """Noise [B, C, height, width] of latents, from torch's generator."""
+        return torch.randn(num_samples, self.latent_channels, height, width, generator=generator,
+                           device=generator.device if generator is not None else None).to(self.device)
+
+    def size_of(self, size: int | Sequence[int]) -> tuple[int, int]:
+        """(height, width) of a picture of this size. Raises ValueError with the nearest size where the networks cannot make it."""
+        height, width = (size, size) if isinstance(size, int) else size
+        step = self.size_factor
+        if height < step or width < step or height % step or width % step:
+            near = [max(1, round(side / step)) * step for side in (height, width)]
+            raise ValueError(f'an image of {height}x{width} cannot be made: sides are multiples of {step}, e.g. {near[0]}x{near[1]}')
+        return height, width
+
+    @property
+    def latent_channels(self) -> int:
+        return self.first_stage_model.EMBED_DIM
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.model.parameters()), we.device)
+
+    def compile_network(self) -> None:
+        self.model.compile()
