@@ -1,0 +1,336 @@
+"""Datasets: an index goes in, a dict comes out.
+
+    image [3, H, W] float32 in -1..1 · prompt str · label int · mask [1, H, W] in 0..1 · original_size, crop_top_left, target_size [2]
+
+A dataset of one's own is a class on BaseDataset with __len__ and __getitem__ (docs/data.md); order, batches, workers, keyed
+randomness and the replacement of unreadable files are the loader's.
+"""
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageFile
+from torch import Tensor
+
+from scepter.core.errors import DataError
+from scepter.core.files import FS
+from scepter.core.logger import get_logger
+from scepter.core.registry import DATASETS, TRANSFORMS, Component
+from scepter.core.schema import param, parts
+
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif')
+CAPTION_SUFFIXES = ('.txt', '.caption')
+METADATA_FILES = ('metadata.jsonl', 'metadata.csv')
+MAX_PIXELS = 89_478_485      # what Pillow warns at; a header that promises more is a bomb, or a picture to be scaled down first
+MAX_CAPTION_BYTES = 65_536   # the longest real captions are a few kB
+
+
+class UnreadableError(Exception):
+    """One sample cannot be read. The loader names it once and puts another sample in its place."""
+
+
+class BaseDataset(Component, base=True):
+    """What every dataset is built on: the loader's settings, and the order of a sample's last steps."""
+
+    BATCH_SIZE: int = param(4, 'Samples of one batch, per process.')
+    NUM_WORKERS: int = param(0, 'Processes that read ahead; 0 reads in the main process. Samples are the same, to the bit.')
+    PREFETCH: int = param(2, 'Batches that each worker reads ahead.')
+    PIN_MEMORY: bool = param(False, 'Hand batches over in page-locked memory, which a GPU copies faster.')
+    TIMEOUT: float = param(120.0, 'Seconds to wait for one batch before its worker counts as stuck and is replaced.')
+    MAX_BAD_FRACTION: float = param(0.01, 'Share of the files that may be unreadable (two always may); 0: none may.')
+
+    def __len__(self) -> int:
+        raise NotImplementedError(f'{type(self).__name__} has no __len__: return the number of samples of one epoch')
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The sample at 0 <= index < len(self). Raises UnreadableError where only this sample is at fault."""
+        raise NotImplementedError(f'{type(self).__name__} has no __getitem__: return the sample as a dict')
+
+    def name_of(self, index: int) -> str:
+        """What a message calls this sample: its path, where it has one."""
+        return f'sample {index}'
+
+    @property
+    def file_count(self) -> int:
+        """How many different files the samples come from; MAX_BAD_FRACTION is a share of it."""
+        return len(self)
+
+
+@DATASETS.register_class()
+class ImageTextFolderDataset(BaseDataset):
+    """A folder of images with their captions.    index  ->  image [3, H, W] float32 in -1..1, prompt str
+
+    Captions come from metadata.jsonl or metadata.csv in the folder (file_name, text), else from a .txt or .caption file beside
+    each image; the folder is then searched to its bottom. Raises DataError where there is nothing to read.
+    """
+
+    DATA_FOLDER: str = param(doc='Folder of the images, local or in any store.')
+    PROMPT_PREFIX: str = param('', 'Put before every caption.')
+    REPEATS: int = param(1, 'How often each image is seen in one epoch.')
+    TRANSFORMS: list = parts(TRANSFORMS, 'What is done to a sample, in this order; the result must be of one size.')
+
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__(cfg, logger=logger)
+        self.logger = logger or get_logger()
+        if self.REPEATS < 1:
+            raise DataError(f'REPEATS is {self.REPEATS}: an image is seen once per epoch or more often')
+        self.transforms = [TRANSFORMS.build(t, logger=logger) for t in self.TRANSFORMS]
+        with FS.get_dir_to_local_dir(self.DATA_FOLDER, wait_finish=True) as folder:
+            self.folder = os.path.abspath(folder)
+        if not os.path.isdir(self.folder):
+            raise DataError(f'DATA_FOLDER: no folder {self.DATA_FOLDER}')
+        self.records = self._find_records()     # (path below the folder, caption or the file that holds it)
+        missing = sum(caption is None for _, caption in self.records)
+        self.missing_captions = missing
+        if missing:
+            first = next(path for path, caption in self.records if caption is None)
+            self.logger.warning(f'{self.DATA_FOLDER}: {missing} of {len(self.records)} images have no caption, e.g. {first}; '
+                                "their prompt is ''")
+
+    def __len__(self) -> int:
+        return len(self.records) * self.REPEATS
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path, caption = self.records[index % len(self.records)]
+        sample: dict[str, Any] = {'image': load_image(os.path.join(self.folder, path)), 'prompt': self.PROMPT_PREFIX + self._read(caption)}
+        for transform in self.transforms:
+            sample = transform(sample)
+        sample['image'] = to_tensor(sample['image'])
+        if 'mask' in sample:
+            sample['mask'] = to_mask(sample['mask'])
+        return sample
+
+    def name_of(self, index: int) -> str:
+        return os.path.join(self.folder, self.records[index % len(self.records)][0])
+
+    @property
+    def file_count(self) -> int:
+        return len(self.records)
+
+    def _read(self, caption: str | Path | None) -> str:
+        if not isinstance(caption, Path):
+            return caption or ''
+        with open(os.path.join(self.folder, caption), 'rb') as file:
+            text = file.read(MAX_CAPTION_BYTES + 1)
+        try:
+            return clean_caption(text.decode('utf-8-sig'))
+        except ValueError as error:    # UnicodeDecodeError is one
+            raise UnreadableError(f'caption {caption}: {error}') from error
+
+    def _find_records(self) -> list[tuple[str, str | Path | None]]:
+        sheets = [name for name in METADATA_FILES if os.path.isfile(os.path.join(self.folder, name))]
+        if len(sheets) > 1:
+            raise DataError(f'{self.DATA_FOLDER} holds {" and ".join(sheets)}: keep the one that is meant')
+        if sheets:
+            records = _records_of_metadata(os.path.join(self.folder, sheets[0]))
+            if not records:
+                raise DataError(f'{self.DATA_FOLDER}/{sheets[0]} lists no image')
+            return records
+        names = sorted(_walk(self.folder))
+        images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+        if not images:
+            found = f'{len(names)} other files, e.g. {names[0]}' if names else 'nothing'
+            raise DataError(f'no images in {self.DATA_FOLDER}: looked for {", ".join(METADATA_FILES)} and for files that end in '
+                            f'{" ".join(IMAGE_SUFFIXES)}, found {found}')
+        texts = set(names)
+        sidecars = ([os.path.splitext(image)[0] + suffix for suffix in CAPTION_SUFFIXES] for image in images)
+        return [(image, next((Path(t) for t in beside if t in texts), None)) for image, beside in zip(images, sidecars)]
+
+
+@DATASETS.register_class()
+class PromptListDataset(BaseDataset):
+    """Prompts to draw, for TEST_DATA.    index  ->  prompt, n_prompt str, image_size [h, w], and what its line says besides
+
+    A line of PROMPT_FILE is a prompt; in a .jsonl file it is an object ({"prompt": ..., "n_prompt": ..., "image_size": [h, w],
+    "seed": ...}), whose keys go to the network's forward_test.
+    """
+
+    PROMPTS: list[str] = param([], 'The prompts themselves.')
+    PROMPT_FILE: str | None = param(None, 'A file with a prompt per line, or .jsonl with an object per line.')
+    N_PROMPT: str = param('', 'Negative prompt of every line that does not give its own.')
+    PROMPT_PREFIX: str = param('', 'Put before every prompt.')
+    IMAGE_SIZE: int | tuple[int, int] | None = param(None, 'Pixels: one number, or [height, width]; null leaves it to the network.')
+
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__(cfg, logger=logger)
+        if bool(self.PROMPTS) == bool(self.PROMPT_FILE):
+            raise DataError('give either PROMPTS or PROMPT_FILE')
+        lines = [{'prompt': p} for p in self.PROMPTS] or self._read_file()
+        size = {} if self.IMAGE_SIZE is None else {'image_size': self.IMAGE_SIZE}
+        self.lines = [{'n_prompt': self.N_PROMPT, **size, **line, 'prompt': self.PROMPT_PREFIX + line['prompt']} for line in lines]
+        for line in self.lines:
+            if 'image_size' in line:
+                line['image_size'] = pair(line['image_size'])
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self.lines[index])
+
+    def name_of(self, index: int) -> str:
+        return f'prompt {index + 1} {self.lines[index]["prompt"][:40]!r}'
+
+    def _read_file(self) -> list[dict[str, Any]]:
+        with FS.get_from(self.PROMPT_FILE) as path:
+            if not os.path.isfile(path):
+                raise DataError(f'PROMPT_FILE: no file {self.PROMPT_FILE}')
+            lines = [(number, line.strip()) for number, line in _lines(path) if line.strip()]
+        if not lines:
+            raise DataError(f'PROMPT_FILE: {self.PROMPT_FILE} holds no prompt')
+        if not self.PROMPT_FILE.endswith('.jsonl'):
+            return [{'prompt': line} for _, line in lines]
+        rows = [_row(self.PROMPT_FILE, number, line) for number, line in lines]
+        for (number, _), row in zip(lines, rows):
+            if not isinstance(row.get('prompt'), str):
+                raise DataError(f'{self.PROMPT_FILE}, line {number}: expected a "prompt", got the keys {", ".join(row) or "(none)"}')
+        return rows
+
+
+# ---------------------------------------------------------------------------------------- one image
+def load_image(path: str) -> Image.Image:
+    """An image file as RGB, upright: the first frame, EXIF orientation applied, transparency laid on white, 16 bits scaled to 8.
+
+    `info['original_size']` of the result is its (height, width). Raises UnreadableError for whatever cannot be decoded whole.
+    """
+    ImageFile.LOAD_TRUNCATED_IMAGES = False    # other libraries switch it on; half a picture is a bad sample
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            with Image.open(path) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise UnreadableError(f'{image.width}x{image.height} pixels, more than the {MAX_PIXELS} that are allowed')
+                image.load()
+                image = to_rgb(_upright(image))
+    except UnreadableError:
+        raise
+    except Exception as error:    # on damaged bytes, decoders raise anything: SyntaxError, struct.error, IndexError, ...
+        raise UnreadableError(f'{type(error).__name__}: {error}'.replace(path, 'the file')) from error
+    image.info = {'original_size': (image.height, image.width)}
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any kind of image as 8-bit RGB."""
+    if image.mode.startswith('I'):    # 16 bits; Pillow itself would clip all above 255 to white
+        gray = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert('RGB')
+    if image.mode == 'F':
+        raise UnreadableError('pixels are floating-point numbers of unknown range: save it with 8 or 16 bits')
+    if image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in image.info:
+        image = image.convert('RGBA')
+        return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
+    return image.convert('RGB')
+
+
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
+
+
+def to_tensor(image: Image.Image | np.ndarray | Tensor) -> Tensor:
+    """Float32 [C, H, W] in -1..1. Bytes are scaled; a tensor of floats is what a transform made it, and stays."""
+    if isinstance(image, Image.Image):
+        image = np.array(image)
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(image[..., None] if image.ndim == 2 else image).movedim(-1, 0)
+    image = image.as_subclass(Tensor)    # torchvision's own tensor class stays behind
+    return image.float().div(127.5).sub(1).contiguous() if image.dtype == torch.uint8 else image.float().contiguous()
+
+
+def to_mask(mask: Image.Image | Tensor) -> Tensor:
+    """Float32 [1, H, W] in 0..1; bytes are scaled."""
+    if isinstance(mask, Image.Image):
+        mask = torch.from_numpy(np.array(mask.convert('L')))
+    mask = mask.as_subclass(Tensor).reshape(1, *mask.shape[-2:])
+    return mask.float().div(255) if mask.dtype == torch.uint8 else mask.float()
+
+
+def pair(size: int | list[int]) -> list[int]:
+    """[height, width] of a SIZE parameter. Raises DataError."""
+    both = [size, size] if isinstance(size, int) else list(size)
+    if len(both) != 2 or any(not isinstance(s, int) or s < 1 for s in both):
+        raise DataError(f'a size is one positive number or [height, width], got {size!r}')
+    return both
+
+
+# ------------------------------------------------------------------------------- captions and their files
+def clean_caption(text: str) -> str:
+    """One line without space at its ends. Raises ValueError for what cannot be a caption."""
+    if len(text) > MAX_CAPTION_BYTES:
+        raise ValueError(f'longer than {MAX_CAPTION_BYTES} bytes')
+    return re.sub(r'\s+', ' ', text).strip()
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Files below the folder, as paths with forward slashes, hidden ones left out."""
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(('.', '__MACOSX'))]
+        yield from (os.path.relpath(os.path.join(root, f), folder).replace(os.sep, '/') for f in files if not f.startswith('.'))
+
+
+def _records_of_metadata(path: str) -> list[tuple[str, str | None]]:
+    rows = _csv_rows(path) if path.endswith('.csv') else ((n, _row(path, n, line)) for n, line in _lines(path) if line.strip())
+    records, columns = [], {}
+    for number, row in rows:
+        where = f'{path}, line {number}'
+        columns.update(dict.fromkeys(row))
+        name, text = row.get('file_name'), row.get('text')
+        if not isinstance(name, str) or not name:
+            raise DataError(f'{where}: expected a file_name, got the keys {", ".join(map(str, row)) or "(none)"}')
+        if text is not None and not isinstance(text, str):
+            raise DataError(f'{where}: text is a string, got {text!r:.60}')
+        parts = name.replace('\\', '/').split('/')
+        if '..' in parts or parts[0] == '' or ':' in parts[0] or '\0' in name:
+            raise DataError(f'{where}: {name!r} leads out of the folder; file_name is a path below it')
+        try:
+            records.append((name, None if text is None else clean_caption(text)))
+        except ValueError as error:
+            raise DataError(f'{where}: the text is {error}') from error
+    if records and 'text' not in columns:
+        raise DataError(f'{path} has no text for any image, only {", ".join(columns)}: name the captions "text"')
+    return records
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    try:
+        with open(path, encoding='utf-8-sig') as file:
+            yield from enumerate(file, 1)
+    except UnicodeDecodeError as error:
+        raise DataError(f'{path} is not UTF-8: {error}') from error
+
+
+def _row(path: str, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f'{path}, line {number}: not JSON ({error})') from error
+    if not isinstance(row, dict):
+        raise DataError(f'{path}, line {number}: expected an object, got {line[:60]}')
+    return row
+
+
+def _csv_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        with open(path, encoding='utf-8-sig', newline='') as file:
+            reader = csv.DictReader(file, strict=True)
+            for row in reader:
+                if None in row:
+                    raise DataError(f'{path}, line {reader.line_num}: {len(reader.fieldnames) + len(row[None])} fields under '
+                                    f'{len(reader.fieldnames)} headings; quote a text that holds a comma')
+                yield reader.line_num, row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f'{path}: not CSV ({error})') from error

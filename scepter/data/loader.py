@@ -1,0 +1,241 @@
+"""The loader: an endless stream of samples in which every draw is a function of (seed, n), n being its number in the stream.
+
+    epoch, place = divmod(n, len(dataset))        index = streams.permute(seed, epoch, place, len(dataset))
+
+Step s of training covers n in [s * G, (s + 1) * G), G the global batch, cut into micro-batches and each of those into ranks. So 1, 2
+and 4 processes with the same G see the same samples, each sample comes once per epoch, and to resume is to begin at a step.
+
+    loader = Loader(dataset, seed=2024, rank=we.rank, world_size=we.world_size, start_step=step)
+    batch, n = next(loader)        # dict, int64 [B]
+"""
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scepter.core import streams
+from scepter.core.errors import DataError
+from scepter.core.logger import get_logger
+from scepter.data.datasets import BaseDataset, UnreadableError
+from scepter.data.workers import Workers
+
+Batch = tuple[dict[str, Any], Tensor]
+
+
+class Loader(Iterator[Batch]):
+    """The endless stream, for training. Yields (batch, n): what collate makes of the samples, and their draw numbers, int64 [B].
+
+    batch_size: of one process and micro-batch; the dataset's own BATCH_SIZE when left out, and likewise num_workers.
+    skipped_file: where each unreadable file is noted, one JSON line (path, reason) each; `skipped` holds those met so far.
+    Raises DataError when more files are unreadable than MAX_BAD_FRACTION allows, or when workers keep dying.
+    """
+
+    def __init__(self, dataset: BaseDataset, batch_size: int | None = None, *, seed: int, rank: int = 0, world_size: int = 1,
+                 accu_step: int = 1, start_step: int = 0, num_workers: int | None = None, shuffle: bool = True,
+                 skipped_file: str | Path | None = None, logger: logging.Logger | None = None):
+        size = dataset.BATCH_SIZE if batch_size is None else batch_size
+        if len(dataset) == 0:
+            raise DataError(f'{type(dataset).__name__} holds no sample')
+        self._reader = Reader(dataset, seed, shuffle=shuffle, replace=True)
+        firsts = count((start_step * accu_step * world_size + rank) * size, world_size * size)
+        self._batches = _Batches(self._reader, (range(first, first + size) for first in firsts), num_workers, skipped_file, logger)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Unreadable file -> reason, as met by this process."""
+        return self._batches.skipped
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def close(self) -> None:
+        """Stop the workers. Also happens when the loader is dropped, and at exit."""
+        self._batches.close()
+
+
+class OrderedLoader:
+    """Every sample once and in order, for evaluation; each `for` begins anew. Yields (batch, n), n being the index of each sample.
+
+    Rank r takes each batch whose number is r modulo world_size, so batches are the same for every world size. An unreadable sample
+    is left out. A draw is keyed as in Loader, so a transform's randomness is the same in every evaluation.
+    """
+
+    def __init__(self, dataset: BaseDataset, batch_size: int | None = None, *, seed: int = 0, rank: int = 0, world_size: int = 1,
+                 num_workers: int | None = None, skipped_file: str | Path | None = None, logger: logging.Logger | None = None):
+        size, total = dataset.BATCH_SIZE if batch_size is None else batch_size, len(dataset)
+        self._reader = Reader(dataset, seed, shuffle=False, replace=False)
+        self._parts = [range(first, min(first + size, total)) for first in range(rank * size, total, world_size * size)]
+        self._num_workers, self._skipped_file, self._logger = num_workers, skipped_file, logger
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = _Batches(self._reader, iter(self._parts), self._num_workers, self._skipped_file, self._logger)
+        try:
+            yield from (batch for batch in batches if len(batch[1]))
+        finally:
+            batches.close()
+
+
+class Read(NamedTuple):
+    """What came of reading one batch."""
+    batch: dict[str, Any]
+    n: Tensor                        # [B] int64
+    bad: list[tuple[str, str]]       # (path, reason) of each unreadable file that was met
+
+
+class Reader:
+    """Draw numbers in, a batch out: nothing but (seed, n) and the files decide. Runs in the main process and in workers alike."""
+
+    def __init__(self, dataset: BaseDataset, seed: int, *, shuffle: bool, replace: bool):
+        self.dataset, self.seed, self.shuffle, self.replace = dataset, seed, shuffle, replace
+        self.size = len(dataset)
+        fraction = dataset.MAX_BAD_FRACTION
+        self.bad_allowed = max(2, int(fraction * dataset.file_count)) if fraction > 0 else 0
+
+    def __call__(self, ns: range) -> Read:
+        bad: dict[str, str] = {}
+        with _generators_restored():
+            rows = [(n, *row) for n in ns if (row := self._read(n, bad)) is not None]
+        batch = collate([sample for _, _, sample in rows], lambda i: self.dataset.name_of(rows[i][1]))
+        return Read(batch, torch.tensor([n for n, _, _ in rows], dtype=torch.int64), list(bad.items()))
+
+    def index_of(self, n: int) -> int:
+        """The index of draw n, as long as its sample can be read."""
+        epoch, place = divmod(n, self.size)
+        return streams.permute(self.seed, epoch, place, self.size) if self.shuffle else place
+
+    def _read(self, n: int, bad: dict[str, str]) -> tuple[int, dict[str, Any]] | None:
+        """(index, sample) of draw n; None where it, and what might replace it, cannot be read."""
+        for index in self._candidates(n):
+            _seed_generators(streams.seed_global(self.seed, 'transform', n))
+            try:
+                return index, self.dataset[index]
+            except UnreadableError as error:
+                bad[self.dataset.name_of(index)] = str(error)
+            if len(bad) > self.bad_allowed:
+                break
+        return None
+
+    def _candidates(self, n: int) -> Iterator[int]:
+        """The sample's own index, then all the others in an order of n's own: the same one takes its place after a resume."""
+        yield self.index_of(n)
+        if self.replace:
+            key = streams.seed_global(self.seed, 'replace')
+            yield from (streams.permute(key, n, place, self.size) for place in range(self.size))
+
+
+class _Batches(Iterator[Batch]):
+    """Reads one range of draw numbers after the other, here or in workers, and keeps the account of unreadable files."""
+
+    def __init__(self, reader: Reader, parts: Iterator[range], num_workers: int | None, skipped_file: str | Path | None,
+                 logger: logging.Logger | None):
+        dataset = reader.dataset
+        self.reader, self.logger = reader, logger or get_logger()
+        self.skipped: dict[str, str] = {}
+        self.skipped_file = None if skipped_file is None else Path(skipped_file)
+        self.pin_memory = dataset.PIN_MEMORY and torch.cuda.is_available()
+        num_workers = dataset.NUM_WORKERS if num_workers is None else num_workers
+        self.reads: Iterator[Read] = map(reader, parts) if num_workers == 0 else Workers(
+            reader, parts, num_workers, prefetch=dataset.PREFETCH, timeout=dataset.TIMEOUT, logger=self.logger)
+
+    def __next__(self) -> Batch:
+        read = next(self.reads)
+        for path, reason in read.bad:
+            self._note(path, reason)
+        if self.reader.replace and not len(read.n):
+            raise DataError(f'not one of the {self.reader.dataset.file_count} files can be read: {read.bad}')
+        batch = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in read.batch.items()} if self.pin_memory else read.batch
+        return batch, read.n
+
+    def close(self) -> None:
+        if isinstance(self.reads, Workers):
+            self.reads.close()
+
+    def _note(self, path: str, reason: str) -> None:
+        if path in self.skipped:
+            return
+        self.skipped[path] = reason
+        self.logger.warning(f'unreadable, {"another sample takes its place" if self.reader.replace else "left out"}: {path}: {reason}')
+        if self.skipped_file is not None:
+            _append_once(self.skipped_file, path, reason)
+        if len(self.skipped) > self.reader.bad_allowed:
+            named = '\n'.join(f'  {p}: {r}' for p, r in list(self.skipped.items())[:20])
+            dataset = self.reader.dataset
+            raise DataError(f'{len(self.skipped)} of {dataset.file_count} files are unreadable, more than the {self.reader.bad_allowed} '
+                            f'that MAX_BAD_FRACTION {dataset.MAX_BAD_FRACTION} allows:\n{named}')
+
+
+def collate(samples: Sequence[dict[str, Any]], name_of: Callable[[int], str] = lambda i: f'sample {i}') -> dict[str, Any]:
+    """Samples -> one batch: tensors, arrays, numbers and tuples of numbers stacked, everything else in a list.
+
+    Raises DataError, which names two samples, where they have not the same keys or shapes.
+    """
+    if not samples:
+        return {}
+    first = samples[0]
+    for i, sample in enumerate(samples):
+        if sample.keys() != first.keys():
+            raise DataError('samples of one batch need the same keys: '
+                            f'{name_of(0)} has {", ".join(first)}; {name_of(i)} has {", ".join(sample)}')
+    return {key: _stack(key, [sample[key] for sample in samples], name_of) for key in first}
+
+
+def _stack(key: str, values: list[Any], name_of: Callable[[int], str]) -> Any:
+    if not _is_numeric(values[0]):
+        return values
+    tensors = [torch.as_tensor(v) for v in values]
+    for i, tensor in enumerate(tensors):
+        if tensor.shape != tensors[0].shape:
+            raise DataError(f'{key} has shape {list(tensors[0].shape)} in {name_of(0)}, but {list(tensor.shape)} in {name_of(i)}: samples '
+                            'of one batch need one shape; give the dataset a transform that makes it, '
+                            'e.g. TRANSFORMS: [{NAME: RecordedCrop, SIZE: 512}]')
+    return torch.stack(tensors)
+
+
+def _is_numeric(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(isinstance(v, (bool, int, float)) for v in value)
+    return isinstance(value, (Tensor, np.ndarray, np.generic, bool, int, float))
+
+
+def _seed_generators(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)    # not torch.manual_seed: that seeds every GPU as well
+    np.random.seed(seed & 0xFFFFFFFF)
+    random.seed(seed)
+
+
+@contextmanager
+def _generators_restored() -> Iterator[None]:
+    """What was read leaves no trace in the global generators, so neither a probe nor an evaluation can disturb a training."""
+    states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+def _append_once(file: Path, path: str, reason: str) -> None:
+    """One line per file, also over resumes and over the ranks that share the folder."""
+    known: Iterable[str] = file.read_text(encoding='utf-8').splitlines() if file.is_file() else ()
+    if any(json.loads(line)['path'] == path for line in known if line):
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, 'a', encoding='utf-8') as out:
+        out.write(json.dumps({'path': path, 'reason': reason}) + '\n')
+        out.flush()
+        os.fsync(out.fileno())

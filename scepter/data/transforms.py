@@ -1,0 +1,74 @@
+"""Transforms: a sample (a dict) goes in, a sample comes out.
+
+All of torchvision.transforms.v2 is here by its own names and arguments ({NAME: ColorJitter, BRIGHTNESS: 0.1}); it takes a whole
+sample too, and changes what is an image in it. Ours is what it lacks. Randomness comes from the global generators, which the loader
+seeds for each sample: a transform needs no seed, and is the same in every worker.
+"""
+from __future__ import annotations
+
+import random
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from scepter.core.errors import DataError
+from scepter.core.registry import TRANSFORMS, Component, need
+from scepter.core.schema import param
+
+
+@TRANSFORMS.register_class()
+class RecordedCrop(Component):
+    """Scale until the size is just covered, cut the rest off, and record what was done, as SDXL is told it (2307.01952, section 2.2).
+
+    image (and mask, if there is one)  ->  SIZE, with the same cut and flip; adds original_size, the [h, w] of the file before any
+    transform, crop_top_left, the [top, left] of the cut in the scaled image, and target_size [h, w]. Needs no torchvision.
+    """
+
+    SIZE: int | tuple[int, int] = param(doc='Pixels of the result: one number, or [height, width].')
+    RANDOM: bool = param(False, 'Cut at a random place instead of the middle.')
+    FLIP: float = param(0.0, 'Probability of a mirrored image.')
+    INTERPOLATION: Literal['bilinear', 'bicubic', 'lanczos'] = param('bicubic', 'How the image is scaled; a mask takes the nearest pixel.')
+
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__(cfg, logger=logger)
+        self.height, self.width = (self.SIZE, self.SIZE) if isinstance(self.SIZE, int) else self.SIZE
+        self.resample = Image.Resampling[self.INTERPOLATION.upper()]
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        image, mask = sample['image'], sample.get('mask')
+        if not isinstance(image, Image.Image):
+            raise DataError(f'RecordedCrop cuts PIL images, got a {type(image).__name__}: put it before what makes tensors')
+        scale = max(self.height / image.height, self.width / image.width)
+        h, w = max(self.height, round(image.height * scale)), max(self.width, round(image.width * scale))
+        top, left = h - self.height, w - self.width    # how far the cut may go
+        top, left = (random.randint(0, top), random.randint(0, left)) if self.RANDOM else (top // 2, left // 2)
+        flip = random.random() < self.FLIP
+        sample = {**sample, 'image': self._cut(image.resize((w, h), self.resample), top, left, flip),
+                  'original_size': image.info.get('original_size', (image.height, image.width)),
+                  'crop_top_left': (top, left), 'target_size': (self.height, self.width)}
+        if isinstance(mask, Image.Image):
+            sample['mask'] = self._cut(mask.resize((w, h), Image.Resampling.NEAREST), top, left, flip)
+        elif isinstance(mask, Tensor):
+            rows, columns = _nearest(h, mask.shape[-2])[top:top + self.height], _nearest(w, mask.shape[-1])[left:left + self.width]
+            sample['mask'] = mask[..., rows[:, None], columns.flip(0) if flip else columns]
+        return sample
+
+    def _cut(self, image: Image.Image, top: int, left: int, flip: bool) -> Image.Image:
+        image = image.crop((left, top, left + self.width, top + self.height))
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+
+
+def _nearest(size: int, source: int) -> Tensor:
+    """[size] The pixel of the source row that lies under the middle of each of the new row's."""
+    return ((torch.arange(size) + 0.5) * source / size).long()
+
+
+def torchvision_transforms() -> dict[str, Any]:
+    """Every transform of torchvision.transforms.v2, by name; imported when a name is asked for that we do not have."""
+    v2 = need('torchvision.transforms.v2', 'vision')
+    return {name: kind for name, kind in vars(v2).items() if isinstance(kind, type) and issubclass(kind, v2.Transform)}
+
+
+TRANSFORMS.add_library(torchvision_transforms)
