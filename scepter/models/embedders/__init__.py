@@ -1,5 +1,7 @@
 """Text embedders. Importing the folder registers them."""
 from scepter.models.embedders.base import BaseEmbedder
 from scepter.models.embedders.clip import FrozenCLIPEmbedder
+from scepter.models.embedders.conditioner import GeneralConditioner
+from scepter.models.embedders.openclip import FrozenOpenCLIPEmbedder
 
-__all__ = ['BaseEmbedder', 'FrozenCLIPEmbedder']
+__all__ = ['BaseEmbedder', 'FrozenCLIPEmbedder', 'FrozenOpenCLIPEmbedder', 'GeneralConditioner']

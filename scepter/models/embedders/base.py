@@ -8,7 +8,7 @@ from torch import Tensor
 
 from scepter.core.logger import get_logger
 from scepter.models.base import BaseModel
-from scepter.models.embedders.hugging_face import accept_both_layouts
+from scepter.models.weights.hugging_face import accept_both_layouts
 
 
 class BaseEmbedder(BaseModel, base=True):
@@ -26,7 +26,7 @@ class BaseEmbedder(BaseModel, base=True):
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """int64 [B, L], L = max_length. What does not fit is cut, and one warning shows what was lost."""
-        if any(len(prompt.encode()) > self.max_length - 2 for prompt in prompts):    # a token has at least one byte
+        if any(len(prompt.encode(errors='replace')) > self.max_length - 2 for prompt in prompts):    # a token has at least one byte
             for ids in self.tokenizer(prompts, verbose=False)['input_ids']:
                 if len(ids) > self.max_length:
                     self.warn_of_cut(self.tokenizer.decode(ids[self.max_length - 1:], skip_special_tokens=True), self.max_length)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from scepter.core.errors import CheckpointError
-from scepter.core.files import FS
 from scepter.core.registry import EMBEDDERS
 from scepter.core.schema import param
 from scepter.models.embedders.text_tower import (
@@ -17,11 +16,11 @@ from scepter.models.embedders.text_tower import (
     TextTowerEmbedder,
     Tower,
     causal_attention,
-    hub_path,
     init_block_std,
     refuse,
 )
 from scepter.models.embedders.tokenizer import ClipTokenizer
+from scepter.models.weights import load_into, local_copy, text_tower_weights
 
 
 @EMBEDDERS.register_class()
@@ -45,10 +44,11 @@ class FrozenCLIPEmbedder(TextTowerEmbedder):
         if self.PRETRAINED_MODEL is None:
             self._build(ClipText(self.WIDTH, self.DEPTH, self.HEADS, self.MAX_LENGTH), None)
         else:
-            with FS.get_dir_to_local_dir(hub_path(self.PRETRAINED_MODEL), wait_finish=True) as folder:
+            with local_copy(self.PRETRAINED_MODEL) as folder:
                 self._build(ClipText.from_folder(folder), folder)
-        if self.LAYER == 'hidden' and not (self.LAYER_IDX is not None and 0 <= self.tower.index(self.LAYER_IDX) <= self.tower.depth):
-            raise refuse(self, 'LAYER_IDX', f'LAYER: hidden needs one of {-self.tower.depth - 1} to {self.tower.depth}, got {self.LAYER_IDX}')
+        depth = self.tower.depth
+        if self.LAYER == 'hidden' and (self.LAYER_IDX is None or not -depth - 1 <= self.LAYER_IDX <= depth):
+            raise refuse(self, 'LAYER_IDX', f'LAYER: hidden needs one of {-depth - 1} to {depth}, got {self.LAYER_IDX}')
         if self.FREEZE:
             self.freeze()
         else:
@@ -60,7 +60,7 @@ class FrozenCLIPEmbedder(TextTowerEmbedder):
         if tower.positions < self.MAX_LENGTH:
             raise refuse(self, 'MAX_LENGTH', f'{self.MAX_LENGTH} tokens, but the tower knows {tower.positions} places')
         if self.TOKENIZER_PATH is not None:
-            with FS.get_dir_to_local_dir(hub_path(self.TOKENIZER_PATH), wait_finish=True) as tokenizer:
+            with local_copy(self.TOKENIZER_PATH) as tokenizer:
                 self.tokenizer = ClipTokenizer.from_folder(tokenizer)
         else:
             self.tokenizer = ClipTokenizer.shipped() if folder is None else ClipTokenizer.from_folder(folder)
@@ -89,14 +89,13 @@ class ClipText(Tower):
     @classmethod
     def from_folder(cls, folder: str | Path) -> ClipText:
         """The tower of a folder with config.json and weights, of the whole CLIP or its text side alone. Raises CheckpointError."""
-        from scepter.models.weights import load_into, text_tower_weights
         try:
             config = json.loads((Path(folder) / 'config.json').read_text('utf-8'))
             config = config.get('text_config') or config
             with torch.device('meta'):
-                tower = cls(config['hidden_size'], config['num_hidden_layers'], config['num_attention_heads'], config['max_position_embeddings'],
-                            config['vocab_size'], config['intermediate_size'], config.get('hidden_act', 'quick_gelu'),
-                            config.get('layer_norm_eps', 1e-5))
+                tower = cls(config['hidden_size'], config['num_hidden_layers'], config['num_attention_heads'],
+                            config['max_position_embeddings'], config['vocab_size'], config['intermediate_size'],
+                            config.get('hidden_act', 'quick_gelu'), config.get('layer_norm_eps', 1e-5))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f'{folder}: expected the config.json of a CLIP text model ({type(error).__name__}: {error})') from error
         load_into(tower, text_tower_weights(folder), source=str(folder))

@@ -1,9 +1,7 @@
 """What CLIP and OpenCLIP share: the transformer's mathematics, and prompts -> context with chunks and weights."""
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -143,11 +141,6 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {'quick_gelu': quick_gelu, 'gelu': F.gelu}
-
-
-def hub_path(path: str) -> str:
-    """`org/name`, as model cards write it, is a repository of the hub unless such a folder is there; any other path stays."""
-    return f'hf://{path}' if re.fullmatch(r'[\w.-]+/[\w.-]+', path) and not Path(path).exists() else path
 
 
 def init_block_std(width: int, depth: int) -> tuple[float, float, float]:

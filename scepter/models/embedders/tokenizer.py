@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +35,9 @@ class ClipTokenizer:
                  added: dict[str, int] | None = None):
         self.vocabulary, self.merges = vocabulary, list(merges)
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
-        self.added = {BOS: vocabulary.get(BOS, 0), EOS: vocabulary.get(EOS, 0), **(added or {})}
+        # a padding token "!" is listed as added too, but the "!" of a text is a word of its own, as it was in training
+        new = {token: i for token, i in (added or {}).items() if token not in vocabulary}
+        self.added = {BOS: vocabulary.get(BOS, 0), EOS: vocabulary.get(EOS, 0), **new}
         self.bos, self.eos = self.added[BOS], self.added[EOS]
         self.pad = self.eos if pad is None else pad
         self.tokens = {i: token for token, i in (*vocabulary.items(), *self.added.items())}
@@ -78,7 +81,7 @@ class ClipTokenizer:
         (folder / 'vocab.json').write_text(json.dumps(self.vocabulary, ensure_ascii=False), 'utf-8')
         (folder / 'merges.txt').write_text('#version: 0.2\n' + '\n'.join(' '.join(m) for m in self.merges) + '\n', 'utf-8')
         special = {'bos_token': BOS, 'eos_token': EOS, 'unk_token': EOS, 'pad_token': self.tokens[self.pad]}
-        settings = {**special, 'tokenizer_class': 'CLIPTokenizer', 'model_max_length': max_length, 'do_lower_case': True, 'errors': 'replace'}
+        settings = {**special, 'tokenizer_class': 'CLIPTokenizer', 'model_max_length': max_length, 'do_lower_case': True}
         (folder / 'tokenizer_config.json').write_text(json.dumps(settings, indent=2), 'utf-8')
         (folder / 'special_tokens_map.json').write_text(json.dumps(special, indent=2), 'utf-8')
         new = {t: i for t, i in self.added.items() if t not in self.vocabulary}
@@ -107,7 +110,7 @@ class ClipTokenizer:
         if word not in self._known_words:
             if len(self._known_words) > 100_000:    # a long run must not collect every word it ever met
                 self._known_words.clear()
-            letters = [_byte_characters()[b] for b in word.encode()]
+            letters = [_byte_characters()[b] for b in word.encode(errors='replace')]
             letters[-1] += '</w>'
             self._known_words[word] = [self.vocabulary.get(s, self.eos) for s in merge(letters, self.ranks)]
         return self._known_words[word]
@@ -202,7 +205,7 @@ def merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     symbols = list(symbols)
     after = list(range(1, len(symbols) + 1))
     before = list(range(-1, len(symbols) - 1))
-    heap = [(ranks[pair], i, *pair) for i, pair in enumerate(zip(symbols, symbols[1:])) if pair in ranks]
+    heap = [(ranks[pair], i, *pair) for i, pair in enumerate(pairwise(symbols)) if pair in ranks]
     heapq.heapify(heap)
 
     def offer(left: int, right: int) -> None:
@@ -237,7 +240,7 @@ def _byte_characters() -> dict[int, str]:
 def _shipped_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     found = importlib.util.find_spec('open_clip')    # finds the folder without the seconds that its import takes
     if found is None or found.origin is None:
-        raise ImportError('CLIP\'s vocabulary comes with open_clip_torch: pip install -e ".[clip]", or set TOKENIZER_PATH', name='open_clip')
+        raise ImportError('the vocabulary comes with open_clip_torch: pip install -e ".[clip]", or set TOKENIZER_PATH', name='open_clip')
     with gzip.open(Path(found.origin).parent / 'bpe_simple_vocab_16e6.txt.gz', 'rt', encoding='utf-8') as file:
         lines = file.read().split('\n')[1:49152 - 256 - 2 + 1]    # the tower was trained with this many merges of a longer file
     merges = [(a, b) for a, b in (line.split() for line in lines)]

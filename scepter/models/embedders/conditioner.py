@@ -1,0 +1,71 @@
+"""Stable Diffusion XL's condition: two text towers side by side, and the sizes of the picture as a vector."""
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from scepter.core.registry import EMBEDDERS
+from scepter.core.schema import param, parts
+from scepter.models.embedders.base import BaseEmbedder
+from scepter.models.embedders.text_tower import refuse
+from scepter.models.layers import timestep_embedding
+
+# how many numbers each entry of a batch has
+NUMBERS = {'original_size': 2, 'crop_top_left': 2, 'target_size': 2, 'aesthetic_score': 1}
+
+
+@EMBEDDERS.register_class()
+class GeneralConditioner(BaseEmbedder):
+    """Several towers as one condition.    tokens [B, T, L]  ->  {'crossattn': [B, L, D1 + D2], 'y': [B, P + 256 * numbers]}
+
+    Podell et al. 2023 (arXiv 2307.01952), section 2.2. The pooled vector is that of the last tower. Base: the sizes below; refiner:
+    original_size, crop_top_left, aesthetic_score. The sizes are (height, width) and (top, left), original_size that before any resizing.
+    """
+
+    EMBEDDERS: list = parts(EMBEDDERS, 'The text towers; their contexts are joined along the features, the last gives the pooled vector.')
+    SIZES: list[Literal['original_size', 'crop_top_left', 'target_size', 'aesthetic_score']] = param(
+        ['original_size', 'crop_top_left', 'target_size'], 'Entries of the batch that the network is told, in this order.')
+    SIZE_DIM: int = param(256, 'Features for each of their numbers.')
+    ZERO_EMPTY: bool = param(False, 'An empty prompt is all zeros, as the published SDXL base was trained, not the code of an empty text.')
+
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__(cfg, logger=logger)
+        if not self.EMBEDDERS:
+            raise refuse(self, 'EMBEDDERS', 'expected at least one text tower')
+        self.embedders = nn.ModuleList(EMBEDDERS.build(node, logger=logger) for node in self.EMBEDDERS)
+        lengths = [embedder.MAX_LENGTH for embedder in self.embedders]
+        if len(set(lengths)) > 1:
+            raise refuse(self, 'EMBEDDERS', f'towers that stand side by side need one MAX_LENGTH, got {lengths}')
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """int64 [B, T, L], a row for each tower."""
+        rows = [embedder.tokenize(prompts) for embedder in self.embedders]
+        longest = max(row.shape[1] for row in rows)
+        assert all(row.shape[1] == longest for row in rows), 'the towers share a vocabulary, so they need as many chunks'
+        return torch.stack(rows, dim=1)
+
+    def encode_text(self, tokens: Tensor, tokenizer: Any = None, append_sentence_embedding: bool = False,
+                    **sizes: Tensor) -> dict[str, Tensor]:
+        """tokens [B, T, L], and each entry of SIZES as [B, 2], the score as [B] or [B, 1]; other entries are not read.
+
+        Raises ValueError where an entry is missing: a guess would teach the network a wrong size.
+        """
+        missing = [name for name in self.SIZES if sizes.get(name) is None]
+        if missing:
+            raise ValueError(f'the condition needs {", ".join(missing)} of every picture, but got only {sorted(sizes) or "prompts"}')
+        pairs = [embedder.encode_both(tokens[:, i], pooled=i == len(self.embedders) - 1) for i, embedder in enumerate(self.embedders)]
+        context, pooled = torch.cat([context for context, _ in pairs], dim=-1), pairs[-1][1]
+        if self.ZERO_EMPTY:
+            has_words = (tokens[:, 0, 1] != self.embedders[0].tokenizer.eos).to(context)
+            context, pooled = context * has_words[:, None, None], pooled * has_words[:, None]
+        vectors = [self._embed(sizes[name], NUMBERS[name], pooled) for name in self.SIZES]
+        return {'crossattn': context, 'y': torch.cat([pooled, *vectors], dim=-1)}
+
+    def forward(self, prompts: list[str], **sizes: Tensor) -> dict[str, Tensor]:
+        return self.encode_text(self.tokenize(prompts).to(self.device), **sizes)
+
+    def _embed(self, numbers: Tensor, count: int, like: Tensor) -> Tensor:
+        numbers = torch.as_tensor(numbers, device=like.device).reshape(len(like), count)
+        return timestep_embedding(numbers.float(), self.SIZE_DIM).flatten(1).to(like.dtype)    # [B, count * SIZE_DIM]

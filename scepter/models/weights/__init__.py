@@ -1,0 +1,14 @@
+"""Foreign files, read and written: CompVis and SGM single files, diffusers folders, Hugging Face text towers, our checkpoints."""
+from scepter.models.weights.files import Weights, hub_path, local_copy, read_weights
+from scepter.models.weights.loading import (
+    describe,
+    latent_diffusion_weights,
+    load_into,
+    load_pretrained,
+    text_tower_weights,
+    weights_for,
+    whole_model,
+)
+
+__all__ = ['Weights', 'describe', 'hub_path', 'latent_diffusion_weights', 'load_into', 'load_pretrained', 'local_copy', 'read_weights',
+           'text_tower_weights', 'weights_for', 'whole_model']

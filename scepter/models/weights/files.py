@@ -1,0 +1,284 @@
+"""Reading weights that somebody else wrote: lazily, and without running anything that is in them."""
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scepter.core import checkpoints
+from scepter.core.errors import CheckpointError
+from scepter.core.files import FS
+from scepter.core.files.tensors import TensorFile
+
+PICKLES = ('.ckpt', '.pth', '.pt', '.bin')
+FILES = ('.safetensors', *PICKLES)
+# what a folder of one model calls its weights, in order of preference; the half-precision variant serves where the full one is absent
+STEMS = ('diffusion_pytorch_model', 'model', 'pytorch_model', 'open_clip_model', 'open_clip_pytorch_model')
+PIPELINE_PARTS = ('unet', 'vae', 'text_encoder', 'text_encoder_2')
+
+
+class Entry(NamedTuple):
+    """One tensor that can be read when it is needed."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+class Weights(Mapping[str, Tensor]):
+    """Names and shapes at once, each tensor when it is asked for, so a model never stands twice in memory.
+
+    `source` says where they come from, for messages; `settings` holds the config.json beside each part of a diffusers folder.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry], source: str = 'the weights', settings: Mapping[str, dict] | None = None):
+        self.entries, self.source, self.settings = dict(entries), source, dict(settings or {})
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], source: str = 'the weights') -> Weights:
+        """From tensors that are there already, or from a TensorFile, of which nothing is read yet."""
+        if isinstance(tensors, Weights):
+            return tensors
+        if isinstance(tensors, TensorFile):
+            return cls({n: Entry(s.shape, s.dtype, partial(tensors.__getitem__, n)) for n, s in tensors.slots.items()}, str(tensors.path))
+        return cls({n: Entry(tuple(t.shape), t.dtype, partial(tensors.__getitem__, n)) for n, t in tensors.items()}, source)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.entries[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.entries[name].shape
+
+    def with_entries(self, entries: Mapping[str, Entry]) -> Weights:
+        return Weights(entries, self.source, self.settings)
+
+    def renamed(self, names: Mapping[str, str]) -> Weights:
+        """The same tensors; a name that `names` does not know stays."""
+        return self.with_entries({names.get(n, n): e for n, e in self.entries.items()})
+
+    def section(self, prefix: str) -> Weights:
+        """What is under a prefix, without it."""
+        return self.with_entries({n[len(prefix):]: e for n, e in self.entries.items() if n.startswith(prefix)})
+
+    def under(self, prefix: str) -> Weights:
+        """The same with a prefix before each name."""
+        return self.with_entries({prefix + n: e for n, e in self.entries.items()})
+
+    def without(self, names: Iterable[str]) -> Weights:
+        gone = set(names)
+        return self.with_entries({n: e for n, e in self.entries.items() if n not in gone})
+
+
+@contextmanager
+def local_copy(path: str | Path) -> Iterator[Path]:
+    """The file or folder at a path of any store, or at a hub id `org/name`, on this machine."""
+    path = hub_path(str(path))
+    if Path(path).exists():
+        yield Path(path)
+    elif '://' not in path:
+        raise CheckpointError(f'{path}: no such file or folder of weights')
+    else:
+        fetch = FS.get_from if path.split('?')[0].endswith(FILES) else FS.get_dir_to_local_dir
+        with fetch(path, wait_finish=True) as local:
+            yield Path(local)
+
+
+def hub_path(path: str) -> str:
+    """`org/name`, as model cards write it, is a repository of the hub unless such a folder is there; any other path stays."""
+    is_id = re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', path) and not path.endswith(FILES)
+    return f'hf://{path}' if is_id and not Path(path).exists() else path
+
+
+def read_weights(path: str | Path, use_ema: bool = False) -> Weights:
+    """The weights of a local file or folder, under the names that it uses.
+
+    A file is a .safetensors, or a .ckpt, .pth, .pt, .bin of torch.save. A folder is a checkpoint of ours, one model of diffusers or
+    transformers (sharded or not, also a .fp16 variant), or a whole pipeline, whose parts come as unet.*, vae.*, text_encoder.*.
+    use_ema: take averaged weights where there are any. Raises CheckpointError that names the file.
+    """
+    path = Path(path)
+    if path.is_file():
+        weights = read_file(path)
+        return with_compvis_ema(weights) if use_ema else weights
+    if not path.is_dir():
+        raise CheckpointError(f'{path}: no such file or folder of weights')
+    if (path / 'MANIFEST.json').is_file():
+        return read_our_checkpoint(path, use_ema)
+    parts = [part for part in PIPELINE_PARTS if (path / part).is_dir()]
+    if not parts:
+        return read_model_folder(path)
+    entries, settings = {}, {}
+    for part in parts:
+        folder = path / f'{part}_ema' if use_ema and (path / f'{part}_ema').is_dir() else path / part
+        found = read_model_folder(folder)
+        entries |= found.under(f'{part}.').entries
+        settings[part] = found.settings.get('', {})
+    return Weights(entries, str(path), settings)
+
+
+def read_our_checkpoint(path: Path, use_ema: bool) -> Weights:
+    """A checkpoint folder of ours, verified against its manifest."""
+    checkpoint = checkpoints.load(path)
+    entries: dict[str, Entry] = {}
+    for group in ('model', 'ema') if use_ema and 'ema' in checkpoint.groups else ('model',):
+        for file in checkpoint.manifest['groups'][group]:
+            entries |= Weights.of(TensorFile(path / file)).entries
+    return Weights(entries, str(path))
+
+
+def read_model_folder(folder: Path) -> Weights:
+    """One model's folder: its shards by their index, or its single file."""
+    config = folder / 'config.json'
+    settings = {'': read_json(config)} if config.is_file() else {}
+    for stem in STEMS:
+        for variant in ('', '.fp16'):
+            for suffix in FILES:
+                index = folder / f'{stem}{suffix}.index{variant}.json'
+                index = index if index.is_file() else folder / f'{stem}{suffix}.index.json'
+                single = folder / f'{stem}{variant}{suffix}'
+                if single.is_file():
+                    return Weights(read_file(single).entries, str(single), settings)
+                if index.is_file():
+                    return Weights(read_shards(index), str(folder), settings)
+    here = sorted(p.name for p in folder.iterdir())[:8]
+    raise CheckpointError(f'{folder}: no weights here; expected e.g. {STEMS[0]}.safetensors, found {", ".join(here) or "nothing"}')
+
+
+def read_shards(index: Path) -> dict[str, Entry]:
+    """The tensors that an index names, each from its shard. A shard is a file of the same folder, nothing else."""
+    table = read_json(index).get('weight_map')
+    if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+        raise CheckpointError(f'{index}: expected a weight_map of tensor names and file names')
+    shards: dict[str, Weights] = {}
+    for shard in sorted(set(table.values())):
+        if shard in ('', '.', '..') or not re.fullmatch(r'[\w.-]{1,200}', shard):
+            raise CheckpointError(f'{index}: a shard must be a file of the same folder, found {shard!r}')
+        shards[shard] = read_file(index.parent / shard)
+    lacking = [n for n, shard in table.items() if n not in shards[shard]]
+    if lacking:
+        raise CheckpointError(f'{index}: {lacking[0]} and {len(lacking) - 1} more are not in the shard that the index names')
+    return {name: shards[shard].entries[name] for name, shard in table.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f'{path}: expected JSON ({error})') from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f'{path}: expected a JSON object, found {type(found).__name__}')
+    return found
+
+
+def read_file(path: Path) -> Weights:
+    """The tensors of one file, without the wrapper that a trainer put round them."""
+    if not path.is_file():
+        raise CheckpointError(f'{path}: no such file')
+    if path.suffix == '.safetensors':
+        return Weights.of(TensorFile(path))
+    if path.suffix not in PICKLES:
+        raise CheckpointError(f'{path}: expected one of {", ".join(FILES)}')
+    tensors = unwrap(read_pickle(path), path)
+    return Weights.of(tensors, str(path))
+
+
+def read_pickle(path: Path) -> Any:
+    """What torch.save wrote, by the loader that builds tensors and plain containers and nothing else.
+
+    The archive is checked before: entries stored as they are, and together no larger than the file, or a few kilobytes could unpack to
+    all of the memory.
+    """
+    refuse_what_is_no_archive(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f'{path}: not a whole archive of torch.save: half a download? ({error})') from error
+    packed = [e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size]
+    if packed or sum(e.file_size for e in entries) > path.stat().st_size:
+        raise CheckpointError(f'{path}: its entries unpack to more than the file holds ({(packed or ["overlapping"])[0]}); torch.save '
+                              'stores each as it is')
+    if any('/code/' in e.filename or e.filename.endswith('constants.pkl') for e in entries):
+        raise CheckpointError(f'{path}: a TorchScript program, expected weights')
+    try:
+        with torch.serialization.safe_globals([(_Inert, 'pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint')]):
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except Exception as error:    # whatever a hostile file makes the restricted loader raise, it is a bad file
+        reason = re.sub(r'\s+', ' ', str(error))
+        what = re.search(r'(?:Unsupported global: GLOBAL|Unsupported class|global) ([\w.]+)', reason)
+        if what:
+            raise CheckpointError(f'{path}: holds more than weights: it asks for {what[1]}, which could run code. '
+                                  'Get it as .safetensors') from None
+        raise CheckpointError(f'{path}: cannot be read as weights ({type(error).__name__}: {reason[:200]})') from None
+
+
+class _Inert:
+    """Stands for the callback class that Lightning used as a key in the published .ckpt files of Stable Diffusion 1."""
+
+
+def refuse_what_is_no_archive(path: Path) -> None:
+    """Name what is often found in the place of weights."""
+    try:
+        with open(path, 'rb') as file:
+            start = file.read(512)
+    except OSError as error:
+        raise CheckpointError(f'{path}: cannot be read: {error.strerror}') from error
+    if start.startswith(b'PK\x03\x04'):
+        return
+    if not start:
+        found = 'an empty file'
+    elif start.startswith(b'version https://git-lfs'):
+        found = 'a Git LFS pointer, not the file itself: run `git lfs pull`'
+    elif start.lstrip()[:1] == b'<':
+        found = 'a web page: the download did not return the file'
+    elif start[:1] == b'\x80' or start[257:262] == b'ustar' or start[:1] in b'(c]}':
+        found = 'a bare pickle or a tar, as torch.save wrote them before 1.6; these cannot be checked: save it again as .safetensors'
+    else:
+        found = f'bytes {start[:8]!r}'
+    raise CheckpointError(f'{path}: expected an archive of torch.save, found {found}')
+
+
+def unwrap(found: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict inside what a trainer saved."""
+    for wrapper in ('state_dict', 'model', 'module', 'params_ema', 'params'):
+        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
+            found = found[wrapper]
+            break
+    if not isinstance(found, dict):
+        raise CheckpointError(f'{path}: expected a dict of tensors, found {type(found).__name__}')
+    tensors = {n: t for n, t in found.items() if isinstance(n, str) and isinstance(t, Tensor)}
+    others = [n for n, t in found.items() if n not in tensors and isinstance(t, (dict, list, tuple, Tensor))]
+    if others or not tensors:
+        raise CheckpointError(f'{path}: expected a dict of tensors, found {len(tensors)} tensors and {len(found) - len(tensors)} others'
+                              f'{f", e.g. {others[0]!r}" if others else ""}')
+    odd = [n for n, t in tensors.items() if t.layout != torch.strided or t.is_meta or t.is_quantized]
+    if odd:
+        raise CheckpointError(f'{path}: {odd[0]} is a sparse, quantized or empty tensor; expected plain ones')
+    return {n: t.detach() for n, t in tensors.items()}
+
+
+def with_compvis_ema(weights: Weights) -> Weights:
+    """CompVis files keep averages as model_ema.* under names without dots: put each in the place of its weight."""
+    return weights.with_entries({n: weights.entries.get(ema_name(n), e) for n, e in weights.entries.items()})
+
+
+def ema_name(name: str) -> str:
+    """model.diffusion_model.out.2.bias -> model_ema.diffusion_modelout2bias"""
+    return 'model_ema.' + name.removeprefix('model.').replace('.', '')
