@@ -1,0 +1,73 @@
+"""Every other store that fsspec can open: s3://, gs://, memory://, sftp://, ..."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from scepter.core.errors import DataError
+from scepter.core.files.client import FileClient, Transient, shown
+from scepter.core.registry import FILE_SYSTEMS
+
+T = TypeVar('T')
+
+
+@FILE_SYSTEMS.register_class()
+class FsspecFs(FileClient):
+    """Stores through fsspec, with credentials where its packages look for them. `put_to` is as atomic as the store's own upload."""
+
+    @staticmethod
+    def serves(scheme: str) -> bool:
+        """Whether fsspec is here and can open this scheme with the packages installed."""
+        try:
+            from fsspec import get_filesystem_class
+            get_filesystem_class(scheme)
+        except (ImportError, ValueError):
+            return False
+        return True
+
+    def stamp(self, path: str) -> str:
+        return self._do(path, lambda fs, name: str(fs.ukey(name)))
+
+    def get(self, path: str, target: Path) -> bool:
+        expected = self._do(path, lambda fs, name: fs.info(name).get('size'))
+        self._do(path, lambda fs, name: fs.get_file(name, str(target)))
+        if expected is not None and (found := target.stat().st_size) != expected:
+            raise Transient(f'{expected} bytes expected, {found} received')
+        return expected is not None
+
+    def put(self, source: Path, path: str) -> None:
+        self._do(path, lambda fs, name: fs.put_file(str(source), name))
+
+    def exists(self, path: str) -> bool:
+        def found(fs: Any, name: str) -> bool:      # not fs.exists: it calls every error absence
+            try:
+                fs.info(name)
+            except FileNotFoundError:
+                return False
+            return True
+        return self._do(path, found)
+
+    def list(self, path: str) -> list[str]:
+        def names(fs: Any, name: str) -> list[str]:
+            root = name.rstrip('/') + '/'
+            if not fs.isdir(name):
+                raise FileNotFoundError
+            return sorted(found[len(root):] for found in fs.find(name))
+        return self._do(path, names)
+
+    def remove(self, path: str) -> None:
+        self._do(path, lambda fs, name: fs.rm_file(name))
+
+    def _do(self, path: str, work: Callable[[Any, str], T]) -> T:
+        import fsspec
+        try:
+            fs, name = fsspec.core.url_to_fs(path)
+            return work(fs, name)
+        except FileNotFoundError as error:
+            raise DataError(f'{shown(path)}: does not exist') from error
+        except PermissionError as error:
+            raise DataError(f'{shown(path)}: permission denied') from error
+        except (ConnectionError, TimeoutError) as error:
+            raise Transient(str(error) or type(error).__name__) from error

@@ -1,0 +1,172 @@
+"""http:// and https:// addresses, with the standard library alone."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import re
+import ssl
+import time
+import urllib.error
+import urllib.request
+from email.message import Message
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import quote, unquote, urlsplit
+
+from scepter.core.errors import DataError
+from scepter.core.files import atomic
+from scepter.core.files.client import FileClient, Transient, shown
+from scepter.core.registry import FILE_SYSTEMS
+from scepter.core.schema import param
+
+TRANSIENT = (408, 425, 429, 500, 502, 503, 504, 507, 509)
+SLOWEST = 100       # bytes a second; below it over TIMEOUT seconds a transfer has stalled, though bytes still drip
+
+
+@FILE_SYSTEMS.register_class()
+class HttpFs(FileClient):
+    """Files of web servers, read only. A broken transfer goes on where it broke, if the server can prove the file is the same."""
+
+    schemes = ('http', 'https')
+
+    TIMEOUT: float = param(30.0, 'Seconds without an answer after which a server counts as stalled.')
+    REDIRECTS: int = param(5, 'Redirects that are followed.')
+
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__(cfg, logger=logger)
+        redirects = _Redirects()
+        redirects.max_redirections = self.REDIRECTS
+        self._open = urllib.request.build_opener(redirects).open
+        self._validators: dict[Path, str] = {}      # of files on their way: what proves that the rest belongs to the beginning
+
+    def stamp(self, path: str) -> str:
+        try:
+            with self._request(path, method='HEAD') as answer:
+                return str((answer.headers['ETag'], answer.headers['Last-Modified'], answer.headers['Content-Length']))
+        except _Refused as error:
+            if error.code in (404, 410):
+                raise
+            return ''       # a server that does not answer HEAD may well answer GET
+
+    def exists(self, path: str) -> bool:
+        try:
+            with self._request(path, method='HEAD'):
+                return True
+        except _Refused as error:
+            if error.code in (404, 410):
+                return False
+            raise
+
+    def get(self, path: str, target: Path) -> bool:
+        done = target.stat().st_size if target.exists() else 0
+        validator = self._validators.get(target, '')
+        headers = {'Range': f'bytes={done}-', 'If-Range': validator} if done and validator else {}
+        try:
+            with self._request(path, headers) as answer:
+                return self._receive(path, answer, target, done if headers else 0)
+        except _Refused as error:
+            if error.code != 416:
+                raise
+            target.unlink(missing_ok=True)
+            raise Transient('the server cannot go on where the transfer broke') from error
+
+    def _receive(self, path: str, answer: Any, target: Path, done: int) -> bool:
+        if answer.headers.get('Content-Encoding', 'identity') != 'identity':
+            raise DataError(f'{shown(path)}: the server answers {answer.headers["Content-Encoding"]}-encoded, although asked not to')
+        if answer.status == 206:
+            span = re.fullmatch(r'bytes (\d+)-(\d+)/(\d+)', answer.headers.get('Content-Range', ''))
+            if not span or int(span[1]) != done or int(span[2]) + 1 != int(span[3]):
+                target.unlink(missing_ok=True)
+                raise Transient(f'bytes from {done} on were asked for, the server sends {answer.headers.get("Content-Range")}')
+            total: int | None = int(span[3])
+        else:
+            done = 0
+            total = int(answer.headers['Content-Length']) if answer.headers.get('Content-Length', '').isdigit() else None
+        etag = answer.headers.get('ETag', '')
+        self._validators[target] = etag if etag.startswith('"') else answer.headers.get('Last-Modified', '')
+        if total is not None and (free := atomic.space(target.parent)) < total - done:
+            raise DataError(f'no space for {shown(path)}: {total - done:,} bytes needed, {free:,} free in {target.parent}')
+        with open(target, 'r+b' if done else 'wb') as file:
+            file.seek(done)
+            self._copy(answer, file)
+            found = file.tell()
+        if total is not None and found != total:
+            if found > total:
+                target.unlink()
+            raise Transient(f'{total} bytes expected, {found} received')
+        self._validators.pop(target, None)
+        return total is not None or answer.chunked      # the end of a chunked body is marked, so a cut one does not get here
+
+    def _copy(self, answer: Any, file: IO[bytes]) -> None:
+        began, received = time.monotonic(), 0
+        try:
+            while data := answer.read1(1 << 18):
+                file.write(data)
+                received += len(data)
+                now = time.monotonic()
+                if now - began > self.TIMEOUT:
+                    if received < SLOWEST * (now - began):
+                        raise Transient(f'stalled: {received} bytes in {now - began:.0f} s')
+                    began, received = now, 0
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, OSError) and error.errno in atomic.NO_SPACE:
+                raise
+            raise Transient(_reason(error)) from error
+
+    def _request(self, path: str, headers: dict[str, str] | None = None, method: str = 'GET') -> Any:
+        try:
+            parts = urlsplit(path)
+        except ValueError as error:
+            raise DataError(f'{path!r:.80}: not a web address') from error
+        user, _, host = parts.netloc.rpartition('@')
+        url = quote(parts._replace(netloc=host, fragment='').geturl(), safe="%/:=&?~#+!$,;'@()*[]")
+        request = urllib.request.Request(url, method=method,
+                                         headers={'Accept-Encoding': 'identity', 'User-Agent': 'scepter', **(headers or {})})
+        if user:    # unredirected: the password is for this host alone
+            request.add_unredirected_header('Authorization', 'Basic ' + base64.b64encode(unquote(user).encode()).decode())
+        try:
+            return self._open(request, timeout=self.TIMEOUT)
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code in TRANSIENT:
+                wait = error.headers.get('Retry-After', '')
+                raise Transient(f'{error.code} {error.reason}', float(wait) if wait.isdigit() else None) from error
+            # urllib's own words about a redirect hold the new address, which may be signed
+            reason = 'redirects without end, or to an address that is refused' if 300 <= error.code < 400 else error.reason
+            raise _Refused(f'{shown(path)}: {error.code} {reason}', error.code) from error
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, ssl.SSLCertVerificationError):
+                raise DataError(f'{shown(path)}: {error.reason}') from error
+            raise Transient(_reason(error.reason)) from error
+        except (ValueError, http.client.InvalidURL) as error:
+            raise DataError(f'{shown(path)}: not a web address') from error
+        except (OSError, http.client.HTTPException) as error:
+            raise Transient(_reason(error)) from error
+
+
+class _Refused(DataError):
+    """An answer that is final."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message,
+                         newurl: str) -> urllib.request.Request | None:
+        schemes = ('https',) if req.type == 'https' else ('http', 'https')
+        if urlsplit(newurl).scheme not in schemes:
+            raise urllib.error.HTTPError(req.full_url, code, msg, headers, fp)
+        if (request := super().redirect_request(req, fp, code, msg, headers, newurl)) is not None:
+            request.method = req.get_method()       # a HEAD stays a HEAD
+        return request
+
+
+def _reason(error: object) -> str:
+    if isinstance(error, TimeoutError):
+        return 'no answer in time'
+    if isinstance(error, http.client.IncompleteRead):
+        return f'the connection broke off after {len(error.partial)} bytes of a chunk'
+    return str(error) or type(error).__name__

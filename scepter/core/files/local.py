@@ -1,0 +1,65 @@
+"""Plain paths and file:// addresses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from scepter.core.config import did_you_mean
+from scepter.core.errors import DataError
+from scepter.core.files import atomic
+from scepter.core.files.client import FileClient
+from scepter.core.registry import FILE_SYSTEMS
+
+
+@FILE_SYSTEMS.register_class()
+class LocalFs(FileClient):
+    """The file system of this machine. Reading never copies and never creates anything."""
+
+    schemes = ('file',)
+
+    def here(self, path: str, is_folder: bool) -> Path:
+        local = local_path(path)
+        if is_folder and local.is_file():
+            raise DataError(f'{local} is a file, a folder is expected here')
+        if not is_folder and local.is_dir():
+            raise DataError(f'{local} is a folder, a file is expected here')
+        if not local.exists():
+            raise DataError(_missing(local))
+        return local
+
+    def staging(self, path: str, cache: Path) -> Path:
+        local = local_path(path)
+        atomic.make_folder(local.parent)
+        return local
+
+    def put(self, source: Path, path: str) -> None:
+        atomic.sync(source)
+        atomic.publish(source, local_path(path))
+
+    def exists(self, path: str) -> bool:
+        return local_path(path).exists()
+
+    def list(self, path: str) -> list[str]:
+        folder = self.here(path, is_folder=True)
+        return sorted(Path(root, name).relative_to(folder).as_posix() for root, _, names in os.walk(folder) for name in names)
+
+    def remove(self, path: str) -> None:
+        self.here(path, is_folder=False).unlink()
+
+
+def local_path(path: str) -> Path:
+    """The path of a plain or file:// address; ~ is the user's home. Raises DataError for a file:// address of another machine."""
+    if not path.lower().startswith('file://'):
+        return Path(path).expanduser()
+    parts = urlsplit(path)
+    if parts.netloc not in ('', 'localhost'):
+        raise DataError(f'{path}: file:// reaches this machine only; write file:///{parts.netloc}{parts.path} for an absolute path')
+    return Path(unquote(parts.path))
+
+
+def _missing(path: Path) -> str:
+    nearest = next(p for p in path.absolute().parents if p.is_dir())
+    step = path.absolute().relative_to(nearest).parts[0]
+    return f'{path} does not exist; the nearest folder that does is {nearest}{did_you_mean(step, [p.name for p in nearest.iterdir()])}'
