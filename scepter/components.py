@@ -1,12 +1,24 @@
 """Every component of the package, registered by being imported. Called by the doors and by tests, never by core."""
 from __future__ import annotations
 
-from scepter.data import datasets, transforms
-from scepter.diffusion import samplers, schedules
-from scepter.hooks import checkpoint, ema, log, pretrained, probe, profile
-from scepter.models import autoencoder, latent_diffusion, losses, unet
-from scepter.models.embedders import clip
-from scepter.solvers import base, diffusion, metrics, optim
-
-__all__ = ['autoencoder', 'base', 'checkpoint', 'clip', 'datasets', 'diffusion', 'ema', 'latent_diffusion', 'log', 'losses', 'metrics', 'optim',
-           'pretrained', 'probe', 'profile', 'samplers', 'schedules', 'transforms', 'unet']
+import scepter.core.files
+import scepter.data.datasets
+import scepter.data.transforms
+import scepter.diffusion.samplers
+import scepter.diffusion.schedules
+import scepter.hooks.checkpoint
+import scepter.hooks.ema
+import scepter.hooks.log
+import scepter.hooks.pretrained
+import scepter.hooks.probe
+import scepter.hooks.profile
+import scepter.models.autoencoder
+import scepter.models.embedders.clip
+import scepter.models.embedders.conditioner
+import scepter.models.embedders.openclip
+import scepter.models.latent_diffusion
+import scepter.models.losses
+import scepter.models.unet
+import scepter.solvers.diffusion
+import scepter.solvers.metrics
+import scepter.solvers.optim  # noqa: F401

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='run_train.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('overrides', nargs='*', metavar='KEY.PATH=VALUE', help='set a key of the config; the last one wins')
     parser.add_argument('--cfg', metavar='FILE', help='a YAML file, or a shipped example such as sd15.yaml')
     parser.add_argument('--launcher', choices=('spawn', 'torchrun'), default='spawn',

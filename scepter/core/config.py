@@ -60,9 +60,9 @@ class ConfigError(ScepterError):
         for path, message, origin in self.faults:
             place = f'line {origin.line}' if origin.file == self.title and origin.line else str(origin)
             rows.append((place if origin != NOWHERE else '', f'{path}: {message}' if path else message))
-        width = max(len(place) for place, _ in rows)
+        width = max(len(place) for place, _ in rows) + 2
         count = f'{len(rows)} fault{"s" if len(rows) > 1 else ""}'
-        return '\n'.join([f'{count} in {self.title}', *(f'  {place:<{width}}  {text}'.rstrip() for place, text in rows)])
+        return '\n'.join([f'{count} in {self.title}', *(f'  {place:<{width if width > 2 else 0}}{text}' for place, text in rows)])
 
 
 class Config(dict):
@@ -89,10 +89,14 @@ class Config(dict):
         file = find_config(path)
         cfg = _load_file(file, (), environment)
         object.__setattr__(cfg, 'file', str(file))
-        faults = list(_apply_overrides(cfg, overrides, environment))
-        if faults:
-            raise ConfigError(faults, str(file))
+        cfg.override(overrides, environment)
         return cfg
+
+    def override(self, words: Sequence[str], environment: bool = True) -> None:
+        """Carry out KEY.PATH=VALUE words, in place. Raises ConfigError."""
+        faults = list(_apply_overrides(self, words, environment))
+        if faults:
+            raise ConfigError(faults, self.file or 'the config')
 
     @classmethod
     def parse(cls, text: str, name: str = 'the config', environment: bool = True) -> Config:
@@ -262,7 +266,7 @@ _SCALARS = [
     (re.compile(r'(true|True|TRUE)$'), lambda s: True),
     (re.compile(r'(false|False|FALSE)$'), lambda s: False),
     (re.compile(r'[-+]?(0|[1-9][0-9_]*)$'), lambda s: int(s)),
-    (re.compile(r'0x[0-9a-fA-F]+$'), lambda s: int(s, 16)),
+    (re.compile(r'0x[0-9a-fA-F]{1,64}$'), lambda s: int(s, 16)),
     (re.compile(r'[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?$'), lambda s: float(s)),
     (re.compile(r'[-+]?\.(inf|Inf|INF)$'), lambda s: float(s.replace('.', ''))),
     (re.compile(r'\.(nan|NaN|NAN)$'), lambda s: float('nan')),
@@ -485,11 +489,23 @@ class Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def resolve(self, kind: type, value: Any, implicit: Any) -> str:
+        """A plain scalar's tag, by our rules of reading; so 1e-08 needs no tag, and the text '1e-08' is quoted."""
+        if kind is yaml.ScalarNode and implicit[0]:
+            read = read_scalar(value)
+            return f'tag:yaml.org,2002:{"null" if read is None else type(read).__name__}'
+        return super().resolve(kind, value, implicit)
+
+
+_BREAKS = re.compile('[\r\x85\u2028\u2029]')
+
 
 def _write_string(dumper: Dumper, text: str) -> yaml.Node:
     word = text.written if isinstance(text, FromEnv) else str(text)
-    quoted = not isinstance(read_scalar(word), str) or word.startswith(('=', '<<'))
-    style = "'" if quoted else '|' if '\n' in word and _ENV.search(word) is None else None
+    if _BREAKS.search(word):    # what YAML takes for the end of a line, it folds into a space unless it is escaped
+        style = '"'
+    else:
+        style = "'" if word.startswith(('=', '<<')) else '|' if '\n' in word and _ENV.search(word) is None else None
     return dumper.represent_scalar('tag:yaml.org,2002:str', word, style=style)
 
 

@@ -58,7 +58,7 @@ class Place:
             return self._of(path, step, value, known, is_set)
         if isinstance(self.value, Config) and step in self.value:
             return self._of(path, step, self.value[step], None)
-        raise ConfigError([Fault(path, self._unknown(step), NOWHERE)], 'the path')
+        raise ConfigError([Fault(path, self._unknown(step), NOWHERE)], '--explain')
 
     def _of(self, path: str, key: str, value: Any, p: Param | None, is_set: bool = True) -> Place:
         value = Config(value) if isinstance(value, dict) and not isinstance(value, Config) else value
@@ -67,7 +67,7 @@ class Place:
 
     def _unknown(self, step: str) -> str:
         if self.schema is not None:
-            return f'no such parameter{did_you_mean(step, [*self.schema, *self.schema.spellings])}'
+            return f'no such parameter{did_you_mean(step, ['NAME', *self.schema, *self.schema.spellings])}'
         return 'nothing is set here' if self.value is None else f'there are no keys below {self.path}'
 
     def text(self) -> str:
@@ -100,8 +100,7 @@ def _schema_below(value: Any, p: Param | None) -> Schema | None:
     if not isinstance(value, Config) or not isinstance(value.get('NAME'), str):
         return None
     own = p.registry.schema(value['NAME'])
-    beside = schema_of(p.place) if p.place is not None else Schema()
-    return Schema([*own.values(), *beside.values()], own.open, own.spellings)
+    return own.joined(schema_of(p.place)) if p.place is not None else own
 
 
 def _show(value: Any, key: str | None) -> str:

@@ -147,8 +147,8 @@ class Registry:
             self._schemas[name] = Schema.of_callable(obj, self.given, self.aliases)
         return self._schemas[name]
 
-    def faults(self, cfg: Any, where: str, origin: Origin = NOWHERE) -> Iterator[Fault]:
-        """Every fault in a component's config, and in those below it."""
+    def faults(self, cfg: Any, where: str, origin: Origin = NOWHERE, beside: Schema | None = None) -> Iterator[Fault]:
+        """Every fault in a component's config, and in those below it. beside: further keys that its place allows."""
         if not isinstance(cfg, dict) or not isinstance(cfg.get('NAME'), str):
             got = 'one without' if isinstance(cfg, dict) else repr(cfg)[:60]
             yield Fault(where, f'expected a {self.name} component with a NAME, got {got}', origin)
@@ -158,7 +158,7 @@ class Registry:
         except (KeyError, ImportError) as error:    # ImportError: the library that may have this name is not installed
             yield Fault(f'{where}.NAME', str(error.args[0]), cfg.origin('NAME') if isinstance(cfg, Config) else origin)
             return
-        yield from schema.faults(cfg, where)
+        yield from (schema.joined(beside) if beside is not None else schema).faults(cfg, where)
 
     # ---------------------------------------------------------------- building
     def build(self, cfg: dict, logger: Any = None, **given: Any) -> Any:

@@ -72,7 +72,8 @@ class Param:
     def spell(self) -> str:
         if self.registry is None:
             return spell(self.type)
-        return f'list of {self.registry.name} components' if self.many else f'{self.registry.name} component'
+        kind = f'list of {self.registry.name} components' if self.many else f'{self.registry.name} component'
+        return f'{kind}, or a map of named ones' if self.place is not None else kind
 
 
 def param(default: Any = REQUIRED, doc: str = '') -> Any:
@@ -99,10 +100,11 @@ class Schema(dict):
     open: an unknown key is not a fault. Such a class reads cfg.get itself, in the style of the quick start.
     """
 
-    def __init__(self, params: Iterable[Param] = (), open: bool = False, spellings: dict[str, str] | None = None):
+    def __init__(self, params: Iterable[Param] = (), open: bool = False, spellings: dict[str, str] | None = None, any_case: bool = False):
         super().__init__((p.name, p) for p in params)
         self.open = open
         self.spellings = spellings or {}    # how a key may also be spelled: LEARNING_RATE -> LR
+        self.any_case = any_case            # a signature declares: betas and BETAS are the same key
 
     # ---------------------------------------------------------------- where a schema comes from
     @classmethod
@@ -123,7 +125,7 @@ class Schema(dict):
             hints = get_type_hints(fn.__init__ if isinstance(fn, type) else fn)
         except (NameError, TypeError, AttributeError):    # a third party's annotations may name what is not there
             hints = {}
-        schema, given = cls(), {g.lower() for g in given}
+        schema, given = cls(any_case=True), {g.lower() for g in given}
         for name, p in inspect.signature(fn).parameters.items():
             if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
                 schema.open |= p.kind is p.VAR_KEYWORD
@@ -136,21 +138,28 @@ class Schema(dict):
     # ---------------------------------------------------------------- checking and filling
     def find(self, key: str) -> Param | None:
         """The parameter that a key of a config means."""
-        return self.get(key) or self.get(self.spellings.get(key, ''))
+        key = key.upper() if self.any_case else key
+        return self.get(self.spellings.get(key, key))
+
+    def joined(self, other: Schema) -> Schema:
+        """Both schemas' keys as one."""
+        return Schema([*self.values(), *other.values()], self.open, self.spellings, self.any_case)
 
     def faults(self, cfg: Config, where: str) -> Iterator[Fault]:
         """Every fault in cfg and in the component configs below it, each with its place."""
+        have: dict[str, str] = {}
         for key, value in cfg.items():
             if key == 'NAME':
                 continue
             p, path, origin = self.find(key), f'{where}.{key}' if where else key, cfg.origin(key) if isinstance(cfg, Config) else NOWHERE
             if p is not None:
+                if have.setdefault(p.name, key) != key:
+                    yield Fault(path, f'says again what {have[p.name]} says', origin)
                 yield from value_faults(value, p, path, origin)
             elif self.open:
                 yield from loose_faults(value, path)
             else:
                 yield Fault(path, f'no such parameter{did_you_mean(key, [*self, *self.spellings])}', origin)
-        have = {self.find(k).name for k in cfg if self.find(k) is not None}
         for name, p in self.items():
             if p.default is REQUIRED and name not in have:
                 origin = cfg.origin('NAME') if isinstance(cfg, Config) else NOWHERE
@@ -188,11 +197,10 @@ def value_faults(value: Any, p: Param, path: str, origin: Any) -> Iterator[Fault
     elif value is None and p.default is None:
         return
     elif p.place is not None and isinstance(value, Config):
+        from scepter.core.registry import schema_of
         named = {f'{path}.{k}': v for k, v in value.items()} if 'NAME' not in value else {path: value}
         for where, node in named.items():
-            own, beside = split_node(node, p.place)
-            yield from p.registry.faults(own, where, origin)
-            yield from beside[0].faults(beside[1], where)
+            yield from p.registry.faults(node, where, origin, schema_of(p.place))
     elif p.many:
         if not isinstance(value, list):
             yield Fault(path, f'expected a {p.spell()}, got {_show(value)}', origin)
@@ -279,7 +287,7 @@ def _fits_one(value: Any, type_: Any) -> bool:
     if origin is Literal:
         return any(value == a and type(value) is type(a) for a in args)
     if origin in (Union, types.UnionType):
-        return any(fits(value, a) for a in args)
+        return any(fits(value, a) for a in [a for a in args if not _is_foreign(a)] or args)
     if origin in (list, tuple) or type_ in (list, tuple):
         if not isinstance(value, (list, tuple)):
             return False
@@ -306,6 +314,11 @@ def _fits_one(value: Any, type_: Any) -> bool:
     return True
 
 
+def _is_foreign(type_: Any) -> bool:
+    """Whether this is a third party's own type, which no YAML value has: beside plain types it says nothing about a config."""
+    return get_origin(type_) is None and isinstance(type_, type) and type_.__module__ != 'builtins' and not hasattr(type_, 'para_dict')
+
+
 def spell(type_: Any) -> str:
     """An annotation in plain words."""
     origin, args = get_origin(type_), get_args(type_)
@@ -316,7 +329,7 @@ def spell(type_: Any) -> str:
     if origin is Literal:
         return 'one of ' + ', '.join('null' if a is None else str(a) for a in args)
     if origin in (Union, types.UnionType):
-        return ' or '.join(spell(a) for a in args)
+        return ' or '.join(spell(a) for a in [a for a in args if not _is_foreign(a) or a is types.NoneType] or args)
     if origin is list and args:
         return f'list of {spell(args[0])}'
     if origin is tuple and args:
@@ -338,7 +351,8 @@ def dict_to_yaml(module_name: str, name: str, para_dict: dict, set_name: bool = 
     lines = [f'{module_name}:'] + ([f'  NAME: {name}'] if set_name else [])
     for key, entry in para_dict.items():
         kind = entry.get('type', type(entry['value']).__name__)
-        lines.append(f'  # {entry.get("description", "")} ({kind}{", required" if entry.get("required") else ""})'.replace('\n', ' '))
+        comment = f'{entry.get("description", "")} ({kind}{", required" if entry.get("required") else ""})'
+        lines.append(f'  # {" ".join(comment.split())}')
         value = '' if entry.get('required') else dump({'V': entry['value']}, flow=True).strip()[4:-1].replace('\n', ' ')
         lines.append(f'  {key}: {value}'.rstrip())
     return '\n'.join(lines) + '\n'
