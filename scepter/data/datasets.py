@@ -21,6 +21,8 @@ import torch
 from PIL import ExifTags, Image, ImageFile
 from torch import Tensor
 
+import scepter.data.transforms  # noqa: F401  fills TRANSFORMS
+from scepter.core.config import ConfigError
 from scepter.core.errors import DataError
 from scepter.core.files import FS
 from scepter.core.logger import get_logger
@@ -32,6 +34,8 @@ CAPTION_SUFFIXES = ('.txt', '.caption')
 METADATA_FILES = ('metadata.jsonl', 'metadata.csv')
 MAX_PIXELS = 89_478_485      # what Pillow warns at; a header that promises more is a bomb, or a picture to be scaled down first
 MAX_CAPTION_BYTES = 65_536   # the longest real captions are a few kB
+
+Record = tuple[str, str | Path | None]    # path of an image below the folder; its caption, or the file that holds it
 
 
 class UnreadableError(Exception):
@@ -82,13 +86,11 @@ class ImageTextFolderDataset(BaseDataset):
         super().__init__(cfg, logger=logger)
         self.logger = logger or get_logger()
         if self.REPEATS < 1:
-            raise DataError(f'REPEATS is {self.REPEATS}: an image is seen once per epoch or more often')
+            raise ConfigError(f'REPEATS is {self.REPEATS}: an image is seen once per epoch or more often')
         self.transforms = [TRANSFORMS.build(t, logger=logger) for t in self.TRANSFORMS]
         with FS.get_dir_to_local_dir(self.DATA_FOLDER, wait_finish=True) as folder:
             self.folder = os.path.abspath(folder)
-        if not os.path.isdir(self.folder):
-            raise DataError(f'DATA_FOLDER: no folder {self.DATA_FOLDER}')
-        self.records = self._find_records()     # (path below the folder, caption or the file that holds it)
+        self.records = self._find_records()
         missing = sum(caption is None for _, caption in self.records)
         self.missing_captions = missing
         if missing:
@@ -126,7 +128,7 @@ class ImageTextFolderDataset(BaseDataset):
         except ValueError as error:    # UnicodeDecodeError is one
             raise UnreadableError(f'caption {caption}: {error}') from error
 
-    def _find_records(self) -> list[tuple[str, str | Path | None]]:
+    def _find_records(self) -> list[Record]:
         sheets = [name for name in METADATA_FILES if os.path.isfile(os.path.join(self.folder, name))]
         if len(sheets) > 1:
             raise DataError(f'{self.DATA_FOLDER} holds {" and ".join(sheets)}: keep the one that is meant')
@@ -163,8 +165,8 @@ class PromptListDataset(BaseDataset):
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
         if bool(self.PROMPTS) == bool(self.PROMPT_FILE):
-            raise DataError('give either PROMPTS or PROMPT_FILE')
-        lines = [{'prompt': p} for p in self.PROMPTS] or self._read_file()
+            raise ConfigError('PromptListDataset takes either PROMPTS or PROMPT_FILE')
+        lines = _prompts_of_file(self.PROMPT_FILE) if self.PROMPT_FILE else [{'prompt': p} for p in self.PROMPTS]
         size = {} if self.IMAGE_SIZE is None else {'image_size': self.IMAGE_SIZE}
         self.lines = [{'n_prompt': self.N_PROMPT, **size, **line, 'prompt': self.PROMPT_PREFIX + line['prompt']} for line in lines]
         for line in self.lines:
@@ -179,21 +181,6 @@ class PromptListDataset(BaseDataset):
 
     def name_of(self, index: int) -> str:
         return f'prompt {index + 1} {self.lines[index]["prompt"][:40]!r}'
-
-    def _read_file(self) -> list[dict[str, Any]]:
-        with FS.get_from(self.PROMPT_FILE) as path:
-            if not os.path.isfile(path):
-                raise DataError(f'PROMPT_FILE: no file {self.PROMPT_FILE}')
-            lines = [(number, line.strip()) for number, line in _lines(path) if line.strip()]
-        if not lines:
-            raise DataError(f'PROMPT_FILE: {self.PROMPT_FILE} holds no prompt')
-        if not self.PROMPT_FILE.endswith('.jsonl'):
-            return [{'prompt': line} for _, line in lines]
-        rows = [_row(self.PROMPT_FILE, number, line) for number, line in lines]
-        for (number, _), row in zip(lines, rows):
-            if not isinstance(row.get('prompt'), str):
-                raise DataError(f'{self.PROMPT_FILE}, line {number}: expected a "prompt", got the keys {", ".join(row) or "(none)"}')
-        return rows
 
 
 # ---------------------------------------------------------------------------------------- one image
@@ -282,9 +269,10 @@ def _walk(folder: str) -> Iterator[str]:
         yield from (os.path.relpath(os.path.join(root, f), folder).replace(os.sep, '/') for f in files if not f.startswith('.'))
 
 
-def _records_of_metadata(path: str) -> list[tuple[str, str | None]]:
+def _records_of_metadata(path: str) -> list[Record]:
     rows = _csv_rows(path) if path.endswith('.csv') else ((n, _row(path, n, line)) for n, line in _lines(path) if line.strip())
-    records, columns = [], {}
+    records: list[Record] = []
+    columns: dict[str, None] = {}
     for number, row in rows:
         where = f'{path}, line {number}'
         columns.update(dict.fromkeys(row))
@@ -303,6 +291,20 @@ def _records_of_metadata(path: str) -> list[tuple[str, str | None]]:
     if records and 'text' not in columns:
         raise DataError(f'{path} has no text for any image, only {", ".join(columns)}: name the captions "text"')
     return records
+
+
+def _prompts_of_file(address: str) -> list[dict[str, Any]]:
+    with FS.get_from(address) as path:
+        lines = [(number, line.strip()) for number, line in _lines(path) if line.strip()]
+    if not lines:
+        raise DataError(f'PROMPT_FILE: {address} holds no prompt')
+    if not address.endswith('.jsonl'):
+        return [{'prompt': line} for _, line in lines]
+    rows = [_row(address, number, line) for number, line in lines]
+    for (number, _), row in zip(lines, rows):
+        if not isinstance(row.get('prompt'), str):
+            raise DataError(f'{address}, line {number}: expected a "prompt", got the keys {", ".join(row) or "(none)"}')
+    return rows
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
@@ -329,8 +331,7 @@ def _csv_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
             reader = csv.DictReader(file, strict=True)
             for row in reader:
                 if None in row:
-                    raise DataError(f'{path}, line {reader.line_num}: {len(reader.fieldnames) + len(row[None])} fields under '
-                                    f'{len(reader.fieldnames)} headings; quote a text that holds a comma')
+                    raise DataError(f'{path}, line {reader.line_num}: more fields than headings; a text that holds a comma needs quotes')
                 yield reader.line_num, row
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f'{path}: not CSV ({error})') from error

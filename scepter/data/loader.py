@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -145,7 +144,7 @@ class _Batches(Iterator[Batch]):
         dataset = reader.dataset
         self.reader, self.logger = reader, logger or get_logger()
         self.skipped: dict[str, str] = {}
-        self.skipped_file = None if skipped_file is None else Path(skipped_file)
+        self.skipped_file = None if skipped_file is None else _SkippedFile(skipped_file)
         self.pin_memory = dataset.PIN_MEMORY and torch.cuda.is_available()
         num_workers = dataset.NUM_WORKERS if num_workers is None else num_workers
         self.reads: Iterator[Read] = map(reader, parts) if num_workers == 0 else Workers(
@@ -170,7 +169,7 @@ class _Batches(Iterator[Batch]):
         self.skipped[path] = reason
         self.logger.warning(f'unreadable, {"another sample takes its place" if self.reader.replace else "left out"}: {path}: {reason}')
         if self.skipped_file is not None:
-            _append_once(self.skipped_file, path, reason)
+            self.skipped_file.add(path, reason)
         if len(self.skipped) > self.reader.bad_allowed:
             named = '\n'.join(f'  {p}: {r}' for p, r in list(self.skipped.items())[:20])
             dataset = self.reader.dataset
@@ -229,13 +228,18 @@ def _generators_restored() -> Iterator[None]:
         random.setstate(states[2])
 
 
-def _append_once(file: Path, path: str, reason: str) -> None:
-    """One line per file, also over resumes and over the ranks that share the folder."""
-    known: Iterable[str] = file.read_text(encoding='utf-8').splitlines() if file.is_file() else ()
-    if any(json.loads(line)['path'] == path for line in known if line):
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, 'a', encoding='utf-8') as out:
-        out.write(json.dumps({'path': path, 'reason': reason}) + '\n')
-        out.flush()
-        os.fsync(out.fileno())
+class _SkippedFile:
+    """skipped.jsonl: one line for each unreadable file, also over resumes and over the ranks that share it."""
+
+    def __init__(self, path: str | Path):
+        self.path, self.known, self.read_to = Path(path), set[str](), 0
+
+    def add(self, path: str, reason: str) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, 'a+b') as file:
+            file.seek(self.read_to)    # what others have added since
+            self.known |= {json.loads(line)['path'] for line in file if line.endswith(b'}\n')}    # not one that a crash cut off
+            if path not in self.known:
+                file.write(json.dumps({'path': path, 'reason': reason}).encode() + b'\n')
+            self.read_to = file.tell()
+            self.known.add(path)
