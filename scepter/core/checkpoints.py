@@ -379,21 +379,21 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Iterable[
 
     Raises CheckpointError where a parameter is new, gone, of another shape, or in another company of parameters than before.
     """
-    parameters = dict(parameters)
-    names = {id(parameter): name for name, parameter in parameters.items()}
+    by_name = dict(parameters)
+    names = {id(parameter): name for name, parameter in by_name.items()}
     order = [[names[id(parameter)] for parameter in group['params']] for group in optimizer.param_groups]
     home = {name: i for i, group in enumerate(saved['param_groups']) for name in group['params']}
     _check_names(order, home, saved['param_groups'])
     place = {name: i for i, name in enumerate(name for group in order for name in group)}
     for name, values in saved['state'].items():
         for key, value in values.items():
-            if isinstance(value, Tensor) and value.dim() == parameters[name].dim() and value.shape != parameters[name].shape:
+            if isinstance(value, Tensor) and value.dim() == by_name[name].dim() and value.shape != by_name[name].shape:
                 raise CheckpointError(f'the optimizer\'s {key} of {name} has shape {list(value.shape)}, '
-                                      f'the parameter has {list(parameters[name].shape)}')
+                                      f'the parameter has {list(by_name[name].shape)}')
     groups = [{**saved['param_groups'][home[group[0]]], 'params': [place[name] for name in group]} for group in order]
     optimizer.load_state_dict({'state': {place[name]: values for name, values in saved['state'].items()}, 'param_groups': groups})
     for name, values in saved['state'].items():     # torch casts state to the parameter's type; a resume must change no bit
-        current = optimizer.state[parameters[name]]
+        current = optimizer.state[by_name[name]]
         for key, value in values.items():
             if isinstance(value, Tensor) and current[key].dtype != value.dtype:
                 current[key] = value.to(current[key].device)

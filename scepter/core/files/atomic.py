@@ -37,12 +37,11 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> Digest:
             for chunk in chunks:
                 for start in range(0, len(chunk), CHUNK):
                     view = memoryview(chunk)[start:start + CHUNK]
-                    hashed = hasher.submit(sha.update, view) if len(view) >= CHUNK else sha.update(view)
                     size += len(view)
+                    hashed = hasher.submit(sha.update, view)
                     while view:
                         view = view[os.write(file, view):]
-                    if hashed is not None:
-                        hashed.result()
+                    hashed.result()
         os.fsync(file)
     finally:
         os.close(file)

@@ -9,7 +9,6 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from email.message import Message
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, unquote, urlsplit
@@ -36,7 +35,7 @@ class HttpFs(FileClient):
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
         redirects = _Redirects()
-        redirects.max_redirections = self.REDIRECTS
+        redirects.max_redirections = self.REDIRECTS      # type: ignore[misc]
         self._open = urllib.request.build_opener(redirects).open
         self._validators: dict[Path, str] = {}      # of files on their way: what proves that the rest belongs to the beginning
 
@@ -154,7 +153,7 @@ class _Refused(DataError):
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message,
+    def redirect_request(self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage,
                          newurl: str) -> urllib.request.Request | None:
         schemes = ('https',) if req.type == 'https' else ('http', 'https')
         if urlsplit(newurl).scheme not in schemes:

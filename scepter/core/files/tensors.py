@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -71,7 +72,7 @@ class TensorFile(Mapping[str, Tensor]):
             # readinto, not mmap: a file that shrinks under a map kills the process, here it is an error
             with open(self.path, 'rb', buffering=0) as file:
                 file.seek(slot.start)
-                found = _read_fully(file, memoryview(buffer))
+                found = _read_fully(file, buffer.data)
             if found != slot.size:
                 raise CheckpointError(f'{self.path}: ends inside {name}: {slot.size} bytes expected, {found} found')
         return tensor
@@ -113,7 +114,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         yield len(text).to_bytes(8, 'little') + text
         for name in names:
             if tensors[name].numel():
-                yield memoryview(tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy())
+                yield tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy().data
 
     return write_file(path, chunks())
 
@@ -207,7 +208,7 @@ def _check_cover(slots: dict[str, Slot], base: int, length: int) -> None:
         raise ValueError(f'its tensors end at byte {place}, the file at {length}')
 
 
-def _read_fully(file: BinaryIO, view: memoryview) -> int:
+def _read_fully(file: FileIO, view: memoryview) -> int:
     total = 0
     while total < len(view) and (count := file.readinto(view[total:])):
         total += count
