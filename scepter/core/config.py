@@ -235,18 +235,32 @@ def is_secret(key: str) -> bool:
     return bool(_SECRET.search(str(key)))
 
 
-def known_secrets() -> set[str]:
-    """Every secret that a config of this process has held, for the logger to mask."""
-    return _secrets
-
-
 def masked(value: Any, key: str = '') -> Any:
-    """A copy in which each literal under a secret key is '***'; one that is written as ${NAME} says nothing and stays."""
+    """A copy in which nothing secret stands: '***' for a literal under a secret key, ${NAME} for what is written so, URLs without keys."""
     if isinstance(value, dict):
         return Config({k: masked(v, k) for k, v in value.items()})
     if isinstance(value, list):
         return [masked(v, key) for v in value]
-    return '***' if is_secret(key) and isinstance(value, str) and value and not isinstance(value, FromEnv) else value
+    if isinstance(value, FromEnv):
+        return value.written if is_secret(key) or hide(value) != value else value
+    if not isinstance(value, str):
+        return value
+    return '***' if is_secret(key) and value else _hide_in_urls(value)
+
+
+_IN_URL = re.compile(r'(?<=://)[^/\s@]+:[^/\s@]+(?=@)'
+                     r'|(?<=[?&])((?:[\w-]*(?:signature|credential|token|access_?key_?id|secret|password)|sig)=)[^&\s\'"]+', re.IGNORECASE)
+
+
+def hide(text: str) -> str:
+    """The text without any secret that a config of this process has held, and without keys inside URLs."""
+    for secret in _secrets:
+        text = text.replace(secret, '***')
+    return _hide_in_urls(text)
+
+
+def _hide_in_urls(text: str) -> str:
+    return _IN_URL.sub(lambda m: f'{m[1] or ""}***', text)
 
 
 def _note_secrets(value: Any, key: str = '') -> None:
@@ -287,12 +301,27 @@ def read_scalar(text: str) -> Any:
     return text
 
 
+_TAGS = {f'tag:yaml.org,2002:{kind}' for kind in ('map', 'seq', 'str', 'int', 'float', 'bool', 'null', 'timestamp', 'merge', 'value')}
+
+
 class Loader(yaml.SafeLoader):
     """SafeLoader without its surprises: scalars by read_scalar, duplicate keys refused, lines kept. Builds Config and list."""
 
     def __init__(self, text: str, name: str, environment: bool):
         super().__init__(text)
         self.file, self.environment, self.faults, self.count = name, environment, [], 0
+
+    def fetch_flow_collection_start(self, token: type) -> None:
+        self._check_depth(self.flow_level)    # the scanner's own work grows with the square of the depth
+        super().fetch_flow_collection_start(token)
+
+    def add_indent(self, column: int) -> bool:
+        self._check_depth(len(self.indents))
+        return super().add_indent(column)
+
+    def _check_depth(self, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise ConfigError([Fault('', f'more than {MAX_DEPTH} levels deep', Origin(self.file, self.line + 1))], self.file)
 
     def fault(self, node: yaml.Node, message: str, path: str = '') -> None:
         self.faults.append(Fault(path, message, Origin(self.file, node.start_mark.line + 1)))
@@ -301,9 +330,11 @@ class Loader(yaml.SafeLoader):
         self.count += 1
         if node in above:
             return self.fault(node, 'this alias holds itself', path)
-        if len(above) > MAX_DEPTH or self.count > MAX_NODES:
+        if self.count > MAX_NODES or len(above) > MAX_DEPTH:    # aliases multiply
             message = f'more than {MAX_DEPTH} levels deep or {MAX_NODES:,} values in all'
-            raise ConfigError([Fault(path, message, self._origin(node))], self.file)
+            raise ConfigError([Fault(path[:80], message, self._origin(node))], self.file)
+        if node.tag not in _TAGS:
+            return self.fault(node, f'the tag {node.tag} is not taken', path)
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, path, (*above, node))
         if isinstance(node, yaml.SequenceNode):
@@ -320,7 +351,11 @@ class Loader(yaml.SafeLoader):
                 continue
             if key == '<<' and key_node.style is None:
                 below = self.build(value_node, path, above)
-                merged += [b for b in (below if isinstance(below, list) else [below]) if isinstance(b, Config)]
+                below = below if isinstance(below, list) else [below]
+                if not all(isinstance(b, Config) for b in below):
+                    self.fault(key_node, '<< takes a mapping, or a list of them', path)
+                    continue
+                merged += below
                 continue
             where = f'{path}.{key}' if path else key
             if key in lines:
@@ -334,10 +369,6 @@ class Loader(yaml.SafeLoader):
         return cfg
 
     def scalar(self, node: yaml.ScalarNode, path: str) -> Any:
-        tag = node.tag
-        if tag not in ('tag:yaml.org,2002:str', 'tag:yaml.org,2002:int', 'tag:yaml.org,2002:float', 'tag:yaml.org,2002:bool',
-                       'tag:yaml.org,2002:null', 'tag:yaml.org,2002:timestamp', 'tag:yaml.org,2002:merge', 'tag:yaml.org,2002:value'):
-            return self.fault(node, f'the tag {tag} is not taken', path)
         text = node.value
         if _ENV.search(text) and self.environment:
             for name in _ENV.findall(text):
@@ -346,8 +377,8 @@ class Loader(yaml.SafeLoader):
             return FromEnv(_ENV.sub(lambda m: os.environ[m[1]], text), text)
         if node.style is not None:
             return text
-        if tag != self.resolve(yaml.ScalarNode, text, (True, False)):   # written out: !!str 5, !!float 5
-            return float(text) if tag.endswith(':float') and isinstance(read_scalar(text), (int, float)) else text
+        if node.tag != self.resolve(yaml.ScalarNode, text, (True, False)):   # written out: !!str 5, !!float 5
+            return float(text) if node.tag.endswith(':float') and isinstance(read_scalar(text), (int, float)) else text
         return read_scalar(text)
 
     def _origin(self, node: yaml.Node) -> Origin:
@@ -370,8 +401,6 @@ def _parse(text: str, name: str, environment: bool) -> Config:
         mark = getattr(error, 'problem_mark', None)
         words = ' '.join(filter(None, (getattr(error, 'context', None), getattr(error, 'problem', None)))) or str(error).splitlines()[0]
         raise ConfigError([Fault('', f'not YAML: {words}', Origin(name, mark.line + 1) if mark else Origin(name))], name) from None
-    except RecursionError:
-        raise ConfigError([Fault('', f'more than {MAX_DEPTH} levels deep', Origin(name))], name) from None
     if loader.faults:
         raise ConfigError(loader.faults, name)
     _note_secrets(cfg)

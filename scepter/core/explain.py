@@ -67,7 +67,8 @@ class Place:
 
     def _unknown(self, step: str) -> str:
         if self.schema is not None:
-            return f'no such parameter{did_you_mean(step, ['NAME', *self.schema, *self.schema.spellings])}'
+            known = ['NAME', *self.schema, *self.schema.spellings] if self.param is not None else list(self.schema)
+            return f'no such parameter{did_you_mean(step, known)}'
         return 'nothing is set here' if self.value is None else f'there are no keys below {self.path}'
 
     def text(self) -> str:

@@ -5,7 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
-from scepter.core.config import known_secrets
+from scepter.core.config import hide
 
 FORMAT = '%(asctime)s %(levelname).1s %(message)s'
 
@@ -52,13 +52,10 @@ def note_traceback() -> None:
 
 
 class _Formatter(logging.Formatter):
-    """Replaces each secret that a config has shown us; the whole text is searched, tracebacks included."""
+    """Shows no secret; the whole text is searched, tracebacks included."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        for secret in known_secrets():
-            text = text.replace(secret, '***')
-        return text
+        return hide(super().format(record))
 
 
 class _TqdmHandler(logging.StreamHandler):
