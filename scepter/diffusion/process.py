@@ -240,7 +240,9 @@ class Diffusion:
         def fresh(like: Tensor) -> Tensor:
             if seeds is None:
                 return torch.randn_like(like)
-            return streams.normal_rows(seeds, f'fresh {next(draws)}', like.shape[1:], like.device, like.dtype)
+            drawn = streams.normal_rows(seeds, f'fresh {next(draws)}', like.shape[1:], 'cpu', like.dtype)
+            # from pinned memory, or the copy would wait for the network, and the next step's launches with it
+            return drawn.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else drawn.to(like.device)
 
         try:
             state = sampler(denoise, state, levels, fresh=fresh, between=self.between)

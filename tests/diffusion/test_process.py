@@ -487,3 +487,18 @@ def test_sampling_leaves_no_graph_and_the_schedule_pickles():
     assert not out.requires_grad
     for twin in (pickle.loads(pickle.dumps(Diffusion(*PROCESSES['vp']))), copy.deepcopy(STABLE)):  # noqa: S301
         assert torch.equal(twin.sample(NOISE, exact(twin), steps=2), STABLE.sample(NOISE, exact(STABLE), steps=2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('solver', SAMPLERS)
+def test_no_step_waits_for_the_device(solver):
+    arguments = {'solver': solver, 'steps': 6, 'seed': 1, 'guide_scale': 3.0, 'guide_rescale': 0.5, 'clamp': 2.0}
+    model = lambda x, t, c: c * torch.tanh(x)
+    kwargs = [{'c': torch.full((3, 1, 1, 1), value)} for value in (1.0, 0.5)]
+    noise, on_device = NOISE.cuda(), [{'c': k['c'].cuda()} for k in kwargs]
+    try:
+        torch.cuda.set_sync_debug_mode('error')
+        out = STABLE.sample(noise, model, on_device, **arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    torch.testing.assert_close(out.cpu(), STABLE.sample(NOISE, model, kwargs, **arguments), rtol=1e-3, atol=1e-3)
