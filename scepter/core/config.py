@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from scepter.core.errors import ScepterError
+from scepter.core.secrets import FromEnv, hide, hide_in_urls, is_secret, note_secrets
 
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 1_000_000, 64, 100_000
 
@@ -207,34 +208,6 @@ def did_you_mean(word: Any, words: Iterable[Any]) -> str:
     return f'; did you mean {known[close[0]]}?' if close else ''
 
 
-# ------------------------------------------------------------------------------------------------ the environment and secrets
-class FromEnv(str):
-    """A string that was written with ${NAME}: it reads as the value, and is saved as it was written."""
-    written: str
-
-    def __new__(cls, value: str, written: str) -> FromEnv:
-        text = super().__new__(cls, value)
-        text.written = written
-        return text
-
-    def __reduce__(self) -> tuple:
-        return FromEnv, (str(self), self.written)
-
-    def __deepcopy__(self, memo: dict) -> FromEnv:
-        return self
-
-
-_ENV = re.compile(r'\$\{(\w+)\}')
-_SECRET = re.compile(r'(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|APPKEY|(OSS_)?[AS]K|ACCESS_ID'
-                     r'|(ACCESS|API|SECRET|PRIVATE)_KEY(_ID|_SECRET)?)$', re.IGNORECASE)
-_secrets: set[str] = set()
-
-
-def is_secret(key: str) -> bool:
-    """Whether the value of a key of this name must not be shown: OSS_SK, HF_TOKEN, PASSWORD, ..."""
-    return bool(_SECRET.search(str(key)))
-
-
 def masked(value: Any, key: str = '') -> Any:
     """A copy in which nothing secret stands: '***' for a literal under a secret key, ${NAME} for what is written so, URLs without keys."""
     if isinstance(value, dict):
@@ -245,33 +218,7 @@ def masked(value: Any, key: str = '') -> Any:
         return value.written if is_secret(key) or hide(value) != value else value
     if not isinstance(value, str):
         return value
-    return '***' if is_secret(key) and value else _hide_in_urls(value)
-
-
-_IN_URL = re.compile(r'(?<=://)[^/\s@]+:[^/\s@]+(?=@)'
-                     r'|(?<=[?&])((?:[\w-]*(?:signature|credential|token|access_?key_?id|secret|password)|sig)=)[^&\s\'"]+', re.IGNORECASE)
-
-
-def hide(text: str) -> str:
-    """The text without any secret that a config of this process has held, and without keys inside URLs."""
-    for secret in _secrets:
-        text = text.replace(secret, '***')
-    return _hide_in_urls(text)
-
-
-def _hide_in_urls(text: str) -> str:
-    return _IN_URL.sub(lambda m: f'{m[1] or ""}***', text)
-
-
-def _note_secrets(value: Any, key: str = '') -> None:
-    if isinstance(value, dict):
-        for k, v in value.items():
-            _note_secrets(v, k)
-    elif isinstance(value, list):
-        for v in value:
-            _note_secrets(v, key)
-    elif isinstance(value, str) and len(value) >= 4 and is_secret(key):
-        _secrets.add(str(value))
+    return '***' if is_secret(key) and value else hide_in_urls(value)
 
 
 # ------------------------------------------------------------------------------------------------ YAML in
@@ -301,6 +248,7 @@ def read_scalar(text: str) -> Any:
     return text
 
 
+_ENV = re.compile(r'\$\{(\w+)\}')
 _TAGS = {f'tag:yaml.org,2002:{kind}' for kind in ('map', 'seq', 'str', 'int', 'float', 'bool', 'null', 'timestamp', 'merge', 'value')}
 
 
@@ -403,7 +351,7 @@ def _parse(text: str, name: str, environment: bool) -> Config:
         raise ConfigError([Fault('', f'not YAML: {words}', Origin(name, mark.line + 1) if mark else Origin(name))], name) from None
     if loader.faults:
         raise ConfigError(loader.faults, name)
-    _note_secrets(cfg)
+    note_secrets(cfg)
     return cfg
 
 
@@ -508,7 +456,7 @@ def _apply_overrides(cfg: Config, overrides: Sequence[str], environment: bool) -
                 node[int(last)] = _wrap(value)
             else:
                 yield Fault(path, f'the list has {len(node)} entries', origin)
-    _note_secrets(cfg)
+    note_secrets(cfg)
 
 
 # ------------------------------------------------------------------------------------------------ YAML out

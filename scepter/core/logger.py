@@ -5,7 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
-from scepter.core.config import hide
+from scepter.core.secrets import hide
 
 FORMAT = '%(asctime)s %(levelname).1s %(message)s'
 

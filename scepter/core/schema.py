@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from scepter.core.config import NOWHERE, Config, ConfigError, Fault, FromEnv, did_you_mean, dump, plain
+from scepter.core.config import NOWHERE, Config, ConfigError, Fault, did_you_mean, dump, plain
+from scepter.core.secrets import FromEnv
 
 if TYPE_CHECKING:
     from scepter.core.registry import Registry

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scepter.core.config import Config, ConfigError, is_secret
+from scepter.core.config import Config, ConfigError
 from scepter.core.logger import get_logger, set_up_logging
+from scepter.core.secrets import is_secret
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -59,7 +60,7 @@ def test_not_a_number_is_read_as_such():
     ('A: 1\n---\nB: 2\n', ['not YAML', 'another document']),
     ('[' * 5000, ['levels deep']),
     ('A: ' + '{A: ' * 100 + '1' + '}' * 100, ['levels deep']),
-    ('a: &a [x]\n' + ''.join(f'{chr(98 + i)}: &{chr(98 + i)} [{", ".join(["*" + chr(97 + i)] * 9)}]\n' for i in range(9)), ['100,000 values']),
+    ('a0: &a0 [x]\n' + ''.join(f'a{i}: &a{i} [{", ".join([f"*a{i - 1}"] * 9)}]\n' for i in range(1, 10)), ['100,000 values']),
     ('A: x' * 300_000, ['characters']),
 ])
 def test_what_is_no_config_is_refused_with_the_reason(text: str, words: list[str]):
@@ -92,7 +93,8 @@ def test_a_file_is_found_under_both_suffixes_and_without_a_byte_order_mark(tmp_p
 
 
 @pytest.mark.parametrize(('content', 'words'), [
-    (None, 'there is no config'), (b'', 'is empty'), ('A: ä\n'.encode('latin-1'), 'is not UTF-8: byte 3 is 0xe4'), (b'A: \x00\n', 'not YAML'),
+    (None, 'there is no config'), (b'', 'is empty'), ('A: ä\n'.encode('latin-1'), 'is not UTF-8: byte 3 is 0xe4'),
+    (b'A: \x00\n', 'not YAML'),
 ])
 def test_a_file_that_cannot_be_read_is_a_fault_of_the_config(tmp_path: Path, content: bytes | None, words: str):
     if content is not None:
@@ -105,7 +107,7 @@ def test_a_file_that_cannot_be_read_is_a_fault_of_the_config(tmp_path: Path, con
 def test_a_misspelled_file_is_told_its_neighbour(tmp_path: Path):
     write(tmp_path, 'train.yaml', 'A: 1')
 
-    with pytest.raises(ConfigError, match='did you mean train.yaml'):
+    with pytest.raises(ConfigError, match='did you mean train'):
         Config.load(tmp_path / 'trian.yaml')
 
 
@@ -125,7 +127,8 @@ def test_a_part_of_another_name_replaces_the_one_below_it_whole(tmp_path: Path):
     assert cfg.M == {'NAME': 'B', 'Y': 2} and cfg.N == {'NAME': 'A', 'X': 1, 'Y': 2}
 
 
-@pytest.mark.parametrize(('base', 'words'), [('top.yaml', 'goes in a circle'), ('nowhere.yaml', 'there is no file'), ('3', 'expected a file')])
+@pytest.mark.parametrize(('base', 'words'), [('top.yaml', 'goes in a circle'), ('nowhere.yaml', 'there is no file'),
+                                             ('3', 'expected a file')])
 def test_a_base_that_cannot_be_is_refused(tmp_path: Path, base: str, words: str):
     with pytest.raises(ConfigError, match=words):
         Config.load(write(tmp_path, 'top.yaml', f'_BASE_: {base}\nA: 1\n'))
@@ -186,7 +189,7 @@ def test_a_copy_shares_nothing_and_keeps_the_origins():
 
 
 leaves = (st.none() | st.booleans() | st.integers(-2 ** 70, 2 ** 70) | st.floats(allow_nan=False) | st.dates().map(datetime.date.isoformat)
-          | st.sampled_from(['on', '1e-4', '010', '1:30', '~', '', ' ', '-', '=', '<<', 'null', '1_0', 'a\nb', '\n', 'a: b', '#', '!!str x'])
+          | st.sampled_from(['on', '1e-4', '010', '1:30', '~', '', ' ', '-', '=', '<<', 'null', '1_0', 'a\nb', '\n', 'a: b', '#', '!!s x'])
           | st.text(st.characters(blacklist_categories=('Cs',))).filter(lambda s: '${' not in s))
 trees = st.dictionaries(st.text('ABC_1é', min_size=1, max_size=6).filter(lambda k: k != '_BASE_'),
                         st.recursive(leaves, lambda t: st.lists(t, max_size=3) | st.dictionaries(st.text('AB', min_size=1), t, max_size=3),
@@ -203,8 +206,9 @@ def test_what_is_written_down_is_read_back_equal(tree: dict):
 
 
 # ------------------------------------------------------------------------------------------------ secrets
-SECRETS = ['OSS_AK', 'OSS_SK', 'AK', 'SK', 'HF_TOKEN', 'TOKEN', 'SECRET', 'PASSWORD', 'ACCESS_KEY', 'ACCESS_KEY_ID', 'ACCESS_KEY_SECRET', 'ACCESS_ID',
-           'API_KEY', 'APPKEY', 'PRIVATE_KEY', 'OSS_ACCESS_KEY_SECRET', 'hf_token', 'CREDENTIALS', 'SECURITY_TOKEN', 'STS_TOKEN']
+SECRETS = ['OSS_AK', 'OSS_SK', 'AK', 'SK', 'HF_TOKEN', 'TOKEN', 'SECRET', 'PASSWORD', 'ACCESS_KEY', 'ACCESS_KEY_ID', 'ACCESS_KEY_SECRET',
+           'ACCESS_ID', 'API_KEY', 'APPKEY', 'PRIVATE_KEY', 'OSS_ACCESS_KEY_SECRET', 'hf_token', 'CREDENTIALS',
+           'SECURITY_TOKEN', 'STS_TOKEN']
 
 
 @pytest.mark.parametrize('key', SECRETS)
