@@ -193,6 +193,8 @@ def collate(samples: Sequence[dict[str, Any]], name_of: Callable[[int], str] = l
 
 
 def _stack(key: str, values: list[Any], name_of: Callable[[int], str]) -> Any:
+    if isinstance(values[0], (bool, int, float)):
+        return torch.tensor(values)
     if not _is_numeric(values[0]):
         return values
     tensors = [torch.as_tensor(v) for v in values]
@@ -207,7 +209,7 @@ def _stack(key: str, values: list[Any], name_of: Callable[[int], str]) -> Any:
 def _is_numeric(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return bool(value) and all(isinstance(v, (bool, int, float)) for v in value)
-    return isinstance(value, (Tensor, np.ndarray, np.generic, bool, int, float))
+    return isinstance(value, (Tensor, np.ndarray, np.generic))
 
 
 def _seed_generators(seed: int) -> None:

@@ -185,11 +185,11 @@ def test_a_sample_that_kills_its_worker_each_time_ends_the_run():
     began = time.monotonic()
     with pytest.raises(DataError, match=r'SIGKILL while it read range\(.*4th time'):
         stream(Numbers({'SIZE': 4, 'POISON': 2}), 4, num_workers=1)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 def test_a_worker_that_is_stopped_counts_as_stuck():
-    dataset = Numbers({'SIZE': 10, 'TIMEOUT': 0.3})
+    dataset = Numbers({'SIZE': 10, 'TIMEOUT': 1.0})
     loader = Loader(dataset, seed=7, num_workers=1)
     found = [next(loader)]
     os.kill(pids(loader)[0], signal.SIGSTOP)
