@@ -605,7 +605,7 @@ def test_what_a_living_writer_holds_is_not_collected(tmp_path):
 
 
 # -------------------------------------------------------------------- retention
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(keep=st.integers(1, 3), pinned=st.sets(st.integers(1, 12), max_size=2),
        steps=st.lists(st.sampled_from([1, 2, 9, 10, 99, 1234567, 10**9]), max_size=8),
        actions=st.lists(st.tuples(st.sampled_from(['save', 'save', 'flip', 'cut', 'prune']), st.integers(0, 9)), max_size=10))

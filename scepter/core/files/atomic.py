@@ -34,18 +34,32 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> Digest:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         with ThreadPoolExecutor(1) as hasher:
-            for chunk in chunks:
-                for start in range(0, len(chunk), CHUNK):
-                    view = memoryview(chunk)[start:start + CHUNK]
-                    size += len(view)
-                    hashed = hasher.submit(sha.update, view)
-                    while view:
-                        view = view[os.write(file, view):]
-                    hashed.result()
+            for view in _pieces(chunks):
+                size += len(view)
+                hashed = hasher.submit(sha.update, view)
+                while view:
+                    view = view[os.write(file, view):]
+                hashed.result()
         os.fsync(file)
     finally:
         os.close(file)
     return Digest(size, sha.hexdigest())
+
+
+def _pieces(chunks: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
+    """The same bytes in pieces of at most CHUNK; small chunks are gathered, a network has hundreds of them."""
+    gathered = bytearray()
+    for chunk in chunks:
+        if len(gathered) + len(chunk) <= CHUNK // 8:
+            gathered += chunk
+            continue
+        if gathered:
+            yield memoryview(gathered)
+            gathered = bytearray()
+        for start in range(0, len(chunk), CHUNK):
+            yield memoryview(chunk)[start:start + CHUNK]
+    if gathered:
+        yield memoryview(gathered)
 
 
 def digest(path: Path) -> Digest:
