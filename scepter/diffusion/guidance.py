@@ -52,7 +52,9 @@ def guided(model: Callable[..., Tensor], model_kwargs: ModelKwargs | None, guide
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         outs = outputs(x, t)
-        out = sum(weight * out for weight, out in zip(weights, outs))
+        out = weights[0] * outs[0]
+        for weight, other in zip(weights[1:], outs[1:]):
+            out = out + weight * other
         return rescale(out, outs[0], guide_rescale) if guide_rescale else out
     return predict
 
@@ -62,6 +64,15 @@ def rescale(out: Tensor, wanted: Tensor, share: float) -> Tensor:
     rows = tuple(range(1, out.ndim))
     factor = wanted.std(rows, keepdim=True) / out.std(rows, keepdim=True).clamp(min=torch.finfo(out.dtype).tiny)
     return out * (share * factor + (1 - share))
+
+
+def bounded(x0: Tensor, clamp: float | None, percentile: float | None) -> Tensor:
+    """x0 within bounds: each row divided by its own quantile of |x0| where that is over 1 (arXiv:2205.11487, section 2.3), or cut at
+    +-clamp. The quantile, where given, takes the place of the cut."""
+    if percentile is not None:
+        bound = x0.flatten(1).abs().quantile(percentile, dim=1).clamp(min=1).view(-1, *[1] * (x0.ndim - 1))
+        return x0.clamp(-bound, bound) / bound
+    return x0 if clamp is None else x0.clamp(-clamp, clamp)
 
 
 def batched(trees: Sequence[Any], rows: int) -> Any:
@@ -109,7 +120,7 @@ def _weights(guide_scale: GuideScale | None, count: int, like: Tensor) -> list[S
             raise ValueError(f'guide_scale has the keys {sorted(guide_scale)}, expected image and text')
         scales: list[Scale] = [guide_scale['text'], guide_scale['image']]
     else:
-        scales = list(guide_scale) if isinstance(guide_scale, list | tuple) else [guide_scale]
+        scales = list(guide_scale) if isinstance(guide_scale, Sequence) else [guide_scale]
     if len(scales) != count - 1:
         raise ValueError(f'guide_scale has {len(scales)} number(s) and model_kwargs {count} set(s): expected one scale less than sets, '
                          'e.g. guide_scale=7.5 with model_kwargs=[{...the prompt...}, {...the empty prompt...}]')

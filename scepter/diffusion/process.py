@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from scepter.core import streams
 from scepter.core.registry import SAMPLERS
-from scepter.diffusion.guidance import GuideScale, ModelKwargs, guided
+from scepter.diffusion.guidance import GuideScale, ModelKwargs, bounded, guided
 
 
 class Level(NamedTuple):
@@ -134,7 +134,7 @@ class Diffusion:
         kind, x0 = x0.dtype, x0 if x0.dtype == torch.float64 else x0.float()    # levels near the ends drown in half precision
         noise = streams.normal('noise', x0) if noise is None else noise.to(x0.dtype)
         if offset_noise:
-            channel = streams.normal('offset_noise', x0[(slice(None), slice(None), *[slice(1)] * (x0.ndim - 2))])
+            channel = streams.normal('offset_noise', x0.flatten(2)[..., :1]).view(*x0.shape[:2], *[1] * (x0.ndim - 2))
             noise = noise + offset_noise * channel
         seen = noise + input_perturbation * streams.normal('input_perturbation', x0) if input_perturbation else noise
         level = self.level(t, x0)
@@ -198,19 +198,20 @@ class Diffusion:
 
         kind = network_dtype(model, noise)
         noise = noise if noise.dtype == torch.float64 else noise.float()
-        x = None if x is None else x.to(noise)
         levels = self.levels(steps, 'karras' if name != solver else discretization, t_max, t_min,
                              name in DISCARD_PENULTIMATE if discard_penultimate_step is None else discard_penultimate_step)
-        if denoising_strength < 1:
-            levels = levels[len(levels) - 1 - int(denoising_strength * (len(levels) - 1)):]
-            state = self.diffuse(x, noise, levels[0])    # the one level left at strength 0 is the clean one: x itself
-        else:
-            state = noise * math.hypot(levels[0].alpha, levels[0].sigma)
+        state = noise * math.hypot(levels[0].alpha, levels[0].sigma)
+        if x is not None:
+            x = x.to(noise)
+            if denoising_strength < 1:
+                levels = levels[len(levels) - 1 - int(denoising_strength * (len(levels) - 1)):]
+                state = self.diffuse(x, noise, levels[0])    # the one level left at strength 0 is the clean one: x itself
 
         predict = guided(model, model_kwargs, guide_scale, guide_rescale, noise)
-        seen: dict[Level, Tensor | None] = dict.fromkeys(levels[:-1])
-        progress = _progress_bar(len(seen)) if show_progress else None
-        adjusts = condition_fn or clamp is not None or percentile is not None or mask is not None
+        adjusts = condition_fn is not None or clamp is not None or percentile is not None or mask is not None
+        steps_made = dict.fromkeys(levels[:-1], False)
+        kept: dict[Level, Tensor] = {}
+        progress = _progress_bar(len(steps_made)) if show_progress else None
 
         def denoise(xt: Tensor, level: Level) -> tuple[Tensor, Tensor]:
             t = torch.full((len(xt),), level.t, device=xt.device, dtype=torch.int64 if isinstance(level.t, int) else torch.float32)
@@ -219,19 +220,16 @@ class Diffusion:
                 if condition_fn is not None and level.alpha > 0:    # pure noise says nothing about the condition
                     with torch.enable_grad():
                         x0 = x0 + condition_fn(xt, t).to(x0) * (level.sigma ** 2 / level.alpha)
-                if percentile is not None:
-                    bound = x0.flatten(1).abs().quantile(percentile, dim=1).clamp(min=1).view(-1, *[1] * (x0.ndim - 1))
-                    x0 = x0.clamp(-bound, bound) / bound
-                elif clamp is not None:
-                    x0 = x0.clamp(-clamp, clamp)
-                if mask is not None:
+                x0 = bounded(x0, clamp, percentile)
+                if mask is not None and x is not None:
                     x0 = torch.lerp(x, x0, mask.to(x0))
                 eps = (xt - level.alpha * x0) / level.sigma    # so that (x0, eps) still explain the state
-            if level in seen:
-                if progress is not None and seen[level] is None:
+            if level in steps_made:
+                if progress is not None and not steps_made[level]:
                     progress.update()
-                # a corrector looks at a level before its own step does: the last word there is the step's
-                seen[level] = {'x0': x0, 'xt': xt}.get(return_intermediate, _NOTHING)
+                steps_made[level] = True
+                if return_intermediate is not None:    # a corrector sees a level before its own step does: the step has the last word
+                    kept[level] = x0 if return_intermediate == 'x0' else xt
             return x0, eps
 
         draws = itertools.count()
@@ -249,7 +247,7 @@ class Diffusion:
         finally:
             if progress is not None:
                 progress.close()
-        return state if return_intermediate is None else (state, list(seen.values()))
+        return state if return_intermediate is None else (state, list(kept.values()))
 
     def levels(self, steps: int | Sequence[float], discretization: Discretization = 'trailing', t_max: int | None = None,
                t_min: int | None = None, discard_penultimate: bool = False) -> list[Level]:
@@ -327,9 +325,6 @@ class Diffusion:
 
     def _clean(self) -> Level:
         return Level(self._times[0], 1.0, 0.0)
-
-
-_NOTHING = torch.empty(0)    # stands for a level that was visited, where nobody asked for what was seen there
 
 
 def network_dtype(model: Callable[..., Tensor], noise: Tensor) -> torch.dtype:
