@@ -1,0 +1,139 @@
+"""Registries: names, suggestions, who may replace whom, and errors that keep their cause."""
+from __future__ import annotations
+
+import traceback
+
+import pytest
+
+import scepter.components  # noqa: F401
+from scepter.core.config import Config, ConfigError
+from scepter.core.registry import Component, Registry, need, registries
+from scepter.core.schema import param
+
+SHIPPED = [r for r in registries() if not r.name.startswith('TEST_') and list(r)]
+
+
+def ids(registry: Registry) -> str:
+    return registry.name
+
+
+@pytest.mark.parametrize('registry', SHIPPED, ids=ids)
+def test_an_unknown_name_is_told_the_nearest_or_to_look_at_imports(registry: Registry):
+    for name in registry:
+        with pytest.raises(KeyError) as error:
+            registry.get(name + '_')
+        assert f'did you mean {name}?' in str(error.value)
+    with pytest.raises(KeyError, match='listed under IMPORTS'):
+        registry.get('Qqqqqqqqqqqqqqqqq')
+
+
+@pytest.mark.parametrize('registry', SHIPPED, ids=ids)
+def test_each_component_has_a_schema_a_docstring_and_a_template_that_loads(registry: Registry):
+    for name in registry:
+        node = Config.parse(registry.get_config_template(name))[registry.name]
+
+        assert node.NAME == name
+        assert (registry.get(name).__doc__ or '').strip(), f'{registry.name}.{name} has no docstring'
+        assert set(node) - {'NAME'} == set(registry.schema(name))
+
+
+@pytest.mark.parametrize('registry', SHIPPED, ids=ids)
+def test_each_default_fits_its_own_declaration(registry: Registry):
+    for name in registry:
+        if registry.get(name).__module__.startswith('torch'):
+            continue
+        node = Config.parse(registry.get_config_template(name))[registry.name]
+        required = {k for k, entry in registry.schema(name).para_dict().items() if entry['required']}
+
+        faults = [f for f in registry.faults(node, '') if f.path.split('.')[0] not in required]
+        assert not faults, (name, faults)
+
+
+def test_each_declared_key_says_what_it_means():
+    silent = [f'{r.name}.{name}.{key}' for r in SHIPPED for name in r for key, p in r.schema(name).items() if not p.argument and not p.doc]
+
+    assert not silent
+
+
+def registered_by(module: str, registry: Registry, name: str = 'Thing', **body: object) -> type:
+    return registry.register_class()(type(name, (Component,), {'__module__': module, **body}))
+
+
+def test_two_of_the_package_or_two_of_the_user_are_an_error_that_names_both_modules():
+    for first, second in (('scepter.models.a', 'scepter.models.b'), ('mine', 'yours')):
+        registry = Registry('TEST_TWICE')
+        registered_by(first, registry)
+
+        with pytest.raises(KeyError, match=f'already has a Thing, from {first}; the one in {second}'):
+            registered_by(second, registry)
+
+
+@pytest.mark.parametrize('order', [('scepter.models.a', 'mine'), ('mine', 'scepter.models.a'), ('torch.optim', 'mine')])
+def test_a_users_component_replaces_the_shipped_one_in_either_order(order: tuple[str, str]):
+    registry = Registry('TEST_REPLACE')
+    made = {module: registered_by(module, registry) for module in order}
+
+    assert registry.get('Thing') is made['mine']
+
+
+def test_a_replacement_is_said_in_one_line(capsys: pytest.CaptureFixture):
+    registry = Registry('TEST_SAID')
+    registered_by('scepter.models.a', registry)
+    registered_by('mine', registry)
+
+    assert 'TEST_SAID: Thing of mine replaces the shipped one' in capsys.readouterr().err
+
+
+def test_registering_the_same_thing_again_is_nothing():
+    registry = Registry('TEST_AGAIN')
+    thing = registered_by('mine', registry)
+
+    assert registry.register_class()(thing) is thing and registry.register_class('Other')(thing) is thing
+    assert list(registry) == ['Other', 'Thing']
+
+
+def test_a_constructors_error_stays_itself_and_tells_the_node_it_came_from():
+    registry = Registry('TEST_ERROR')
+
+    @registry.register_class()
+    class Broken(Component):
+        DEPTH: int = param(1)
+
+        def __init__(self, cfg: dict, logger: object = None):
+            super().__init__(cfg, logger=logger)
+            raise ZeroDivisionError('the cause')
+
+    cfg = Config.parse('A:\n  NAME: Broken\n', name='my.yaml').A
+    with pytest.raises(ZeroDivisionError, match='the cause') as error:
+        registry.build(cfg)
+
+    assert error.value.__notes__ == ['while building TEST_ERROR.Broken (my.yaml, line 2)']
+    assert 'the cause' in ''.join(traceback.format_exception(error.value))
+
+
+def test_a_library_is_asked_only_for_names_the_registry_has_not():
+    registry, asked = Registry('TEST_LIBRARY'), []
+    registered_by('mine', registry)
+    registry.add_library(lambda: asked.append(1) or {'dict': dict})
+
+    assert registry.get('Thing') and not asked
+    assert registry.get('dict') is dict and asked
+    with pytest.raises(KeyError, match='did you mean dict'):
+        registry.get('dikt')
+
+
+def test_a_library_that_is_not_installed_is_a_fault_that_names_the_extra():
+    registry = Registry('TEST_ABSENT')
+    registry.add_library(lambda: need('no_such_package', 'vision'))
+
+    with pytest.raises(ConfigError, match=r'no_such_package is not installed: pip install -e "\.\[vision\]"'):
+        registry.build({'NAME': 'Resize'})
+
+
+def test_a_build_takes_what_no_file_can_hold():
+    registry = Registry('TEST_GIVEN', given=('params',))
+    registry.register_class('F')(lambda params, scale=2: [p * scale for p in params])
+
+    assert registry.build({'NAME': 'F', 'SCALE': 3}, params=[1, 2]) == [3, 6]
+    with pytest.raises(ConfigError, match='no such parameter'):
+        registry.build({'NAME': 'F', 'PARAMS': [1]})
