@@ -107,8 +107,9 @@ class ClipText(Tower):
     def blocks(self) -> nn.ModuleList:
         return self.encoder.layers
 
-    def final_norm(self, x: Tensor) -> Tensor:
-        return self.final_layer_norm(x)
+    @property
+    def norm(self) -> nn.LayerNorm:
+        return self.final_layer_norm
 
     @torch.no_grad()
     def _init_weights(self) -> None:

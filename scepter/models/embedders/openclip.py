@@ -26,7 +26,7 @@ class FrozenOpenCLIPEmbedder(TextTowerEmbedder):
     """
 
     ARCH: str = param('ViT-H-14', f'The tower: one of {", ".join(ARCHITECTURES)}, or `custom`, which WIDTH, DEPTH and HEADS describe.')
-    PRETRAINED_MODEL: str | None = param(None, 'Weights of OpenCLIP, Hugging Face or a whole Stable Diffusion: file, folder, URL or hub id.')
+    PRETRAINED_MODEL: str | None = param(None, 'Weights of OpenCLIP, Hugging Face or a Stable Diffusion: file, folder, URL or hub id.')
     TOKENIZER_PATH: str | None = param(None, 'Folder of another tokenizer than the one that open_clip_torch ships.')
     LAYER: Literal['last', 'pooled', 'penultimate'] = param('penultimate', 'Which activation to hand on.')
     USE_FINAL_LAYER_NORM: bool = param(True, 'The final layer norm also on the penultimate activation (SD2); SDXL takes it without.')
@@ -81,7 +81,7 @@ class OpenClipText(Tower):
     def __init__(self, width: int, depth: int, heads: int, positions: int = 77, pooled_width: int | None = None,
                  leave_out_last: bool = False, vocabulary: int = 49408):
         super().__init__()
-        self.width, self.depth, self.heads = width, depth, heads
+        self.width, self.depth, self.heads, self.positions = width, depth, heads, positions
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.positional_embedding = nn.Parameter(torch.empty(positions, width))
         self.transformer = nn.Module()
@@ -98,8 +98,9 @@ class OpenClipText(Tower):
     def blocks(self) -> nn.ModuleList:
         return self.transformer.resblocks
 
-    def final_norm(self, x: Tensor) -> Tensor:
-        return self.ln_final(x)
+    @property
+    def norm(self) -> nn.LayerNorm:
+        return self.ln_final
 
     def pool(self, x: Tensor, is_end: Tensor) -> Tensor:
         """The normed state at the first end token, projected: [B, L, D], bool [B, L] -> [B, P]."""

@@ -17,7 +17,7 @@ from scepter.models.embedders.tokenizer import ClipTokenizer, split_weights
 class TextTowerEmbedder(BaseEmbedder, base=True):
     """A text tower of the CLIP family.    prompts -> tokens [B, n * MAX_LENGTH] -> context [B, n * MAX_LENGTH, D]
 
-    A subclass sets self.tokenizer and self.tower, a module with `states`, `final_norm` and `pool`.
+    A subclass sets self.tokenizer and self.tower, a module with `states`, `norm` and `pool`.
     """
 
     MAX_LENGTH: int = param(77, 'Tokens per prompt, begin and end included; shorter ones are padded.')
@@ -81,12 +81,12 @@ class TextTowerEmbedder(BaseEmbedder, base=True):
             context = tower.pool(tower.states(ids, [last])[0], ids == self.tokenizer.eos)
             return context[:, None], context
         states = tower.states(ids, [take, last] if pooled else [take])
-        context = tower.final_norm(states[0]) if self.LAYER == 'last' or self.USE_FINAL_LAYER_NORM else states[0]
+        context = tower.norm(states[0]) if self.LAYER == 'last' or self.USE_FINAL_LAYER_NORM else states[0]
         return context, tower.pool(states[1], ids == self.tokenizer.eos) if pooled else context.new_empty(0)
 
 
 class Tower(nn.Module):
-    """The transformer of CLIP's text side, whatever its weights are called. A subclass sets depth, heads, eps and names the parts."""
+    """The transformer of CLIP's text side, whatever its weights are called. A subclass names the parts."""
 
     depth: int
 
@@ -105,7 +105,8 @@ class Tower(nn.Module):
     def blocks(self) -> Iterable[nn.Module]:
         raise NotImplementedError
 
-    def final_norm(self, x: Tensor) -> Tensor:
+    @property
+    def norm(self) -> nn.LayerNorm:
         raise NotImplementedError
 
     def states(self, ids: Tensor, wanted: list[int]) -> list[Tensor]:
@@ -120,7 +121,7 @@ class Tower(nn.Module):
 
     def pool(self, x: Tensor, is_end: Tensor) -> Tensor:
         """The normed state at the first end token: [B, L, D], bool [B, L] -> [B, D]."""
-        return self.final_norm(x)[torch.arange(len(x), device=x.device), is_end.int().argmax(dim=-1)]
+        return self.norm(x)[torch.arange(len(x), device=x.device), is_end.int().argmax(dim=-1)]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:

@@ -17,7 +17,8 @@ from scepter.models.weights.names import clip_text_section, openclip_from_hf, un
 BUFFERS = frozenset({
     'alphas_cumprod', 'alphas_cumprod_prev', 'betas', 'log_one_minus_alphas_cumprod', 'posterior_log_variance_clipped',
     'posterior_mean_coef1', 'posterior_mean_coef2', 'posterior_variance', 'sqrt_alphas_cumprod', 'sqrt_one_minus_alphas_cumprod',
-    'sqrt_recip_alphas_cumprod', 'sqrt_recipm1_alphas_cumprod', 'logvar', 'lvlb_weights', 'scale_factor', 'denoiser.sigmas', 'model_ema.decay', 'model_ema.num_updates'})
+    'sqrt_recip_alphas_cumprod', 'sqrt_recipm1_alphas_cumprod', 'logvar', 'lvlb_weights', 'scale_factor', 'denoiser.sigmas',
+    'model_ema.decay', 'model_ema.num_updates'})
 # ... and what their text towers hold beside what any activation needs
 TOWER_BUFFERS = frozenset({
     'transformer.text_model.embeddings.position_ids', 'transformer.embeddings.position_ids', 'model.attn_mask', 'model.logit_scale'})
@@ -34,7 +35,10 @@ def load_pretrained(model: nn.Module, path: str | Path, ignore_keys: Sequence[st
     Missing, unexpected and mis-shaped keys are a CheckpointError unless ignore_keys (exact names or globs) names them.
     """
     with local_copy(path) as local:
-        load_into(model, weights_for(model, read_weights(local, use_ema)), ignore_keys, source=str(path))
+        is_ours = (local / 'MANIFEST.json').is_file() and hasattr(model, 'trained_state')
+        # a checkpoint of ours leaves out the frozen parts that come from files of their own
+        absent = set(model.state_dict()) - set(model.trained_state()) if is_ours else ()
+        load_into(model, weights_for(model, read_weights(local, use_ema)), [*ignore_keys, *absent], source=str(path))
 
 
 def latent_diffusion_weights(path: str | Path, use_ema: bool = False) -> Weights:
@@ -102,8 +106,8 @@ def weights_for(model: nn.Module, weights: Weights) -> Weights:
     if any(n.startswith(VAE) for n in wanted):
         return whole_model(weights)
     whole = whole_model(weights)
-    candidates = [weights, weights.renamed(unet_from_diffusers(weights)), vae_from_diffusers(weights),
-                  text_tower(weights, is_openclip=True), text_tower(weights, is_openclip=False)]
+    candidates = [weights, weights.renamed(unet_from_diffusers(weights)), vae_from_diffusers(weights), text_tower(weights, is_openclip=True),
+                  text_tower(weights, is_openclip=False), text_tower(weights.section('transformer.'), is_openclip=False)]
     prefixes = {UNET, VAE, TEXT, *(f'{TEXT}embedders.{n}.' for n in range(2))}
     candidates += [whole.section(prefix) for prefix in prefixes if any(n.startswith(prefix) for n in whole)]
     return max(candidates, key=lambda c: len(wanted & set(c)))    # the first of equals: the names as they are

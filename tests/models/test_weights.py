@@ -1,0 +1,320 @@
+"""Published files under all of their names: read, checked, written, and opened again by the library they are meant for."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from scepter.core.errors import CheckpointError
+from scepter.core.files.tensors import TensorFile, write_tensors
+from scepter.core.registry import BACKBONES, EMBEDDERS, MODELS
+from scepter.models import embedders, latent_diffusion, losses, unet  # noqa: F401  (registers)
+from scepter.models.weights import (
+    Weights,
+    describe,
+    export_diffusers,
+    export_single,
+    latent_diffusion_weights,
+    load_into,
+    load_pretrained,
+    read_weights,
+)
+from scepter.models.weights.files import ema_name
+from scepter.models.weights.loading import BUFFERS
+from scepter.models.weights.names import unet_from_diffusers, unet_to_diffusers, vae_from_diffusers, vae_to_diffusers
+
+VAE = {'NAME': 'AutoencoderKL', 'EMBED_DIM': 4,
+       'ENCODER': {'NAME': 'Encoder', 'CH': 32, 'CH_MULT': [1, 2], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 4},
+       'DECODER': {'NAME': 'Decoder', 'CH': 32, 'CH_MULT': [1, 2], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 4}}
+UNET = {'NAME': 'DiffusionUNet', 'IN_CHANNELS': 4, 'OUT_CHANNELS': 4, 'MODEL_CHANNELS': 32, 'NUM_RES_BLOCKS': 1, 'CHANNEL_MULT': [1, 2, 2],
+        'ATTENTION_RESOLUTIONS': [1, 2]}
+CLIP = {'NAME': 'FrozenCLIPEmbedder', 'WIDTH': 32, 'DEPTH': 2, 'HEADS': 2}
+OPENCLIP = {'NAME': 'FrozenOpenCLIPEmbedder', 'ARCH': 'custom', 'WIDTH': 48, 'DEPTH': 3, 'HEADS': 3}
+XL = {'NUM_CLASSES': 'sequential', 'USE_LINEAR_IN_TRANSFORMER': True, 'NUM_HEADS_CHANNELS': 16, 'ATTENTION_RESOLUTIONS': [2, 4],
+      'TRANSFORMER_DEPTH': [0, 1, 2]}
+POOLED = {'RETURN_POOLED': True, 'USE_FINAL_LAYER_NORM': False}
+
+SHAPES = {
+    'sd15': ({**UNET, 'CONTEXT_DIM': 32, 'NUM_HEADS': 4}, CLIP, 'eps'),
+    'sd21': ({**UNET, 'CONTEXT_DIM': 48, 'NUM_HEADS_CHANNELS': 16, 'USE_LINEAR_IN_TRANSFORMER': True, 'NUM_RES_BLOCKS': 2}, OPENCLIP, 'v'),
+    'sdxl': ({**UNET, **XL, 'CONTEXT_DIM': 80, 'ADM_IN_CHANNELS': 48 + 1536},
+             {'NAME': 'GeneralConditioner', 'EMBEDDERS': [{**CLIP, 'LAYER': 'hidden', 'LAYER_IDX': 1}, {**OPENCLIP, **POOLED}]}, 'eps'),
+    'refiner': ({**UNET, **XL, 'CONTEXT_DIM': 48, 'ADM_IN_CHANNELS': 48 + 1280, 'ATTENTION_RESOLUTIONS': [2], 'TRANSFORMER_DEPTH': 2},
+                {'NAME': 'GeneralConditioner', 'EMBEDDERS': [{**OPENCLIP, **POOLED}],
+                 'SIZES': ['original_size', 'crop_top_left', 'aesthetic_score']}, 'eps'),
+}
+
+
+def build(shape, seed=0):
+    """A tiny model of this family, every weight random: a zero would hide a wrong name."""
+    unet, text, prediction = SHAPES[shape]
+    model = MODELS.build({'NAME': 'LatentDiffusion', 'DIFFUSION_MODEL': unet, 'FIRST_STAGE_MODEL': VAE, 'COND_STAGE_MODEL': text,
+                          'PARAMETERIZATION': prediction, 'IMAGE_SIZE': 16, 'SIZE_FACTOR': 2})
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            scale = 0.1 if p.ndim > 1 else 0.02
+            p.copy_(torch.randn(p.shape, generator=generator) * scale + (p.ndim == 1 and name.endswith('weight')))
+    return model.eval()
+
+
+@pytest.fixture(scope='module')
+def models():
+    return {shape: build(shape) for shape in SHAPES}
+
+
+def assert_same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert set(a) == set(b)
+    assert not [n for n in a if not torch.equal(a[n], b[n])]
+
+
+def compvis(model):
+    """The names of a published single file, made by hand for SD1."""
+    return {('model.diffusion_model.' + n[6:] if n.startswith('model.') else n): t for n, t in model.state_dict().items()}
+
+
+# ---------------------------------------------------------------- names
+@pytest.mark.parametrize('shape', SHAPES)
+def test_unet_names_go_to_diffusers_and_back(models, shape):
+    names = list(models[shape].model.state_dict())
+    theirs = unet_to_diffusers(names)
+    assert len(set(theirs.values())) == len(theirs) == len(names)
+    assert unet_from_diffusers(theirs.values()) == {b: a for a, b in theirs.items()}
+
+
+def test_autoencoder_names_go_to_diffusers_and_back(models):
+    ours = Weights.of(models['sd15'].first_stage_model.state_dict())
+    back = vae_from_diffusers(vae_to_diffusers(ours))
+    assert {n: back.shape(n) for n in back} == {n: ours.shape(n) for n in ours}
+
+
+def test_attention_names_of_old_diffusers_are_known(models):
+    model = models['sd15'].first_stage_model
+    theirs = dict(vae_to_diffusers(Weights.of(model.state_dict())))
+    for new, old in (('to_q', 'query'), ('to_k', 'key'), ('to_v', 'value'), ('to_out.0', 'proj_attn')):
+        theirs = {n.replace(f'attentions.0.{new}.', f'attentions.0.{old}.'): t for n, t in theirs.items()}
+    back = vae_from_diffusers(Weights.of(theirs))
+    assert all(torch.equal(back[n], t) for n, t in model.state_dict().items())
+
+
+# ---------------------------------------------------------------- there and back
+@pytest.mark.parametrize('shape', SHAPES)
+def test_a_diffusers_folder_comes_back_bit_for_bit(models, shape, tmp_path):
+    export_diffusers(models[shape], tmp_path)
+    other = build(shape, seed=1)
+    load_pretrained(other, tmp_path)
+    assert_same(other, models[shape])
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_a_single_file_comes_back_bit_for_bit(models, shape, tmp_path):
+    export_single(models[shape], tmp_path / 'model.safetensors')
+    other = build(shape, seed=1)
+    load_pretrained(other, tmp_path / 'model.safetensors')
+    assert_same(other, models[shape])
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_diffusers_computes_the_same_with_what_we_export(models, shape, tmp_path):
+    pytest.importorskip('diffusers')
+    from scepter.models.weights.parity import check_export
+    export_diffusers(models[shape], tmp_path)
+    assert check_export(models[shape], tmp_path) <= 1e-5
+    noted = TensorFile(tmp_path / 'unet' / 'diffusion_pytorch_model.safetensors').metadata
+    assert 'relative difference to diffusers' in noted['scepter.parity'] and noted['modelspec.sai_model_spec'] == '1.0.1'
+
+
+@pytest.mark.parametrize('shape', ['sd15', 'sd21', 'sdxl'])
+def test_diffusers_computes_the_same_with_a_single_file(models, shape, tmp_path):
+    pytest.importorskip('diffusers')
+    from scepter.models.weights.parity import check_export
+    export_single(models[shape], tmp_path / 'model.safetensors')
+    assert check_export(models[shape], tmp_path / 'model.safetensors') <= 1e-5
+
+
+def test_a_wrong_export_is_noticed(models, tmp_path):
+    pytest.importorskip('diffusers')
+    from scepter.models.weights.parity import check_export
+    export_diffusers(models['sd15'], tmp_path)
+    with pytest.raises(CheckpointError, match='something else'):
+        check_export(build('sd15', seed=1), tmp_path)
+
+
+@pytest.mark.parametrize(('shape', 'pipeline'), [('sd15', 'StableDiffusionPipeline'), ('sd21', 'StableDiffusionPipeline'),
+                                                 ('sdxl', 'StableDiffusionXLPipeline'), ('refiner', 'StableDiffusionXLImg2ImgPipeline')])
+def test_the_pipelines_of_diffusers_open_a_folder_and_draw(models, shape, pipeline, tmp_path):
+    diffusers = pytest.importorskip('diffusers')
+    export_diffusers(models[shape], tmp_path)
+    pipe = getattr(diffusers, pipeline).from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    start = {'image': torch.zeros(1, 3, 16, 16), 'strength': 1.0} if shape == 'refiner' else {'height': 16, 'width': 16}
+    image = pipe('a cat', num_inference_steps=2, output_type='pt', **start).images
+    assert image.shape[-3:] == (3, 16, 16) and image.isfinite().all()
+
+
+def test_half_precision_halves_the_file(models, tmp_path):
+    export_single(models['sd15'], tmp_path / 'full.safetensors')
+    export_single(models['sd15'], tmp_path / 'half.safetensors', torch.float16)
+    assert (tmp_path / 'half.safetensors').stat().st_size < 0.52 * (tmp_path / 'full.safetensors').stat().st_size
+    other = build('sd15', seed=1)
+    load_pretrained(other, tmp_path / 'half.safetensors')
+    assert all(torch.equal(a, b.half().float()) for a, b in zip(other.state_dict().values(), models['sd15'].state_dict().values()))
+
+
+# ---------------------------------------------------------------- forms in which files are published
+@pytest.mark.parametrize('shape', ['sd15', 'sd21', 'sdxl'])
+def test_what_published_files_carry_beside_weights_is_known(models, shape, tmp_path):
+    export_single(models[shape], tmp_path / 'plain.safetensors')
+    tensors = dict(TensorFile(tmp_path / 'plain.safetensors'))
+    tensors |= {name: torch.zeros(3) for name in BUFFERS} | {ema_name(n): t for n, t in tensors.items() if n.startswith('model.')}
+    for tower in {'sd15': ['cond_stage_model.'], 'sd21': ['cond_stage_model.'], 'sdxl': ['conditioner.embedders.0.', 'conditioner.embedders.1.']}[shape]:
+        if f'{tower}transformer.text_model.final_layer_norm.weight' in tensors:
+            tensors[f'{tower}transformer.text_model.embeddings.position_ids'] = torch.arange(77)[None]
+        else:
+            tensors |= {f'{tower}model.logit_scale': torch.zeros(()), f'{tower}model.attn_mask': torch.zeros(77, 77)}
+    if shape == 'sd21':    # a whole tower: the last block and the projection serve no activation
+        last = {n.replace('resblocks.1', 'resblocks.2'): t for n, t in tensors.items() if 'resblocks.1.' in n}
+        tensors |= last | {'cond_stage_model.model.text_projection': torch.zeros(48, 48)}
+    write_tensors(tmp_path / 'published.safetensors', tensors)
+    other = build(shape, seed=1)
+    load_pretrained(other, tmp_path / 'published.safetensors')
+    assert_same(other, models[shape])
+
+
+def test_what_is_not_known_is_an_error_even_if_it_looks_alike(models, tmp_path):
+    for name in ('alphas_cumprod_next', 'cond_stage_model.transformer.text_model.position_ids', 'model_ema.other'):
+        path = tmp_path / f'{name}.safetensors'
+        write_tensors(path, compvis(models['sd15']) | {name: torch.zeros(1)})
+        with pytest.raises(CheckpointError, match='1 unexpected'):
+            load_pretrained(build('sd15'), path)
+
+
+def test_averages_of_a_single_file_are_taken_on_request(models, tmp_path):
+    plain = compvis(models['sd15'])
+    averages = {ema_name(n): t + 1 for n, t in plain.items() if n.startswith('model.')}
+    write_tensors(tmp_path / 'm.safetensors', plain | averages)
+    name = 'model.out.2.bias'
+    assert torch.equal(latent_diffusion_weights(tmp_path / 'm.safetensors')[name], models['sd15'].state_dict()[name])
+    assert torch.equal(latent_diffusion_weights(tmp_path / 'm.safetensors', use_ema=True)[name], models['sd15'].state_dict()[name] + 1)
+
+
+def test_averages_of_a_diffusers_folder_are_taken_on_request(models, tmp_path):
+    export_diffusers(models['sd15'], tmp_path)
+    other = build('sd15', seed=1)
+    export_diffusers(other, tmp_path / 'ema')
+    (tmp_path / 'ema' / 'unet').rename(tmp_path / 'unet_ema')
+    found = latent_diffusion_weights(tmp_path, use_ema=True)
+    assert torch.equal(found['model.out.2.bias'], other.model.out[2].bias)
+    assert torch.equal(found['first_stage_model.quant_conv.bias'], models['sd15'].first_stage_model.quant_conv.bias)
+
+
+def test_a_ckpt_of_lightning_is_read_without_its_wrapper(models, tmp_path):
+    class ModelCheckpoint:
+        __module__ = 'pytorch_lightning.callbacks.model_checkpoint'
+        __qualname__ = 'ModelCheckpoint'
+    import sys
+    import types
+    module = types.ModuleType(ModelCheckpoint.__module__)
+    module.ModelCheckpoint = ModelCheckpoint
+    before = sys.modules.get(ModelCheckpoint.__module__)
+    sys.modules[ModelCheckpoint.__module__] = module
+    try:
+        torch.save({'state_dict': compvis(models['sd15']), 'global_step': 7, 'callbacks': {ModelCheckpoint: {'best': 0.1}}}, tmp_path / 'm.ckpt')
+    finally:
+        if before is None:
+            del sys.modules[ModelCheckpoint.__module__]
+        else:
+            sys.modules[ModelCheckpoint.__module__] = before
+    other = build('sd15', seed=1)
+    load_pretrained(other, tmp_path / 'm.ckpt')
+    assert_same(other, models['sd15'])
+
+
+def test_shards_and_the_half_precision_variant_are_found(models, tmp_path):
+    export_diffusers(models['sd15'], tmp_path, torch.float16)
+    unet, vae = tmp_path / 'unet', tmp_path / 'vae'
+    tensors = dict(TensorFile(unet / 'diffusion_pytorch_model.safetensors'))
+    names = sorted(tensors)
+    table = {n: f'diffusion_pytorch_model-0000{1 + i % 2}-of-00002.safetensors' for i, n in enumerate(names)}
+    for shard in set(table.values()):
+        write_tensors(unet / shard, {n: tensors[n] for n in names if table[n] == shard})
+    (unet / 'diffusion_pytorch_model.safetensors').unlink()
+    (unet / 'diffusion_pytorch_model.safetensors.index.json').write_text(json.dumps({'weight_map': table}))
+    (vae / 'diffusion_pytorch_model.safetensors').rename(vae / 'diffusion_pytorch_model.fp16.safetensors')
+    other = build('sd15', seed=1)
+    load_pretrained(other, tmp_path)
+    assert torch.equal(other.model.out[2].weight, models['sd15'].model.out[2].weight.half().float())
+
+
+@pytest.mark.parametrize('shard', ['../secret.safetensors', '/etc/secret.safetensors', '..', '', 'a/b.safetensors', 'a\0b', 'x' * 300])
+def test_an_index_cannot_lead_out_of_its_folder(tmp_path, shard):
+    write_tensors(tmp_path / 'secret.safetensors', {'a': torch.zeros(1)})
+    (tmp_path / 'm').mkdir()
+    (tmp_path / 'm' / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': {'a': shard}}))
+    with pytest.raises(CheckpointError, match='file of the same folder'):
+        read_weights(tmp_path / 'm')
+
+
+@pytest.mark.parametrize('prefix', ['', 'transformer.text_model.', 'transformer.'])
+def test_parts_load_from_the_whole_and_from_files_of_their_own(models, tmp_path, prefix):
+    model = models['sd15']
+    export_diffusers(model, tmp_path / 'folder')
+    export_single(model, tmp_path / 'whole.safetensors')
+    tower = {prefix + n: t for n, t in model.cond_stage_model.tower.state_dict().items()}
+    write_tensors(tmp_path / 'tower.safetensors', tower)
+    for registry, cfg, ours, alone in ((BACKBONES, SHAPES['sd15'][0], model.model, 'folder/unet'), (MODELS, VAE, model.first_stage_model, 'folder/vae'),
+                                       (EMBEDDERS, CLIP, model.cond_stage_model, 'tower.safetensors')):
+        for source in ('folder', 'whole.safetensors', alone):
+            other = registry.build(cfg)
+            load_pretrained(other, tmp_path / source)
+            assert_same(other, ours)
+
+
+# ---------------------------------------------------------------- what does not fit
+def test_everything_that_does_not_fit_is_listed_and_nothing_changes(models):
+    model = build('sd15')
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    weights = dict(build('sd15', seed=1).state_dict())
+    del weights['model.out.0.bias']
+    weights['model.out.9.bias'] = torch.zeros(1)
+    weights['model.out.2.weight'] = torch.zeros(5, 32, 3, 3)
+    with pytest.raises(CheckpointError) as error:
+        load_into(model, weights, source='file.ckpt')
+    for part in ('file.ckpt', '1 missing', 'model.out.0.bias', '1 unexpected', 'model.out.9.bias', 'expected [4, 32, 3, 3], found [5, 32, 3, 3]'):
+        assert part in str(error.value)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    load_into(model, weights, ignore_keys=['model.out.0.bias', 'model.out.9.*', '*.out.2.weight'])
+    assert torch.equal(model.model.out[2].weight, before['model.out.2.weight'])
+    assert torch.equal(model.model.out[2].bias, weights['model.out.2.bias'])
+
+
+def test_an_ignored_name_is_exact_unless_it_is_a_glob(models):
+    weights = dict(models['sd15'].state_dict())
+    del weights['model.out.0.bias']
+    with pytest.raises(CheckpointError):
+        load_into(build('sd15'), weights, ignore_keys=['model.out.0', 'out.0.bias'])
+
+
+def test_each_tensor_is_read_once_and_only_when_everything_fits(models):
+    reads = []
+    plain = Weights.of(models['sd15'].state_dict())
+    counting = plain.with_entries({n: e._replace(read=lambda n=n, e=e: reads.append(n) or e.read()) for n, e in plain.entries.items()})
+    with pytest.raises(CheckpointError):
+        load_into(build('sd15'), counting.without(['model.out.0.bias']))
+    assert reads == []
+    load_into(build('sd15'), counting)
+    assert sorted(reads) == sorted(plain)
+
+
+def test_a_model_on_the_meta_device_takes_its_weights(models):
+    with torch.device('meta'):
+        model = BACKBONES.build(SHAPES['sd15'][0])
+    load_into(model, models['sd15'].model.state_dict())
+    assert_same(model, models['sd15'].model)
+
+
+def test_published_kinds_are_told_by_the_width_of_their_context():
+    for width, kind in ((768, 'Stable Diffusion 1'), (1024, 'Stable Diffusion 2'), (2048, 'Stable Diffusion XL'), (99, None)):
+        assert describe(Weights.of({'model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight': torch.zeros(8, width)})) == kind
