@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from scepter.core.errors import CheckpointError
+from scepter.core.files import atomic
 from scepter.core.registry import Component
 
 
@@ -78,9 +80,10 @@ class TrainModule(BaseModel, base=True):
             raise CheckpointError(f'{where} is of another network than {type(self).__name__}:\n  ' + '\n  '.join(faults[:10]) + more)
         self.load_state_dict(dict(tensors), strict=False)
 
-    def frozen_sources(self) -> dict[str, str]:
-        """{name of a frozen part: the file or folder its weights came from}."""
-        return {name: source for name, module, source in self._parts_from_files() if not any(p.requires_grad for p in module.parameters())}
+    def frozen_sources(self) -> dict[str, dict[str, Any]]:
+        """Where the weights of frozen parts came from: {part: {said, path, size, sha256}}, `said` being the config's own word."""
+        return {name: {'said': source, 'path': str(Path(source).resolve()) if Path(source).exists() else source, **source_digest(source)}
+                for name, module, source in self._parts_from_files() if not any(p.requires_grad for p in module.parameters())}
 
     def _from_files(self) -> set[str]:
         """Names in the state dict that are not trained and came from a file that the config names."""
@@ -96,3 +99,11 @@ class TrainModule(BaseModel, base=True):
     def _parts_from_files(self) -> list[tuple[str, nn.Module, str]]:
         return [(name, module, source) for name, module in self.named_modules()
                 if isinstance(module, BaseModel) and (source := module.pretrained_from or module.cfg.get('PRETRAINED_MODEL'))]
+
+
+def source_digest(path: str | Path) -> dict[str, Any]:
+    """Size and sha256 of a file that weights came from, or of a checkpoint's manifest, which holds those of its files."""
+    path = Path(path)
+    if (path / 'MANIFEST.json').is_file():
+        path = path / 'MANIFEST.json'
+    return dict(atomic.digest(path)._asdict()) if path.is_file() else {}

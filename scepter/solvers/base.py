@@ -15,7 +15,6 @@ from scepter.core import checkpoints, streams
 from scepter.core.config import Config, ConfigError, masked, plain
 from scepter.core.env import Stopped, seed_everything, we
 from scepter.core.errors import CheckpointError, DataError, NonFiniteError
-from scepter.core.files import atomic
 from scepter.core.images import save_results
 from scepter.core.logger import get_logger, set_up_logging
 from scepter.core.registry import DATASETS, HOOKS, LR_SCHEDULERS, METRICS, MODELS, OPTIMIZERS, SOLVERS, Component
@@ -466,6 +465,11 @@ class BaseSolver(Component, base=True):
             we.seed = state['seed']
         if self.GLOBAL_BATCH_SIZE is None:
             self._cut_batch(state['global_batch_size'])
+        now, then = self._sources(), state['sources']
+        changed = [name for name in now if name in then and now[name].get('sha256') != then[name].get('sha256')]
+        if changed:
+            raise CheckpointError(f'{loaded.path} was trained beside other weights than those that are there now: '
+                                  + ', '.join(f'{name} from {now[name]["path"]}' for name in changed))
         self._note_changes(Config.parse(loaded.config, environment=False))
         self._saved_step = self.step
         self.logger.info(f'continuing {loaded.path} at step {self.step}')
@@ -484,14 +488,10 @@ class BaseSolver(Component, base=True):
         return [step for hook in self.hooks['train'] for step in getattr(hook, 'pinned_steps', [])]
 
     def _sources(self) -> dict[str, dict[str, Any]]:
-        """The files that frozen parts come from: absolute path, size and sha256 of each; hashed once a run."""
-        if not hasattr(self, '_source_digests'):
-            self._source_digests = {}
-            for name, path in self.model.frozen_sources().items():
-                file = Path(path)
-                digest = atomic.digest(file)._asdict() if file.is_file() else {}
-                self._source_digests[name] = {'path': str(file.resolve()) if file.exists() else path, **digest}
-        return self._source_digests
+        """The files that frozen parts come from, hashed once a run."""
+        if self._known_sources is None:
+            self._known_sources = self.model.frozen_sources()
+        return self._known_sources
 
     def _note_changes(self, before: Config) -> None:
         old, new = _leaves(plain(before.get('SOLVER', {}))), _leaves(plain(masked(self.experiment).get('SOLVER', {})))
@@ -501,6 +501,7 @@ class BaseSolver(Component, base=True):
             self.logger.warning('the config has changed since this checkpoint:\n' + '\n'.join(rows))
 
     _loader: Loader | None = None
+    _known_sources: dict[str, dict[str, Any]] | None = None
 
 
 def _leaves(value: Any, path: str = '') -> dict[str, Any]:

@@ -1,0 +1,142 @@
+"""From nothing to pictures drawn on demand: train both stages, draw, and let a classifier read what was drawn.
+
+    make demo            or            python examples/digits/demo.py --seed 2
+
+Writes outputs/digits/: samples.png (a row per prompt), loss.png, report.json. The reader is a classifier of scikit-learn that was
+trained on the real digits alone; the network is told what to draw by the prompt and by nothing else.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from digits_data import WORDINGS, WORDS, load_digits  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from scepter.core.images import read_settings  # noqa: E402
+
+RECIPES = ROOT / 'examples' / 'digits'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--seed', type=int, default=1, help='of the whole run (default 1)')
+    parser.add_argument('--out', default='outputs/digits', help='folder of the run; what an earlier run left there is removed')
+    args = parser.parse_args()
+    out = Path(args.out)
+    for name in ('autoencoder', 'diffusion', 'drawn'):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+    begin = time.monotonic()
+    train('autoencoder', args.seed, out)
+    stage1 = newest(out / 'autoencoder')
+    train('diffusion', args.seed, out, f'SOLVER.MODEL.FIRST_STAGE_MODEL.PRETRAINED_MODEL={stage1}')
+    train_seconds = time.monotonic() - begin
+
+    begin = time.monotonic()
+    prompts = [wording.format(word) for word in WORDS for wording in WORDINGS]
+    (out / 'prompts.txt').write_text('\n'.join(prompts) + '\n', encoding='utf-8')
+    draw(newest(out / 'diffusion'), out / 'drawn', args.seed, '--prompt_file', str(out / 'prompts.txt'), '--num_samples', '15')
+    sample_seconds = time.monotonic() - begin
+    (out / 'ten.txt').write_text('\n'.join(WORDINGS[0].format(word) for word in WORDS) + '\n', encoding='utf-8')
+    draw(newest(out / 'diffusion'), out / 'drawn' / 'grid', args.seed, '--prompt_file', str(out / 'ten.txt'), '--num_samples', '10',
+         '--grid')
+    shutil.copyfile(out / 'drawn' / 'grid' / 'grid.png', out / 'samples.png')
+
+    plot_losses(out)
+    report = {**judge(out / 'drawn'), 'train_seconds': round(train_seconds, 1), 'sample_seconds': round(sample_seconds, 1),
+              'seed': args.seed}
+    (out / 'report.json').write_text(json.dumps(report, indent=1) + '\n', encoding='utf-8')
+    print(f'\nprompt accuracy {report["prompt_accuracy"]:.3f} over {report["samples"]} pictures, diversity {report["diversity"]:.2f}, '
+          f'trained {train_seconds:.0f} s, drawn in {sample_seconds:.0f} s')
+    for name in ('samples.png', 'loss.png', 'report.json'):
+        print(out / name)
+
+
+def train(stage: str, seed: int, out: Path, *words: str) -> None:
+    run('run_train.py', '--cfg', str(RECIPES / f'{stage}.yaml'), f'ENV.SEED={seed}', f'SOLVER.WORK_DIR={out / stage}', *words)
+
+
+def draw(checkpoint: Path, folder: Path, seed: int, *words: str) -> None:
+    run('run_inference.py', '--pretrained_model', str(checkpoint), '--seed', str(seed), '--save_folder', str(folder),
+        '--batch_size', '150', *words, quiet=True)
+
+
+def run(script: str, *words: str, quiet: bool = False) -> None:
+    """A command as a user types it. Ends with its exit code where it fails."""
+    command = [sys.executable, str(ROOT / 'scepter' / script), *words]
+    print('\n$ python scepter/' + ' '.join([script, *words]), flush=True)
+    code = subprocess.run(command, stdout=subprocess.DEVNULL if quiet else None, env={**os.environ, 'PYTHONWARNINGS': 'ignore'}).returncode
+    if code:
+        sys.exit(code)
+
+
+def newest(work_dir: Path) -> Path:
+    return max((work_dir / 'checkpoints').glob('step-*'))
+
+
+# ------------------------------------------------------------------------------------------------ judging
+def judge(folder: Path) -> dict:
+    """Read every picture with a classifier of real digits, and compare how much pictures of a class differ."""
+    from sklearn.svm import SVC
+    size = 8
+    images, labels = load_digits('train', size)
+    reader = SVC(gamma=0.02, C=10).fit(flat(images), labels)
+    test_images, test_labels = load_digits('test', size)
+    drawn, wanted, wording = load_drawn(folder, size)
+    read = reader.predict(flat(drawn))
+    right = read == wanted
+    real = torch.cat([images, test_images]), torch.cat([labels, test_labels]).numpy()
+    return {'prompt_accuracy': float(right.mean()),
+            'diversity': within_class_deviation(drawn, wanted) / within_class_deviation(*real),
+            'samples': len(wanted),
+            'reader_accuracy': float((reader.predict(flat(test_images)) == test_labels.numpy()).mean()),
+            'accuracy_of_digit': {word: float(right[wanted == i].mean()) for i, word in enumerate(WORDS)},
+            'accuracy_of_wording': {w.format('...'): float(right[wording == i].mean()) for i, w in enumerate(WORDINGS)}}
+
+
+def load_drawn(folder: Path, size: int) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    """Pictures [N, 1, size, size] in -1..1, the digit that each prompt asked for, and the wording it asked in."""
+    meaning = {wording.format(word): (i, j) for i, word in enumerate(WORDS) for j, wording in enumerate(WORDINGS)}
+    files = sorted(folder.glob('*.png'))
+    asked = [meaning[read_settings(file)['prompt']] for file in files]
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(file).convert('L'))) for file in files])[:, None].float() / 127.5 - 1
+    small = torch.nn.functional.interpolate(pixels, size=(size, size), mode='area')
+    return small, np.array([a for a, _ in asked]), np.array([b for _, b in asked])
+
+
+def flat(images: torch.Tensor) -> np.ndarray:
+    return images[:, :1].flatten(1).numpy()
+
+
+def within_class_deviation(images: torch.Tensor, labels: np.ndarray) -> float:
+    """Mean over classes and pixels of the standard deviation within a class."""
+    return float(np.mean([images[torch.from_numpy(labels == c), :1].std(0).mean() for c in range(len(WORDS))]))
+
+
+def plot_losses(out: Path) -> None:
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout='constrained')
+    for axis, stage in zip(axes, ('autoencoder', 'diffusion')):
+        rows = [json.loads(line) for line in (out / stage / 'log.jsonl').read_text().splitlines()]
+        axis.plot([r['step'] for r in rows], [r['train/loss'] for r in rows], color='black')
+        axis.set(title=stage, xlabel='step', ylabel='loss', yscale='log')
+        axis.grid(alpha=0.3, which='both')
+    figure.savefig(out / 'loss.png', dpi=110)
+
+
+if __name__ == '__main__':
+    main()
