@@ -131,7 +131,8 @@ class Diffusion:
         offset_noise: standard deviation of noise that is constant over a channel, so that brightness is learnt (Guttenberg 2023).
         input_perturbation: share of further noise that the network sees and the target does not have (arXiv:2301.11706).
         """
-        kind, x0 = x0.dtype, x0 if x0.dtype == torch.float64 else x0.float()    # levels near the ends drown in half precision
+        kind = network_dtype(model, x0)
+        x0 = x0 if x0.dtype == torch.float64 else x0.float()    # levels near the ends drown in half precision
         noise = streams.normal('noise', x0) if noise is None else noise.to(x0.dtype)
         if offset_noise:
             channel = streams.normal('offset_noise', x0.flatten(2)[..., :1]).view(*x0.shape[:2], *[1] * (x0.ndim - 2))
@@ -155,7 +156,7 @@ class Diffusion:
         eps: min(SNR, gamma)/SNR.  x0: min(SNR, gamma).  v of a variance-preserving process: min(SNR, gamma)/(SNR + 1).
         """
         def weight(level: Level) -> Tensor:
-            # an error e in the output is an error (sigma/det) * e in x0; alpha^2 is left in place, or eps would divide by SNR
+            # an error e in the output is an error (sigma/det) * e in x0
             share = (level.sigma / self._determinant(level.alpha, level.sigma)[2]) ** 2
             return share * ((level.alpha / level.sigma) ** 2).clamp(max=gamma)
         return weight
@@ -173,6 +174,7 @@ class Diffusion:
         """Draw x0 [B, ...] from the network, beginning with noise [B, ...].
 
         model: (x, t=[B], **model_kwargs) -> out.  It sees x in its own precision; the arithmetic is float32, or float64 if noise is.
+            t is int64 where a level lies on an index, float32 between two (karras, half steps) and where times are given.
         model_kwargs, guide_scale, guide_rescale: see `guidance.guided`.
         x, denoising_strength: begin with the picture x under noise, and run the last int(strength * steps) steps; 1 keeps nothing of
             it, 0 returns it.
@@ -327,10 +329,10 @@ class Diffusion:
         return Level(self._times[0], 1.0, 0.0)
 
 
-def network_dtype(model: Callable[..., Tensor], noise: Tensor) -> torch.dtype:
-    """The precision in which a network wants its input: that of its weights; the noise's where it is a plain function."""
+def network_dtype(model: Callable[..., Tensor], like: Tensor) -> torch.dtype:
+    """The precision in which a network wants its input: that of its weights; that of `like` where it is a plain function."""
     weights = model.parameters() if isinstance(model, nn.Module) else ()
-    return next((w.dtype for w in weights if w.is_floating_point()), noise.dtype)
+    return next((w.dtype for w in weights if w.is_floating_point()), like.dtype)
 
 
 def _progress_bar(total: int) -> Any:

@@ -192,6 +192,12 @@ def test_a_latent_of_half_precision_is_seen_in_half_and_judged_in_full():
     assert seen == [torch.bfloat16] and loss.dtype == torch.float32
 
 
+def test_a_network_of_half_precision_is_trained_on_full_latents():
+    network = Half()
+    STABLE.loss(NOISE, torch.tensor([1, 2, 3]), network).mean().backward()
+    assert network.seen == {torch.bfloat16} and network.layer.weight.grad.isfinite().all()
+
+
 def test_the_network_is_told_the_times():
     told = []
 
