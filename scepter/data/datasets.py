@@ -63,6 +63,17 @@ class BaseDataset(Component, base=True):
         """What a message calls this sample: its path, where it has one."""
         return f'sample {index}'
 
+    def collate(self, samples: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
+        """The samples of one batch as the network gets them: tensors, arrays, numbers and tuples of numbers stacked, the rest in lists.
+
+        Raises DataError, with two of the names, where they have not the same keys or shapes.
+        """
+        for sample, name in zip(samples, names):
+            if sample.keys() != samples[0].keys():
+                raise DataError(f'samples of one batch need the same keys: {names[0]} has {", ".join(samples[0])}; '
+                                f'{name} has {", ".join(sample)}')
+        return {key: _stack(key, [sample[key] for sample in samples], names) for key in samples[0]}
+
     @property
     def file_count(self) -> int:
         """How many different files the samples come from; MAX_BAD_FRACTION is a share of it."""
@@ -150,28 +161,25 @@ class ImageTextFolderDataset(BaseDataset):
 
 @DATASETS.register_class()
 class PromptListDataset(BaseDataset):
-    """Prompts to draw, for TEST_DATA.    index  ->  prompt, n_prompt str, image_size [h, w], and what its line says besides
+    """Prompts to draw, for TEST_DATA.    index  ->  prompt, and what its line says besides: n_prompt, image_size, seed, ...
 
-    A line of PROMPT_FILE is a prompt; in a .jsonl file it is an object ({"prompt": ..., "n_prompt": ..., "image_size": [h, w],
-    "seed": ...}), whose keys go to the network's forward_test.
+    A line of PROMPT_FILE is a prompt; in a .jsonl file it is an object ({"prompt": ..., "seed": 7, "guide_scale": 5.0}), whose keys are
+    arguments of the network's forward_test. Those that hold for a whole batch must be equal in it: BATCH_SIZE 1 allows all.
     """
 
     PROMPTS: list[str] = param([], 'The prompts themselves.')
     PROMPT_FILE: str | None = param(None, 'A file with a prompt per line, or .jsonl with an object per line.')
-    N_PROMPT: str = param('', 'Negative prompt of every line that does not give its own.')
+    N_PROMPT: str | None = param(None, "Negative prompt where a line gives none; null: the network's own.")
     PROMPT_PREFIX: str = param('', 'Put before every prompt.')
-    IMAGE_SIZE: int | tuple[int, int] | None = param(None, 'Pixels: one number, or [height, width]; null leaves it to the network.')
+    IMAGE_SIZE: int | tuple[int, int] | None = param(None, "Pixels, or [height, width], where a line gives none; null: the network's own.")
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
         if bool(self.PROMPTS) == bool(self.PROMPT_FILE):
             raise ConfigError('PromptListDataset takes either PROMPTS or PROMPT_FILE')
         lines = _prompts_of_file(self.PROMPT_FILE) if self.PROMPT_FILE else [{'prompt': p} for p in self.PROMPTS]
-        size = {} if self.IMAGE_SIZE is None else {'image_size': self.IMAGE_SIZE}
-        self.lines = [{'n_prompt': self.N_PROMPT, **size, **line, 'prompt': self.PROMPT_PREFIX + line['prompt']} for line in lines]
-        for line in self.lines:
-            if 'image_size' in line:
-                line['image_size'] = pair(line['image_size'])
+        common = {key: value for key, value in (('n_prompt', self.N_PROMPT), ('image_size', self.IMAGE_SIZE)) if value is not None}
+        self.lines = [{**common, **line, 'prompt': self.PROMPT_PREFIX + line['prompt']} for line in lines]
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -180,7 +188,39 @@ class PromptListDataset(BaseDataset):
         return dict(self.lines[index])
 
     def name_of(self, index: int) -> str:
-        return f'prompt {index + 1} {self.lines[index]["prompt"][:40]!r}'
+        return f'prompt {index + 1} ({self.lines[index]["prompt"]:.40})'
+
+    def collate(self, samples: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
+        """Lists of prompts, negative prompts and seeds; every other setting once."""
+        batch: dict[str, Any] = {}
+        for key in {key: None for sample in samples for key in sample}:
+            values = [sample.get(key) for sample in samples]
+            for value, name in zip(values, names):
+                if value is None or (key not in ('prompt', 'n_prompt', 'seed') and value != values[0]):
+                    raise DataError(f'{names[0]} and {name} are drawn in one batch, but have {key} {values[0]!r} and {value!r}: '
+                                    'make them equal, or set BATCH_SIZE: 1')
+            batch[key] = values if key in ('prompt', 'n_prompt', 'seed') else values[0]
+        return batch
+
+
+def _stack(key: str, values: list[Any], names: list[str]) -> Any:
+    if isinstance(values[0], (bool, int, float)):
+        return torch.tensor(values)
+    if not _is_numeric(values[0]):
+        return values
+    tensors = [torch.as_tensor(v) for v in values]
+    for tensor, name in zip(tensors, names):
+        if tensor.shape != tensors[0].shape:
+            raise DataError(f'{key} has shape {list(tensors[0].shape)} in {names[0]}, but {list(tensor.shape)} in {name}: samples of one '
+                            'batch need one shape; give the dataset a transform that makes it, '
+                            'e.g. TRANSFORMS: [{NAME: RecordedCrop, SIZE: 512}]')
+    return torch.stack(tensors)
+
+
+def _is_numeric(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(isinstance(v, (bool, int, float)) for v in value)
+    return isinstance(value, (Tensor, np.ndarray, np.generic))
 
 
 # ---------------------------------------------------------------------------------------- one image
@@ -244,14 +284,6 @@ def to_mask(mask: Image.Image | Tensor) -> Tensor:
         mask = torch.from_numpy(np.array(mask.convert('L')))
     mask = mask.as_subclass(Tensor).reshape(1, *mask.shape[-2:])
     return mask.float().div(255) if mask.dtype == torch.uint8 else mask.float()
-
-
-def pair(size: int | list[int]) -> list[int]:
-    """[height, width] of a SIZE parameter. Raises DataError."""
-    both = [size, size] if isinstance(size, int) else list(size)
-    if len(both) != 2 or any(not isinstance(s, int) or s < 1 for s in both):
-        raise DataError(f'a size is one positive number or [height, width], got {size!r}')
-    return both
 
 
 # ------------------------------------------------------------------------------- captions and their files

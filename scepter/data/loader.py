@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -33,7 +33,7 @@ Batch = tuple[dict[str, Any], Tensor]
 
 
 class Loader(Iterator[Batch]):
-    """The endless stream, for training. Yields (batch, n): what collate makes of the samples, and their draw numbers, int64 [B].
+    """The endless stream, for training. Yields (batch, n): the samples as the dataset collates them, and their draw numbers, int64 [B].
 
     batch_size: of one process and micro-batch; the dataset's own BATCH_SIZE when left out, and likewise num_workers.
     skipped_file: where each unreadable file is noted, one JSON line (path, reason) each; `skipped` holds those met so far.
@@ -108,7 +108,8 @@ class Reader:
         bad: dict[str, str] = {}
         with _generators_restored():
             rows = [(n, *row) for n in ns if (row := self._read(n, bad)) is not None]
-        batch = collate([sample for _, _, sample in rows], lambda i: self.dataset.name_of(rows[i][1]))
+        names = [self.dataset.name_of(index) for _, index, _ in rows]
+        batch = self.dataset.collate([sample for _, _, sample in rows], names) if rows else {}
         return Read(batch, torch.tensor([n for n, _, _ in rows], dtype=torch.int64), list(bad.items()))
 
     def index_of(self, n: int) -> int:
@@ -175,41 +176,6 @@ class _Batches(Iterator[Batch]):
             dataset = self.reader.dataset
             raise DataError(f'{len(self.skipped)} of {dataset.file_count} files are unreadable, more than the {self.reader.bad_allowed} '
                             f'that MAX_BAD_FRACTION {dataset.MAX_BAD_FRACTION} allows:\n{named}')
-
-
-def collate(samples: Sequence[dict[str, Any]], name_of: Callable[[int], str] = lambda i: f'sample {i}') -> dict[str, Any]:
-    """Samples -> one batch: tensors, arrays, numbers and tuples of numbers stacked, everything else in a list.
-
-    Raises DataError, which names two samples, where they have not the same keys or shapes.
-    """
-    if not samples:
-        return {}
-    first = samples[0]
-    for i, sample in enumerate(samples):
-        if sample.keys() != first.keys():
-            raise DataError('samples of one batch need the same keys: '
-                            f'{name_of(0)} has {", ".join(first)}; {name_of(i)} has {", ".join(sample)}')
-    return {key: _stack(key, [sample[key] for sample in samples], name_of) for key in first}
-
-
-def _stack(key: str, values: list[Any], name_of: Callable[[int], str]) -> Any:
-    if isinstance(values[0], (bool, int, float)):
-        return torch.tensor(values)
-    if not _is_numeric(values[0]):
-        return values
-    tensors = [torch.as_tensor(v) for v in values]
-    for i, tensor in enumerate(tensors):
-        if tensor.shape != tensors[0].shape:
-            raise DataError(f'{key} has shape {list(tensors[0].shape)} in {name_of(0)}, but {list(tensor.shape)} in {name_of(i)}: samples '
-                            'of one batch need one shape; give the dataset a transform that makes it, '
-                            'e.g. TRANSFORMS: [{NAME: RecordedCrop, SIZE: 512}]')
-    return torch.stack(tensors)
-
-
-def _is_numeric(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return bool(value) and all(isinstance(v, (bool, int, float)) for v in value)
-    return isinstance(value, (Tensor, np.ndarray, np.generic))
 
 
 def _seed_generators(seed: int) -> None:

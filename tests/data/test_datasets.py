@@ -295,6 +295,7 @@ def prompts(**options: Any) -> list[dict[str, Any]]:
 
 def test_prompts_come_from_the_config_or_a_file(tmp_path):
     (tmp_path / 'prompts.txt').write_text('a cat\n\n  a "dog", running \n')
+    assert prompts(PROMPTS=['a cat']) == [{'prompt': 'a cat'}]
     assert prompts(PROMPTS=['a cat'], N_PROMPT='blurry', PROMPT_PREFIX='photo of ') == [{'n_prompt': 'blurry', 'prompt': 'photo of a cat'}]
     assert [p['prompt'] for p in prompts(PROMPT_FILE=str(tmp_path / 'prompts.txt'))] == ['a cat', 'a "dog", running']
     with pytest.raises(ConfigError, match='either PROMPTS or PROMPT_FILE'):
@@ -304,14 +305,18 @@ def test_prompts_come_from_the_config_or_a_file(tmp_path):
 def test_a_line_of_a_prompt_file_may_bring_its_own_settings(tmp_path):
     (tmp_path / 'p.jsonl').write_text('{"prompt": "a", "image_size": 64, "seed": 3}\n{"prompt": "b", "n_prompt": "c", "seed": 4}\n')
     found = prompts(PROMPT_FILE=str(tmp_path / 'p.jsonl'), IMAGE_SIZE=[32, 48], N_PROMPT='d')
-    assert found == [{'prompt': 'a', 'n_prompt': 'd', 'image_size': [64, 64], 'seed': 3},
+    assert found == [{'prompt': 'a', 'n_prompt': 'd', 'image_size': 64, 'seed': 3},
                      {'prompt': 'b', 'n_prompt': 'c', 'image_size': [32, 48], 'seed': 4}]
     (tmp_path / 'p.jsonl').write_text('{"prompt": "a"}\n{"text": "b"}')
     with pytest.raises(DataError, match='line 2: expected a "prompt", got the keys text'):
         prompts(PROMPT_FILE=str(tmp_path / 'p.jsonl'))
 
 
-def test_a_batch_of_prompts_is_ready_for_forward_test():
-    dataset = PromptListDataset({'PROMPTS': ['a', 'b'], 'IMAGE_SIZE': 32})
+def test_a_batch_of_prompts_is_what_forward_test_takes(tmp_path):
+    lines = [{'prompt': 'a', 'seed': 3, 'guide_scale': 5.0}, {'prompt': 'b', 'seed': 4, 'guide_scale': 5.0}, {'prompt': 'c', 'seed': 4}]
+    (tmp_path / 'p.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    dataset = PromptListDataset({'PROMPT_FILE': str(tmp_path / 'p.jsonl'), 'IMAGE_SIZE': [32, 48], 'N_PROMPT': ''})
     batch, _ = next(iter(OrderedLoader(dataset, 2)))
-    assert batch['prompt'] == ['a', 'b'] and batch['n_prompt'] == ['', ''] and batch['image_size'].tolist() == [[32, 32]] * 2
+    assert batch == {'prompt': ['a', 'b'], 'n_prompt': ['', ''], 'image_size': [32, 48], 'seed': [3, 4], 'guide_scale': 5.0}
+    with pytest.raises(DataError, match=r'prompt 1 \(a\) and prompt 3 \(c\).*guide_scale 5.0 and None.*BATCH_SIZE: 1'):
+        next(iter(OrderedLoader(dataset, 3)))
