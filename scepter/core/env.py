@@ -8,6 +8,7 @@ import ctypes
 import datetime
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -15,7 +16,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from scepter.core import streams
 from scepter.core.config import Config, ConfigError
 from scepter.core.errors import PeerError, ScepterError
 from scepter.core.logger import get_logger, note_traceback
@@ -85,11 +85,12 @@ class WorkEnv:
                 get_logger().warning('--launcher torchrun, but torchrun did not start this process: running as a single one')
                 _run(fn, cfg, env, 0, 1, 0, 'single', None, debug)
                 return
-            read = {k: int(os.environ[k]) for k in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
-            _run(fn, cfg, env, read['RANK'], read['WORLD_SIZE'], read['LOCAL_RANK'], 'torchrun', 'env://', debug)
+            rank, world_size, local_rank = (_count(name) for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'))
+            _run(fn, cfg, env, rank, world_size, local_rank, 'torchrun', 'env://', debug)
             return
-        machines, machine = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
-        here = env.NPROC or _visible_devices(env.DEVICE)
+        if 'TORCHELASTIC_RUN_ID' in os.environ:
+            raise ConfigError('torchrun started this process, so it must not start others: add --launcher torchrun')
+        machines, machine, here = _count('WORLD_SIZE', 1), _count('RANK', 0), _processes_here(env)
         if here < 1 or not 0 <= machine < machines:
             raise ConfigError(f'ENV.NPROC is {here}, and this is machine {machine} of {machines}: expected at least one process, '
                               'and RANK below WORLD_SIZE')
@@ -146,6 +147,8 @@ def seed_everything(*words: int | str) -> None:
     """Seed the generators of python, numpy and torch with a function of the words."""
     import numpy as np
     import torch
+
+    from scepter.core import streams
     seed = streams.seed_global(*words)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
@@ -189,9 +192,10 @@ def _run(fn: Callable[[Config], None], cfg: Config, env: Env, rank: int, world_s
     we._device = _choose_device(env.DEVICE, local_rank)
     we.stop_signal = 0
     _listen_for_stop()
-    on_this_machine = int(os.environ.get('LOCAL_WORLD_SIZE', 1)) if launcher == 'torchrun' else (env.NPROC or _visible_devices(env.DEVICE))
-    if env.THREADS or on_this_machine > 1:   # N processes on M cores must not start N * M threads; torchrun's default of 1 is too few
-        torch.set_num_threads(env.THREADS or max(1, len(os.sched_getaffinity(0)) // on_this_machine))
+    here = _count('LOCAL_WORLD_SIZE', 1) if launcher == 'torchrun' else _processes_here(env) if launcher == 'spawn' else 1
+    if env.THREADS or here > 1:   # N processes on M cores must not start N * M threads; torchrun's default of 1 is too few
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+        torch.set_num_threads(env.THREADS or max(1, cores // here))
     if we.device.type == 'cuda':
         torch.cuda.set_device(we.device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = env.ALLOW_TF32
@@ -201,14 +205,35 @@ def _run(fn: Callable[[Config], None], cfg: Config, env: Env, rank: int, world_s
         torch.use_deterministic_algorithms(True)
     if world_size > 1:
         import torch.distributed as dist
+        if env.BACKEND == 'nccl' and we.device.type != 'cuda':
+            raise ConfigError(f'ENV.BACKEND is nccl, which talks between GPUs, but ENV.DEVICE is {we.device.type}: use gloo')
         dist.init_process_group(env.BACKEND or ('nccl' if we.device.type == 'cuda' else 'gloo'), init_method=rendezvous, rank=rank,
                                 world_size=world_size, timeout=datetime.timedelta(seconds=env.TIMEOUT))
     seed_everything(env.SEED, 'start')    # the same on every rank: networks begin equal
     try:
         fn(cfg)
+    except RuntimeError as error:
+        if world_size > 1 and _PEER_GONE.search(str(error)):
+            raise PeerError(f'rank {rank}: another rank is gone or does not answer ({str(error).splitlines()[0][:200]})') from error
+        raise
     finally:
         if world_size > 1:
             dist.destroy_process_group()
+
+
+_PEER_GONE = re.compile(r'closed by peer|reset by peer|connection refused|timed out|broken pipe|gloo/|nccl', re.IGNORECASE)
+
+
+def _count(name: str, default: int | None = None) -> int:
+    """A number that the launcher has put into the environment."""
+    text = os.environ.get(name, default)
+    if text is None or not str(text).isdecimal():
+        raise ConfigError(f'{name} in the environment is {text!r}: expected a number')
+    return int(text)
+
+
+def _processes_here(env: Env) -> int:
+    return _visible_devices(env.DEVICE) if env.NPROC is None else env.NPROC
 
 
 def _choose_device(wish: str, local_rank: int) -> torch.device:
@@ -245,6 +270,7 @@ def _listen_for_stop() -> None:
 def _spawn(fn: Callable[[Config], None], cfg: Config, here: int, machine: int, machines: int, debug: bool) -> None:
     import multiprocessing
     context = multiprocessing.get_context('spawn')
+    we.stop_signal = 0
     with tempfile.TemporaryDirectory(prefix='scepter-') as folder:
         if machines == 1:     # a file cannot collide with another job, as a fixed port can
             rendezvous = f'file://{folder}/rendezvous'
@@ -252,16 +278,17 @@ def _spawn(fn: Callable[[Config], None], cfg: Config, here: int, machine: int, m
             rendezvous = f'tcp://{os.environ.get("MASTER_ADDR", "localhost")}:{os.environ.get("MASTER_PORT", "29500")}'
         processes = [context.Process(target=_worker, args=(fn, cfg, machine * here + i, machines * here, i, rendezvous, debug))
                      for i in range(here)]
-        for process in processes:
-            process.start()
+
         def pass_on(number: int, frame: Any) -> None:
-            for process in processes:
+            we.stop_signal = number
+            for process in processes if number == signal.SIGTERM else []:    # the terminal sends Ctrl-C to the children itself
                 if process.is_alive():
                     os.kill(process.pid, number)
 
-        before = {signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
-                  signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}    # the terminal sends Ctrl-C to the children too
+        before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
+            for process in processes:
+                process.start()
             _wait(processes, machine * here)
         finally:
             for number, handler in before.items():
@@ -269,7 +296,8 @@ def _spawn(fn: Callable[[Config], None], cfg: Config, here: int, machine: int, m
             for process in processes:
                 if process.is_alive():
                     process.kill()
-                process.join()
+                if process.pid:
+                    process.join()
 
 
 def _wait(processes: list, first_rank: int) -> None:
@@ -278,21 +306,21 @@ def _wait(processes: list, first_rank: int) -> None:
         if any(p.exitcode for p in processes):
             break
         time.sleep(0.02)
-    grace = time.monotonic() + 10    # a rank that fails takes its peers along through the collective; give them time to say so
+    # a rank that fails takes its peers along through the collective: give them time to say so, and after a signal to save
+    grace = time.monotonic() + (60 if we.stop_signal else 4)
     while any(p.is_alive() for p in processes) and time.monotonic() < grace:
         time.sleep(0.02)
     failed = [(p.exitcode, first_rank + i) for i, p in enumerate(processes) if p.exitcode]
     if not failed:
         return
-    killed = [(code, rank) for code, rank in failed if code < 0]
-    if killed:
-        code, rank = killed[0]
-        raise PeerError(f'rank {rank} was killed by {signal.Signals(-code).name}'
-                        + (': was the machine out of memory?' if code == -signal.SIGKILL else ''))
-    stopped = [code for code, _ in failed if code > 128]
-    if stopped and len(stopped) == len(failed):
-        raise Stopped(stopped[0] - 128)
-    raise Exit(next((code for code, _ in failed if 2 <= code <= 6 and code != PeerError.exit_code), failed[0][0]))
+    codes = [128 - code if code < 0 else code for code, _ in failed]     # a signal that came before a rank could listen for it
+    if codes[0] > 128 and set(codes) == {codes[0]} and (we.stop_signal or failed[0][0] > 0):
+        raise Stopped(codes[0] - 128)
+    for code, rank in failed:
+        if code < 0:
+            raise PeerError(f'rank {rank} was killed by {signal.Signals(-code).name}'
+                            + (': was the machine out of memory?' if code == -signal.SIGKILL else ''))
+    raise Exit(next((code for code in codes if code != PeerError.exit_code), PeerError.exit_code))
 
 
 class Exit(SystemExit):

@@ -1,0 +1,182 @@
+"""`we`: one process or many begin, talk, fail and end the same way, with the exit codes of the design."""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from scepter.core.config import Config, ConfigError
+from scepter.core.env import Stopped, WorkEnv, guarded
+from scepter.core.errors import CheckpointError, DataError, NonFiniteError, PeerError, ScepterError
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHERS = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'TORCHELASTIC_RUN_ID')
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch):
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+
+
+# ------------------------------------------------------------------------------------------------ one process
+def test_a_single_process_talks_to_itself_for_free():
+    we, x = WorkEnv(), torch.tensor([1.0, 2.0])
+
+    we.barrier()
+    assert we.all_reduce(x, 'mean') is x and we.broadcast('a') == 'a' and we.gather(3) == [3] and we.any(2) == 2
+    assert we.is_main and not we.is_distributed and (we.rank, we.world_size) == (0, 1)
+
+
+def test_one_process_runs_in_place_with_the_configs_seed_and_device():
+    we, seen = WorkEnv(), []
+    cfg = Config({'ENV': {'NPROC': 1, 'DEVICE': 'cpu', 'SEED': 5}})
+    from scepter.core import env
+    env_we, env.we = env.we, we
+    try:
+        for _ in range(2):
+            we.init_env(cfg, lambda c: seen.append((c is cfg, we.seed, we.device.type, torch.rand(1).item())))
+    finally:
+        env.we = env_we
+
+    assert seen[0] == seen[1] and seen[0][:3] == (True, 5, 'cpu')
+
+
+@pytest.mark.parametrize(('error', 'code'), [
+    (ConfigError('x'), 2), (DataError('x'), 3), (CheckpointError('x'), 4), (PeerError('x'), 5), (NonFiniteError('x'), 6),
+    (KeyboardInterrupt(), 130), (Stopped(signal.SIGTERM), 143), (Stopped(signal.SIGINT), 130), (ZeroDivisionError('x'), 1),
+])
+def test_each_end_has_its_exit_code_and_a_deliberate_one_no_traceback(error: BaseException, code: int, capsys: pytest.CaptureFixture):
+    def main() -> None:
+        raise error
+
+    assert guarded(main) == code
+    assert ('Traceback' in capsys.readouterr().err) == isinstance(error, ZeroDivisionError)
+
+
+def test_success_is_zero_and_a_note_is_shown_beside_its_error(capsys: pytest.CaptureFixture):
+    def main() -> None:
+        error = ScepterError('it is full')
+        error.__notes__ = ['while saving']
+        raise error
+
+    assert guarded(lambda: None) == 0
+    assert guarded(main) == 1 and 'it is full\nwhile saving' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('env', 'environment', 'launcher', 'words'), [
+    ({'NPROC': 0}, {}, 'spawn', 'NPROC is 0'),
+    ({}, {'WORLD_SIZE': '2', 'RANK': '2'}, 'spawn', 'machine 2 of 2'),
+    ({}, {'WORLD_SIZE': 'two'}, 'spawn', "WORLD_SIZE in the environment is 'two'"),
+    ({}, {'LOCAL_RANK': '0', 'RANK': '0'}, 'torchrun', 'WORLD_SIZE in the environment is None'),
+    ({}, {'TORCHELASTIC_RUN_ID': 'x', 'WORLD_SIZE': '2', 'RANK': '0'}, 'spawn', 'add --launcher torchrun'),
+    ({'BACKEND': 'nccl', 'DEVICE': 'cpu'}, {'LOCAL_RANK': '0', 'RANK': '0', 'WORLD_SIZE': '2'}, 'torchrun', 'BACKEND is nccl'),
+])
+def test_a_launch_that_cannot_be_is_a_fault_of_the_config(env: dict, environment: dict, launcher: str, words: str,
+                                                          monkeypatch: pytest.MonkeyPatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    with pytest.raises(ConfigError, match=words):
+        WorkEnv().init_env(Config({'ENV': {'DEVICE': 'cpu', **env}}), print, launcher)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_a_device_that_is_not_there_is_a_fault_of_the_config():
+    with pytest.raises(ConfigError, match='torch sees no such device'):
+        WorkEnv().init_env(Config({'ENV': {'DEVICE': 'cuda', 'NPROC': 1}}), print)
+
+
+# ------------------------------------------------------------------------------------------------ many processes
+def start(folder: Path, task: str) -> subprocess.Popen:
+    """Two processes on the CPU that run `task(cfg)`."""
+    script = folder / 'job.py'
+    script.write_text(textwrap.dedent('''
+        import os, sys, time
+        import torch
+        from scepter.core.config import Config
+        from scepter.core.env import Stopped, guarded, we
+        from scepter.core.errors import DataError
+
+        def say(*words):
+            print(*words, flush=True)
+
+        def task(cfg):
+        {}
+
+        if __name__ == '__main__':
+            sys.exit(guarded(lambda: we.init_env(Config({{'ENV': {{'NPROC': 2, 'DEVICE': 'cpu', 'SEED': 5}}}}), task)))
+    ''').format(textwrap.indent(textwrap.dedent(task).strip(), ' ' * 12).replace('\n' + ' ' * 8, '\n').removeprefix(' ' * 8)),
+                      encoding='utf-8')
+    environment = {**{k: v for k, v in os.environ.items() if k not in LAUNCHERS}, 'PYTHONPATH': str(ROOT)}
+    return subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def test_two_jobs_of_two_processes_run_side_by_side_and_each_ranks_talk(tmp_path: Path):
+    jobs = []
+    for name in ('a', 'b'):
+        (tmp_path / name).mkdir()
+        jobs.append(start(tmp_path / name, '''
+            total = we.all_reduce(torch.tensor([we.rank + 1.0]))
+            say(we.rank, total.item(), we.gather(we.rank), we.broadcast(f'from {we.rank}'), we.any(we.rank), torch.rand(1).item(),
+                torch.get_num_threads() <= os.cpu_count(), we.launcher)
+            we.barrier()
+        '''))
+    outputs = [job.communicate(timeout=120)[0] for job in jobs]
+
+    assert [job.returncode for job in jobs] == [0, 0], outputs
+    lines = sorted(outputs[0].splitlines())
+    assert [line[0] for line in lines] == ['0', '1'] and '3.0 [0, 1] from 0 1' in lines[0]
+    assert lines[0][1:] == lines[1][1:] and lines == sorted(outputs[1].splitlines())    # the same seed on every rank and job
+
+
+def test_a_rank_that_fails_ends_the_others_with_its_exit_code(tmp_path: Path):
+    job = start(tmp_path, '''
+        we.barrier()
+        if we.rank == 1:
+            say(time.time())
+            raise DataError('nothing to read here')
+        we.barrier()
+    ''')
+    output = job.communicate(timeout=120)[0]
+
+    assert job.returncode == 3, output
+    assert time.time() - float(next(line for line in output.splitlines() if line[:9].isdigit())) < 5
+    assert 'nothing to read here' in output and 'another rank is gone' in output and 'Traceback' not in output
+
+
+def test_a_rank_that_hangs_beside_a_failed_one_is_ended(tmp_path: Path):
+    job = start(tmp_path, '''
+        we.barrier()
+        if we.rank == 1:
+            os.kill(os.getpid(), 9)
+        time.sleep(1000)
+    ''')
+    output = job.communicate(timeout=120)[0]
+
+    assert job.returncode == 5, output
+    assert 'rank 1 was killed by SIGKILL' in output
+
+
+def test_a_signal_to_the_parent_reaches_every_rank_which_ends_in_its_own_time(tmp_path: Path):
+    job = start(tmp_path, '''
+        we.barrier()
+        say('ready')
+        while not we.stop_signal:
+            time.sleep(0.02)
+        say('saved')
+        raise Stopped(we.stop_signal)
+    ''')
+    assert job.stdout is not None
+    ready = [job.stdout.readline(), job.stdout.readline()]
+    job.send_signal(signal.SIGTERM)
+    output = job.communicate(timeout=60)[0]
+
+    assert ready == ['ready\n', 'ready\n'] and output.count('saved') == 2 and job.returncode == 143, output
