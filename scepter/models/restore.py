@@ -34,7 +34,8 @@ def config_of(folder: str | Path) -> Config:
         elif found is not None:
             node['PRETRAINED_MODEL'] = found
     if faults:
-        raise CheckpointError('\n  '.join([f'{checkpoint.path} keeps only what was trained; its frozen parts come from other files:', *faults]))
+        title = f'{checkpoint.path} keeps only what was trained; its frozen parts come from other files:'
+        raise CheckpointError('\n  '.join([title, *faults]))
     return cfg
 
 

@@ -1,0 +1,300 @@
+"""The loop, resuming, bad steps, sizes, named optimizers, evaluation and testing."""
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import TinyDenoiser, config, groups, run, same
+
+from scepter.core.config import ConfigError
+from scepter.core.env import Stopped, we
+from scepter.core.errors import CheckpointError, NonFiniteError
+from scepter.core.registry import MODELS, SOLVERS
+from scepter.hooks.base import Hook
+
+
+@pytest.mark.parametrize('dropout', [0.0, 0.5])
+@pytest.mark.parametrize('cut', [1, 5, 9])
+def test_ten_steps_equal_some_and_resume_and_the_rest(tmp_path, cut, dropout):
+    model = {'NAME': 'TinyDenoiser', 'DROPOUT': dropout}
+    whole = run(config(tmp_path / 'whole', MODEL=model))
+    hooks = [{'NAME': 'ModelEmaHook', 'BETA': 0.9}, {'NAME': 'CheckpointHook', 'INTERVAL': cut, 'SAVE_LAST': False}]
+    first = run(config(tmp_path / 'cut', MODEL=model, TRAIN_HOOKS=hooks))
+    for later in first.work_dir.glob('checkpoints/step-*'):     # as if it had been killed after the first save
+        if int(later.name[5:]) > cut:
+            for file in later.iterdir():
+                file.unlink()
+            later.rmdir()
+    second = run(config(tmp_path / 'cut', MODEL=model, RESUME_FROM='latest'))
+    assert same(groups(tmp_path / 'whole', 10), groups(tmp_path / 'cut', 10))
+    assert second.model.numbers == whole.model.numbers[cut:]
+
+
+def test_resuming_twice_in_one_epoch_changes_nothing(tmp_path):
+    run(config(tmp_path / 'whole'))
+    for stop in (2, 4, 10):
+        run(config(tmp_path / 'cut', steps=stop, LR_SCHEDULER=None, RESUME_FROM='auto'))
+    run(config(tmp_path / 'plain', LR_SCHEDULER=None))
+    assert same(groups(tmp_path / 'plain', 10), groups(tmp_path / 'cut', 10))
+    assert not same(groups(tmp_path / 'whole', 10), groups(tmp_path / 'plain', 10))    # the comparison can fail
+
+
+def test_an_epoch_holds_every_sample_once(tmp_path):
+    solver = run(config(tmp_path, steps=8, TRAIN_DATA={'NAME': 'TinyPoints', 'BATCH_SIZE': 4}))
+    seen = [n for batch in solver.model.numbers for n in batch]
+    assert sorted(seen[:16]) == sorted(seen[16:]) == list(range(16))
+    assert seen[:16] != seen[16:]
+
+
+def test_an_evaluation_and_a_probe_do_not_disturb_training(tmp_path):
+    run(config(tmp_path / 'plain'))
+    hooks = [{'NAME': 'ModelEmaHook', 'BETA': 0.9}, {'NAME': 'CheckpointHook', 'INTERVAL': 0},
+             {'NAME': 'ProbeDataHook', 'INTERVAL': 2}, {'NAME': 'LogHook', 'LOG_INTERVAL': 3}]
+    looked = run(config(tmp_path / 'looked', TRAIN_HOOKS=hooks, EVAL_INTERVAL=2, EVAL_DATA={'NAME': 'TinyPoints', 'BATCH_SIZE': 5}))
+    plain, other = groups(tmp_path / 'plain', 10), groups(tmp_path / 'looked', 10)
+    for state in (plain, other):
+        state['model'].pop('seen')      # counts forward passes, evaluations included
+        state['ema'].pop('seen')
+    assert same(plain, other)
+    assert math.isfinite(looked.eval_outputs['loss'])
+    assert json.loads((tmp_path / 'looked' / 'probes' / 'step-00000002' / 'probe.json').read_text())['number']
+
+
+def test_the_validation_loss_is_the_same_each_time_it_is_computed(tmp_path):
+    solver = run(config(tmp_path, steps=2, EVAL_INTERVAL=2, EVAL_DATA={'NAME': 'TinyPoints', 'BATCH_SIZE': 5}))
+    first = solver.eval_outputs['loss']
+    solver.run_eval()
+    assert solver.eval_outputs['loss'] == first
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path):
+    run(config(tmp_path / 'one', TRAIN_DATA={'NAME': 'TinyPoints', 'BATCH_SIZE': 8}))
+    run(config(tmp_path / 'four', TRAIN_DATA={'NAME': 'TinyPoints', 'BATCH_SIZE': 2}, ACCU_STEP=4))
+    one, four = groups(tmp_path / 'one', 10)['model'], groups(tmp_path / 'four', 10)['model']
+    assert all(torch.allclose(one[k].float(), four[k].float(), atol=1e-5) for k in one)
+
+
+def test_a_global_batch_wins_over_batch_size(tmp_path):
+    solver = run(config(tmp_path, steps=1, GLOBAL_BATCH_SIZE=12, TRAIN_DATA={'NAME': 'TinyPoints', 'BATCH_SIZE': 5}))
+    assert (solver.micro_batch_size, solver.accu_step, solver.global_batch_size) == (4, 3, 12)
+
+
+def test_epochs_are_a_second_way_to_say_steps(tmp_path):
+    solver = run(config(tmp_path, steps=None, MAX_EPOCHS=2, TRAIN_DATA={'NAME': 'TinyPoints', 'BATCH_SIZE': 4}))
+    assert solver.step == 8
+
+
+def test_a_bad_step_changes_nothing_to_the_bit(tmp_path):
+    class Watch(Hook):
+        def before_all_iter(self, solver):
+            self.states = []
+
+        def after_iter(self, solver):
+            ema = next(h for h in solver.hooks['train'] if hasattr(h, 'average'))
+            self.states.append([v.clone() for v in (*solver.model.parameters(), *ema.average.values(),
+                                                    *solver.optimizers[0].state_tensors().values())])
+
+    we.seed = 7
+    cfg = config(tmp_path, steps=4, MODEL={'NAME': 'TinyDenoiser', 'NAN_AT': [2]})
+    solver = SOLVERS.build(cfg.SOLVER)
+    watch = Watch({})
+    solver.hooks['train'].append(watch)
+    solver.set_up()
+    solver.solve()
+    assert all(torch.equal(a, b) for a, b in zip(watch.states[1], watch.states[2]))
+    assert not all(torch.equal(a, b) for a, b in zip(watch.states[2], watch.states[3]))
+
+
+def test_three_bad_steps_in_a_row_end_the_run(tmp_path):
+    with pytest.raises(NonFiniteError, match='3 steps in a row') as error:
+        run(config(tmp_path, MODEL={'NAME': 'TinyDenoiser', 'NAN_AT': [1, 2, 3]}))
+    assert error.value.exit_code == 6
+
+
+def test_two_bad_steps_with_a_good_one_between_do_not(tmp_path):
+    assert run(config(tmp_path, MODEL={'NAME': 'TinyDenoiser', 'NAN_AT': [1, 2, 4, 5]})).step == 10
+
+
+def test_the_gradient_is_clipped_by_its_global_norm(tmp_path):
+    cfg = config(tmp_path, steps=1, GRADIENT_CLIP=1e-3, OPTIMIZER={'NAME': 'SGD', 'LR': 1.0}, LR_SCHEDULER=None, WARMUP_STEPS=0)
+    solver = SOLVERS.build(cfg.SOLVER)
+    solver.set_up()
+    before = torch.cat([p.detach().flatten().clone() for p in solver.model.parameters()])
+    solver.solve()
+    moved = torch.cat([p.detach().flatten() for p in solver.model.parameters()]) - before
+    assert solver.outputs['grad_norm'] > 1e-3
+    assert moved.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+@MODELS.register_class()
+class TwoLosses(TinyDenoiser):
+    """The first layer follows one loss, the last layer another one that also depends on the first."""
+
+    def forward_train(self, image, number, **batch):
+        hidden = self.net[0](torch.cat([image, image[:, :1]], 1))
+        return {'loss': hidden.square().mean(), 'other_loss': (self.net[3](hidden) - 1).square().mean()}
+
+
+TWO = {'first': {'NAME': 'SGD', 'LR': 0.1, 'PARAMS': ['net.0.*']},
+       'last': {'NAME': 'AdamW', 'LEARNING_RATE': 0.1, 'PARAMS': ['net.3.*'], 'LOSS': 'other_loss', 'EVERY': 2}}
+
+
+def test_a_named_loss_reaches_only_what_its_own_optimizer_owns(tmp_path):
+    solver = SOLVERS.build(config(tmp_path, MODEL={'NAME': 'TwoLosses'}, OPTIMIZER=TWO).SOLVER)
+    solver.set_up()
+    batch = {'image': torch.randn(4, 2), 'number': torch.arange(4)}
+    first, last = solver.model.net[0].weight, solver.model.net[3].weight
+    outputs = solver.model.forward_train(**batch)
+    expected = torch.autograd.grad(outputs['loss'], first)[0], torch.autograd.grad(outputs['other_loss'], last)[0]
+    solver._backward(solver.model.forward_train(**batch), 1)
+    assert torch.allclose(first.grad, expected[0])
+    assert torch.allclose(last.grad, expected[1])
+
+
+def test_a_named_optimizer_steps_at_its_own_pace(tmp_path):
+    hooks = [{'NAME': 'CheckpointHook', 'INTERVAL': 1}]
+    run(config(tmp_path, steps=3, MODEL={'NAME': 'TwoLosses'}, OPTIMIZER=TWO, TRAIN_HOOKS=hooks, LR_SCHEDULER=None))
+    first = [groups(tmp_path, step)['model']['net.0.weight'] for step in (1, 2, 3)]
+    last = [groups(tmp_path, step)['model']['net.3.weight'] for step in (1, 2, 3)]
+    assert not torch.equal(first[0], first[1])
+    assert torch.equal(last[0], last[1])
+    assert not torch.equal(last[1], last[2])
+
+
+def test_a_parameter_in_no_optimizer_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match='in no optimizer: net.3.weight'):
+        run(config(tmp_path, OPTIMIZER={'a': {'NAME': 'SGD', 'LR': 0.1, 'PARAMS': ['net.0.*']}}))
+
+
+def test_a_second_fresh_run_in_one_folder_is_refused(tmp_path):
+    run(config(tmp_path, steps=2))
+    with pytest.raises(CheckpointError, match='RESUME_FROM: auto'):
+        run(config(tmp_path, steps=2))
+
+
+def test_a_checkpoint_of_another_network_is_refused_by_name_and_shape(tmp_path):
+    run(config(tmp_path, steps=2))
+    with pytest.raises(CheckpointError, match=r'net.0.weight: shape \[8, 3\] expected, \[16, 3\] found'):
+        run(config(tmp_path, steps=4, MODEL={'NAME': 'TinyDenoiser', 'WIDTH': 8}, RESUME_FROM='auto'))
+
+
+def test_a_changed_config_is_told_on_resume(tmp_path, caplog):
+    import logging
+    logging.getLogger('scepter').propagate = True
+    run(config(tmp_path, steps=2))
+    run(config(tmp_path, steps=3, WARMUP_STEPS=1, RESUME_FROM='auto'))
+    logging.getLogger('scepter').propagate = False
+    assert 'SOLVER.WARMUP_STEPS: 3 -> 1' in caplog.text
+
+
+def test_a_stop_signal_saves_the_step_and_ends_with_its_number(tmp_path):
+    class StopAt4(Hook):
+        def after_iter(self, solver):
+            if solver.step == 4:
+                signal.raise_signal(signal.SIGTERM)
+
+    from scepter.core import env
+    we.seed, we.stop_signal = 7, 0
+    solver = SOLVERS.build(config(tmp_path).SOLVER)
+    solver.hooks['train'].append(StopAt4({}))
+    solver.set_up()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    env._listen_for_stop()
+    try:
+        with pytest.raises(Stopped) as stop:
+            solver.solve()
+    finally:
+        we.stop_signal = 0
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert stop.value.signal == signal.SIGTERM
+    assert [p.name for p in (tmp_path / 'checkpoints').glob('step-*')] == ['step-00000004']
+
+
+def test_hooks_run_in_list_order_at_their_moments(tmp_path):
+    calls = []
+
+    class Recorder(Hook):
+        def __init__(self, name):
+            super().__init__({})
+            self.name = name
+
+        def __getattribute__(self, name):
+            if name.startswith(('before_', 'after_')):
+                return lambda solver: calls.append((object.__getattribute__(self, 'name'), name))
+            return object.__getattribute__(self, name)
+
+    data = {'NAME': 'TinyPoints', 'BATCH_SIZE': 16}
+    solver = SOLVERS.build(config(tmp_path, steps=2, EVAL_INTERVAL=2, EVAL_DATA=data, TRAIN_HOOKS=[]).SOLVER)
+    solver.hooks['train'] = [Recorder('a'), Recorder('b')]
+    solver.set_up()
+    solver.solve()
+    moments = [m for name, m in calls if name == 'a']
+    assert moments == ['before_solve', 'before_all_iter', 'before_iter', 'after_iter', 'before_iter', 'after_iter',
+                       'before_eval', 'after_eval', 'after_all_iter', 'after_solve']
+    assert [name for name, _ in calls] == ['a', 'b'] * len(moments)
+
+
+def test_after_solve_runs_also_after_an_error(tmp_path):
+    ended = []
+
+    class Fails(Hook):
+        def after_iter(self, solver):
+            raise RuntimeError('on purpose')
+
+        def after_solve(self, solver):
+            ended.append(True)
+
+    solver = SOLVERS.build(config(tmp_path).SOLVER)
+    solver.hooks['train'].append(Fails({}))
+    solver.set_up()
+    with pytest.raises(RuntimeError, match='on purpose'):
+        solver.solve()
+    assert ended == [True]
+
+
+def test_the_best_checkpoint_is_kept_when_others_go(tmp_path):
+    hooks = [{'NAME': 'CheckpointHook', 'INTERVAL': 1, 'SAVE_BEST_BY': '-loss'}]
+    solver = run(config(tmp_path, steps=8, TRAIN_HOOKS=hooks, KEEP_CHECKPOINTS=2, EVAL_INTERVAL=1,
+                        OPTIMIZER={'NAME': 'SGD', 'LR': 1.6}, WARMUP_STEPS=0, LR_SCHEDULER=None,
+                        EVAL_DATA={'NAME': 'TinyPoints', 'BATCH_SIZE': 16}))
+    kept = sorted(int(p.name[5:]) for p in (tmp_path / 'checkpoints').glob('step-*'))
+    best = solver.hooks['train'][0].best_step
+    assert kept == sorted({best, 7, 8})
+
+
+def test_a_test_run_writes_one_result_per_sample(tmp_path):
+    run(config(tmp_path, steps=1, TEST_DATA={'NAME': 'TinyPoints', 'BATCH_SIZE': 5}))
+    rows = [json.loads(line) for line in (tmp_path / 'test_results' / 'results.jsonl').read_text().splitlines()]
+    assert [r['number'] for r in rows] == list(range(16))
+
+
+def test_logs_have_the_agreed_names(tmp_path):
+    hooks = [{'NAME': 'LogHook', 'LOG_INTERVAL': 2}, {'NAME': 'TensorboardLogHook', 'LOG_INTERVAL': 2}]
+    run(config(tmp_path, steps=4, TRAIN_HOOKS=hooks, EVAL_INTERVAL=4, EVAL_DATA={'NAME': 'TinyPoints', 'BATCH_SIZE': 16}))
+    rows = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
+    assert {'train/loss', 'train/lr', 'train/grad_norm', 'perf/samples_per_sec', 'perf/data_wait'} <= rows[0].keys()
+    assert 'val/loss' in rows[-1]
+    assert list((tmp_path / 'tensorboard').glob('events*'))
+
+
+def test_bfloat16_weights_train_and_resume(tmp_path):
+    settings = {'PARAM_DTYPE': 'bfloat16', 'LR_SCHEDULER': None}
+    run(config(tmp_path / 'whole', steps=6, **settings))
+    run(config(tmp_path / 'cut', steps=3, **settings))
+    run(config(tmp_path / 'cut', steps=6, RESUME_FROM='auto', **settings))
+    assert same(groups(tmp_path / 'whole', 6), groups(tmp_path / 'cut', 6))
+    assert groups(tmp_path / 'whole', 6)['model']['net.0.weight'].dtype == torch.bfloat16
+    assert groups(tmp_path / 'whole', 6)['ema']['net.0.weight'].dtype == torch.float32
+
+
+def test_autocast_bfloat16_keeps_float32_weights(tmp_path):
+    run(config(tmp_path, steps=2, DTYPE='bfloat16'))
+    assert groups(tmp_path, 2)['model']['net.0.weight'].dtype == torch.float32

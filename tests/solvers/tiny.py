@@ -1,0 +1,98 @@
+"""The smallest real experiment: a few weights, sixteen samples, every part registered as a user would."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import scepter.components  # noqa: F401
+from scepter.core.config import Config
+from scepter.core.env import we
+from scepter.core.registry import DATASETS, MODELS, SOLVERS
+from scepter.core.schema import param
+from scepter.data.datasets import BaseDataset
+from scepter.diffusion.process import Diffusion
+from scepter.diffusion.schedules import cosine
+from scepter.models.base import TrainModule
+
+
+@DATASETS.register_class()
+class TinyPoints(BaseDataset):
+    """Sixteen points on a circle.    image [2], number"""
+
+    COUNT: int = param(16)
+
+    def __len__(self) -> int:
+        return self.COUNT
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        angle = torch.tensor(2 * torch.pi * index / self.COUNT)
+        return {'image': torch.stack([angle.cos(), angle.sin()]), 'number': index}
+
+
+@MODELS.register_class()
+class TinyDenoiser(TrainModule):
+    """Learns the circle; keeps every batch's numbers, and can be told to fail."""
+
+    WIDTH: int = param(16)
+    DROPOUT: float = param(0.0)
+    NAN_AT: list[int] = param([], 'Draws of this network, counted from 0, whose loss is not a number.')
+
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__(cfg, logger=logger)
+        self.net = nn.Sequential(nn.Linear(3, self.WIDTH), nn.SiLU(), nn.Dropout(self.DROPOUT), nn.Linear(self.WIDTH, 2))
+        self.register_buffer('seen', torch.zeros((), dtype=torch.int64))
+        self.diffusion = Diffusion(*cosine(100), 'v')
+        self.numbers: list[list[int]] = []
+        self.calls = 0
+
+    def forward_train(self, image: Tensor, number: Tensor, **batch: Any) -> dict[str, Any]:
+        from scepter.core import streams
+        self.numbers.append(number.tolist())
+        self.seen += len(image)
+        t = streams.integers('timestep', 100, len(image))
+
+        def network(x: Tensor, t: Tensor) -> Tensor:
+            return self.net(torch.cat([x, (t[:, None] / 100).to(x)], 1))
+
+        loss = self.diffusion.loss(image, t.to(image.device), network).mean()
+        loss = loss * float('nan') if self.calls in self.NAN_AT else loss
+        self.calls += 1
+        return {'loss': loss, 'probe_data': {'number': number}}
+
+    def forward_test(self, image: Tensor, number: Tensor, **batch: Any) -> list[dict[str, Any]]:
+        return [{'prompt': f'point {n}', 'value': float(p.sum())} for n, p in zip(number.tolist(), image)]
+
+
+def config(work_dir: Path, steps: int = 10, **solver: Any) -> Config:
+    return Config({'SOLVER': {
+        'NAME': 'BaseSolver', 'WORK_DIR': str(work_dir), 'MAX_STEPS': steps, 'MODEL': {'NAME': 'TinyDenoiser'},
+        'OPTIMIZER': {'NAME': 'AdamW', 'LEARNING_RATE': 1e-2}, 'LR_SCHEDULER': {'NAME': 'Cosine'}, 'WARMUP_STEPS': 3,
+        'TRAIN_DATA': {'NAME': 'TinyPoints', 'BATCH_SIZE': 6},
+        'TRAIN_HOOKS': [{'NAME': 'ModelEmaHook', 'BETA': 0.9}, {'NAME': 'CheckpointHook', 'INTERVAL': 0}], **solver}})
+
+
+def run(cfg: Config, seed: int = 7) -> Any:
+    """The solver after its run, in this process."""
+    from scepter.core.env import seed_everything
+    we.seed, we.stop_signal = seed, 0
+    seed_everything(seed, 'start')
+    solver = SOLVERS.build(cfg.SOLVER)
+    solver.experiment = cfg
+    solver.set_up()
+    solver.solve()
+    return solver
+
+
+def groups(work_dir: Path, step: int) -> dict[str, dict[str, Tensor]]:
+    """Every tensor of a checkpoint."""
+    from scepter.core import checkpoints
+    loaded = checkpoints.load(checkpoints.folder_of(work_dir / 'checkpoints', step))
+    return {name: loaded.group(name) for name in loaded.groups}
+
+
+def same(a: dict[str, dict[str, Tensor]], b: dict[str, dict[str, Tensor]]) -> bool:
+    """Whether two checkpoints are equal to the bit."""
+    return a.keys() == b.keys() and all(a[g].keys() == b[g].keys() and all(torch.equal(a[g][k], b[g][k]) for k in a[g]) for g in a)
