@@ -331,8 +331,9 @@ def one(**changes: Any) -> dict:
     hostile(one(data_offsets=[0, 16]), b'\0' * 16), hostile(one(data_offsets=[8, 0]), b'\0' * 8), hostile(one(data_offsets=[0]), b'\0' * 8),
     hostile(one(dtype='F33'), b'\0' * 8), hostile(one(dtype=['F32']), b'\0' * 8), hostile(one(), b'\0' * 9), hostile(one(), b'\0' * 7),
     hostile(one(shape=[1] * 100 + [2]), b'\0' * 8), hostile(one(shape=[0, 1 << 62, 1 << 62], data_offsets=[0, 0])), hostile({'w': None}),
-    hostile({**one(), 'v': one()['w']}, b'\0' * 8), hostile({'__metadata__': {'a': 1}}), hostile({'__metadata__': []}),
-    hostile(b'{"w":{"dtype":"F32","shape":[1e400],"data_offsets":[0,8]}}', b'\0' * 8)], ids=range(25))
+    hostile({**one(), 'v': one()['w']}, b'\0' * 8), hostile({**one(), 'v': one()['w']}, b'\0' * 16),
+    hostile({'__metadata__': {'a': 1}}), hostile({'__metadata__': []}),
+    hostile(b'{"w":{"dtype":"F32","shape":[1e400],"data_offsets":[0,8]}}', b'\0' * 8)], ids=range(26))
 def test_a_hostile_tensor_file_is_a_checkpoint_error(tmp_path, data):
     path = tmp_path / 'x.safetensors'
     path.write_bytes(data)
