@@ -6,6 +6,9 @@ import random
 import signal
 import time
 from itertools import chain, islice
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -217,6 +220,35 @@ def test_a_closed_or_dropped_loader_leaves_no_process():
     for pid in found:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def train_and_end(pipe: Connection, is_killed: bool) -> None:
+    loader = Loader(Numbers({}), seed=7, num_workers=2)
+    next(loader)
+    pipe.send(pids(loader))
+    if is_killed:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize('is_killed', [False, True])
+def test_no_worker_outlives_its_trainer(is_killed):
+    ours, theirs = get_context('fork').Pipe()
+    trainer = get_context('fork').Process(target=train_and_end, args=(theirs, is_killed))
+    trainer.start()
+    found = ours.recv()
+    trainer.join(10)
+    assert trainer.exitcode == (-signal.SIGKILL if is_killed else 0)
+    deadline = time.monotonic() + 5
+    while any(is_running(pid) for pid in found) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_running(pid) for pid in found)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().split()[2] != 'Z'    # an orphan may wait for an init that does not reap
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_an_error_in_a_worker_keeps_its_kind_and_its_traceback():
