@@ -57,7 +57,8 @@ def texts():
     rng = random.Random(0)
     alphabets = ["abc XYZ 0189 '!?-_\t\n", 'éàüßøñÇ', 'привет', 'שלום', 'नमस्ते', '日本語', '\U0001f600\U0001f3f3', '½²Ⅷ٣']
     mixed = [''.join(rng.choice(rng.choice(alphabets)) for _ in range(rng.randrange(40))) for _ in range(200)]
-    return ["the dog's don't WE'LL 'sup", "!'s ''s", 'x²½ 12345', 'e\u0301\u0301', '<|endoftext|> hi', 'a\n\tb  c', '', '_a__b', 'a' * 500, *mixed]
+    return ["the dog's don't WE'LL 'sup", "!'s ''s", 'x²½ 12345', 'e\u0301\u0301', '<|endoftext|> hi', 'a\n\tb  c', '', '_a__b', 'a' * 500,
+            *mixed]
 
 
 def test_tokens_are_those_of_transformers(tmp_path):
@@ -107,8 +108,8 @@ def test_decoding_undoes_encoding():
     assert tokenizer.decode(tokenizer.encode('three handwritten digits: été')) == 'three handwritten digits : été'
 
 
-@pytest.mark.parametrize('prompt', ['', ' \n', '\U0001f9d1\u200d\U0001f680' * 30, 'x' * 10_000, 'word ' * 2_000, 'مرحبا بالعالم', '\0\1\2\3(a:1.2)',
-                                    '(' * 500 + ':' * 500, '((((a:9):9):9):9)', '\ud800'])
+@pytest.mark.parametrize('prompt', ['', ' \n', '\U0001f9d1\u200d\U0001f680' * 30, 'x' * 10_000, 'word ' * 2_000, 'مرحبا بالعالم',
+                                    '\0\1\2\3(a:1.2)', '(' * 500 + ':' * 500, '((((a:9):9):9):9)', '\ud800'])
 @pytest.mark.parametrize('long', ['cut', 'chunk'])
 def test_any_prompt_is_encoded(prompt, long):
     embedder = clip(LONG_PROMPT=long, PROMPT_WEIGHTING=True, DEPTH=1)
@@ -140,7 +141,8 @@ def test_a_hidden_layer_that_is_not_there_is_a_config_error():
 
 @pytest.mark.parametrize('kind', ['CLIPTextModel', 'CLIPModel'])
 def test_a_pretrained_folder_of_transformers_gives_tokenizer_and_tower(tmp_path, kind):
-    text = {'hidden_size': 32, 'intermediate_size': 64, 'num_hidden_layers': 2, 'num_attention_heads': 2, 'vocab_size': 49408, 'hidden_act': 'gelu'}
+    text = {'hidden_size': 32, 'intermediate_size': 64, 'num_hidden_layers': 2, 'num_attention_heads': 2, 'vocab_size': 49408,
+            'hidden_act': 'gelu'}
     config = transformers.CLIPTextConfig(**text) if kind == 'CLIPTextModel' else transformers.CLIPConfig(text_config=text, vision_config={
         'hidden_size': 16, 'intermediate_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'image_size': 32, 'patch_size': 16})
     model = getattr(transformers, kind)(config).eval()

@@ -1,15 +1,17 @@
 """Published files under all of their names: read, checked, written, and opened again by the library they are meant for."""
 from __future__ import annotations
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+import scepter.components  # noqa: F401  (registers)
 from scepter.core.errors import CheckpointError
 from scepter.core.files.tensors import TensorFile, write_tensors
 from scepter.core.registry import BACKBONES, EMBEDDERS, MODELS
-from scepter.models import embedders, latent_diffusion, losses, unet  # noqa: F401  (registers)
 from scepter.models.weights import (
     Weights,
     describe,
@@ -169,7 +171,7 @@ def test_what_published_files_carry_beside_weights_is_known(models, shape, tmp_p
     export_single(models[shape], tmp_path / 'plain.safetensors')
     tensors = dict(TensorFile(tmp_path / 'plain.safetensors'))
     tensors |= {name: torch.zeros(3) for name in BUFFERS} | {ema_name(n): t for n, t in tensors.items() if n.startswith('model.')}
-    for tower in {'sd15': ['cond_stage_model.'], 'sd21': ['cond_stage_model.'], 'sdxl': ['conditioner.embedders.0.', 'conditioner.embedders.1.']}[shape]:
+    for tower in ['conditioner.embedders.0.', 'conditioner.embedders.1.'] if shape == 'sdxl' else ['cond_stage_model.']:
         if f'{tower}transformer.text_model.final_layer_norm.weight' in tensors:
             tensors[f'{tower}transformer.text_model.embeddings.position_ids'] = torch.arange(77)[None]
         else:
@@ -221,7 +223,8 @@ def test_a_ckpt_of_lightning_is_read_without_its_wrapper(models, tmp_path):
     before = sys.modules.get(ModelCheckpoint.__module__)
     sys.modules[ModelCheckpoint.__module__] = module
     try:
-        torch.save({'state_dict': compvis(models['sd15']), 'global_step': 7, 'callbacks': {ModelCheckpoint: {'best': 0.1}}}, tmp_path / 'm.ckpt')
+        whole = {'state_dict': compvis(models['sd15']), 'global_step': 7, 'callbacks': {ModelCheckpoint: {'best': 0.1}}}
+        torch.save(whole, tmp_path / 'm.ckpt')
     finally:
         if before is None:
             del sys.modules[ModelCheckpoint.__module__]
@@ -264,12 +267,53 @@ def test_parts_load_from_the_whole_and_from_files_of_their_own(models, tmp_path,
     export_single(model, tmp_path / 'whole.safetensors')
     tower = {prefix + n: t for n, t in model.cond_stage_model.tower.state_dict().items()}
     write_tensors(tmp_path / 'tower.safetensors', tower)
-    for registry, cfg, ours, alone in ((BACKBONES, SHAPES['sd15'][0], model.model, 'folder/unet'), (MODELS, VAE, model.first_stage_model, 'folder/vae'),
+    for registry, cfg, ours, alone in ((BACKBONES, SHAPES['sd15'][0], model.model, 'folder/unet'),
+                                       (MODELS, VAE, model.first_stage_model, 'folder/vae'),
                                        (EMBEDDERS, CLIP, model.cond_stage_model, 'tower.safetensors')):
         for source in ('folder', 'whole.safetensors', alone):
             other = registry.build(cfg)
             load_pretrained(other, tmp_path / source)
             assert_same(other, ours)
+
+
+# ---------------------------------------------------------------- tools
+def tool(name):
+    path = Path(__file__).parents[2] / 'tools' / f'{name}.py'
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def config(tmp_path):
+    """The YAML of the tiny SD1.5."""
+    from scepter.core.config import Config
+    unet, text, _ = SHAPES['sd15']
+    model = {'NAME': 'LatentDiffusion', 'DIFFUSION_MODEL': unet, 'FIRST_STAGE_MODEL': VAE, 'COND_STAGE_MODEL': text, 'IMAGE_SIZE': 16,
+             'SIZE_FACTOR': 2}
+    (tmp_path / 'tiny.yaml').write_text(str(Config({'SOLVER': {'NAME': 'LatentDiffusionSolver', 'MODEL': model}})))
+    return str(tmp_path / 'tiny.yaml')
+
+
+def test_the_tools_take_weights_from_form_to_form(models, tmp_path, config, monkeypatch):
+    export_single(models['sd15'], tmp_path / 'a.safetensors')
+    convert, export = tool('convert_weights'), tool('export')
+    at = lambda name: str(tmp_path / name)
+    assert convert.main([at('a.safetensors'), at('b'), '--cfg', config]) == 0
+    assert convert.main([at('b'), at('c.safetensors'), '--cfg', config, '--no-check']) == 0
+    assert convert.main([at('c.safetensors'), at('d'), '--cfg', config, '--to', 'scepter']) == 0
+    assert export.main([at('d/step-00000000'), at('e.safetensors'), '--no-check']) == 0
+    first, last = TensorFile(tmp_path / 'a.safetensors'), TensorFile(tmp_path / 'e.safetensors')
+    assert set(first) == set(last) and all(torch.equal(first[n], last[n]) for n in first)
+
+
+def test_the_tools_say_what_they_cannot_tell(models, tmp_path, config, capsys):
+    convert = tool('convert_weights')
+    export_single(models['sd15'], tmp_path / 'a.safetensors')
+    assert convert.main([str(tmp_path / 'a.safetensors'), str(tmp_path / 'b')]) == 2
+    assert convert.main([str(tmp_path / 'a.safetensors'), str(tmp_path / 'b'), '--to', 'single', '--cfg', config]) == 2
+    assert convert.main([str(tmp_path / 'gone.safetensors'), str(tmp_path / 'b'), '--cfg', config]) == 4
 
 
 # ---------------------------------------------------------------- what does not fit
@@ -282,7 +326,8 @@ def test_everything_that_does_not_fit_is_listed_and_nothing_changes(models):
     weights['model.out.2.weight'] = torch.zeros(5, 32, 3, 3)
     with pytest.raises(CheckpointError) as error:
         load_into(model, weights, source='file.ckpt')
-    for part in ('file.ckpt', '1 missing', 'model.out.0.bias', '1 unexpected', 'model.out.9.bias', 'expected [4, 32, 3, 3], found [5, 32, 3, 3]'):
+    for part in ('file.ckpt', '1 missing', 'model.out.0.bias', '1 unexpected', 'model.out.9.bias',
+                 'expected [4, 32, 3, 3], found [5, 32, 3, 3]'):
         assert part in str(error.value)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     load_into(model, weights, ignore_keys=['model.out.0.bias', 'model.out.9.*', '*.out.2.weight'])

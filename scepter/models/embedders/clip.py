@@ -1,7 +1,6 @@
 """CLIP's text tower, under the names that CompVis files and published folders use."""
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +17,10 @@ from scepter.models.embedders.text_tower import (
     causal_attention,
     init_block_std,
     refuse,
+    table,
 )
 from scepter.models.embedders.tokenizer import ClipTokenizer
-from scepter.models.weights import load_into, local_copy, text_tower_weights
+from scepter.models.weights import load_into, local_copy, read_json, text_tower_weights
 
 
 @EMBEDDERS.register_class()
@@ -78,25 +78,26 @@ class ClipText(Tower):
         super().__init__()
         self.width, self.depth, self.heads, self.positions, self.activation = width, depth, heads, positions, activation
         self.embeddings = nn.Module()
-        self.embeddings.token_embedding = nn.Embedding(vocabulary, width)
-        self.embeddings.position_embedding = nn.Embedding(positions, width)
+        self.embeddings.token_embedding = table(vocabulary, width)
+        self.embeddings.position_embedding = table(positions, width)
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(
             ClipBlock(width, heads, mlp_width or 4 * width, activation, eps) for _ in range(depth))
         self.final_layer_norm = nn.LayerNorm(width, eps=eps)
-        self._init_weights()
+        if not self.final_layer_norm.weight.is_meta:
+            self._init_weights()
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ClipText:
         """The tower of a folder with config.json and weights, of the whole CLIP or its text side alone. Raises CheckpointError."""
         try:
-            config = json.loads((Path(folder) / 'config.json').read_text('utf-8'))
+            config = read_json(Path(folder) / 'config.json')
             config = config.get('text_config') or config
             with torch.device('meta'):
                 tower = cls(config['hidden_size'], config['num_hidden_layers'], config['num_attention_heads'],
                             config['max_position_embeddings'], config['vocab_size'], config['intermediate_size'],
                             config.get('hidden_act', 'quick_gelu'), config.get('layer_norm_eps', 1e-5))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
             raise CheckpointError(f'{folder}: expected the config.json of a CLIP text model ({type(error).__name__}: {error})') from error
         load_into(tower, text_tower_weights(folder), source=str(folder))
         return tower.float()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from scepter.core.registry import EMBEDDERS
 from scepter.core.schema import param
-from scepter.models.embedders.text_tower import TextTowerEmbedder, Tower, causal_attention, init_block_std, refuse
+from scepter.models.embedders.text_tower import TextTowerEmbedder, Tower, causal_attention, init_block_std, refuse, table
 from scepter.models.embedders.tokenizer import ClipTokenizer
 from scepter.models.weights import load_pretrained, local_copy
 
@@ -82,7 +82,7 @@ class OpenClipText(Tower):
                  leave_out_last: bool = False, vocabulary: int = 49408):
         super().__init__()
         self.width, self.depth, self.heads, self.positions = width, depth, heads, positions
-        self.token_embedding = nn.Embedding(vocabulary, width)
+        self.token_embedding = table(vocabulary, width)
         self.positional_embedding = nn.Parameter(torch.empty(positions, width))
         self.transformer = nn.Module()
         self.transformer.resblocks = nn.ModuleList(OpenClipBlock(width, heads) for _ in range(depth - leave_out_last))

@@ -149,6 +149,11 @@ def init_block_std(width: int, depth: int) -> tuple[float, float, float]:
     return width ** -0.5, width ** -0.5 * (2 * depth) ** -0.5, (2 * width) ** -0.5
 
 
+def table(count: int, width: int) -> nn.Embedding:
+    """An embedding whose weights are still to be filled. PyTorch's own start takes four seconds of imports on the meta device."""
+    return nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)
+
+
 def refuse(embedder: BaseEmbedder, key: str, problem: str) -> ConfigError:
     """A ConfigError about one key of an embedder's config."""
     cfg = embedder.cfg if isinstance(embedder.cfg, Config) else Config(embedder.cfg)

@@ -238,9 +238,9 @@ def scheduler_config(model: nn.Module) -> dict[str, Any]:
     if model.PARAMETERIZATION not in PREDICTIONS:
         raise ValueError(f'the pipelines of Stable Diffusion cannot sample a network that predicts {model.PARAMETERIZATION}')
     schedule = {key.upper(): value for key, value in model.SCHEDULE_ARGS.items()}
-    config = {'_class_name': 'DDIMScheduler', 'num_train_timesteps': model.TIMESTEPS, 'prediction_type': PREDICTIONS[model.PARAMETERIZATION],
-              'rescale_betas_zero_snr': model.ZERO_TERMINAL_SNR, 'timestep_spacing': 'trailing', 'clip_sample': False,
-              'set_alpha_to_one': True, 'steps_offset': 1}
+    config = {'_class_name': 'DDIMScheduler', 'num_train_timesteps': model.TIMESTEPS,
+              'prediction_type': PREDICTIONS[model.PARAMETERIZATION], 'rescale_betas_zero_snr': model.ZERO_TERMINAL_SNR,
+              'timestep_spacing': 'trailing', 'clip_sample': False, 'set_alpha_to_one': True, 'steps_offset': 1}
     if schedule['NAME'] == 'scaled_linear':
         return {**config, 'beta_schedule': 'scaled_linear', 'beta_start': schedule.get('BETA_MIN', 0.00085),
                 'beta_end': schedule.get('BETA_MAX', 0.012)}
@@ -260,7 +260,8 @@ def model_index(model: nn.Module, towers: list[str]) -> dict[str, Any]:
         found[part] = ['transformers', kind] if part in towers else [None, None]
         found[part.replace('text_encoder', 'tokenizer')] = ['transformers', 'CLIPTokenizer'] if part in towers else [None, None]
     if not is_sdxl(model):
-        return {'_class_name': 'StableDiffusionPipeline', **found, 'safety_checker': [None, None], 'requires_safety_checker': False}
+        return {'_class_name': 'StableDiffusionPipeline', **found, 'safety_checker': [None, None],
+                'requires_safety_checker': False}
     if len(towers) == 1:
         del found['feature_extractor'], found['image_encoder']
         return {'_class_name': 'StableDiffusionXLImg2ImgPipeline', **found, 'requires_aesthetics_score': True,

@@ -106,8 +106,9 @@ def weights_for(model: nn.Module, weights: Weights) -> Weights:
     if any(n.startswith(VAE) for n in wanted):
         return whole_model(weights)
     whole = whole_model(weights)
-    candidates = [weights, weights.renamed(unet_from_diffusers(weights)), vae_from_diffusers(weights), text_tower(weights, is_openclip=True),
-                  text_tower(weights, is_openclip=False), text_tower(weights.section('transformer.'), is_openclip=False)]
+    candidates = [weights, weights.renamed(unet_from_diffusers(weights)), vae_from_diffusers(weights),
+                  text_tower(weights, is_openclip=True), text_tower(weights, is_openclip=False),
+                  text_tower(weights.section('transformer.'), is_openclip=False)]
     prefixes = {UNET, VAE, TEXT, *(f'{TEXT}embedders.{n}.' for n in range(2))}
     candidates += [whole.section(prefix) for prefix in prefixes if any(n.startswith(prefix) for n in whole)]
     return max(candidates, key=lambda c: len(wanted & set(c)))    # the first of equals: the names as they are

@@ -10,9 +10,24 @@ from torch import Tensor, nn
 
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import need
-from scepter.models.weights.export import export_configs, is_sdxl, note_parity
+from scepter.models.weights.export import export_configs, export_diffusers, export_single, is_sdxl, note_parity
 
 PROMPTS = ['a photo of a cat', '']
+
+
+def export(model: nn.Module, target: str | Path, dtype: torch.dtype | None = None, is_checked: bool = True) -> float | None:
+    """Write a LatentDiffusion as one file (a target that ends in .safetensors) or as a diffusers folder, and look at it through diffusers.
+
+    dtype: of the file; the model's own weights are rounded to it, so that both stay the same network. The answer is check_export's.
+    Raises ValueError where diffusers has no such network, CheckpointError where it computes something else.
+    """
+    target = Path(target)
+    if dtype is not None:
+        own = next(model.parameters()).dtype
+        model.to(dtype).to(own)
+    write = export_single if target.suffix == '.safetensors' else export_diffusers
+    write(model, target, dtype)
+    return check_export(model, target) if is_checked else None
 
 
 def check_export(model: nn.Module, path: str | Path, limit: float = 1e-4) -> float:
@@ -30,7 +45,7 @@ def check_export(model: nn.Module, path: str | Path, limit: float = 1e-4) -> flo
     finally:
         model.to(dtype)
     if not figure <= limit:
-        raise CheckpointError(f'{path}: diffusers {diffusers.__version__} computes something else with it (relative difference {figure:.2g})')
+        raise CheckpointError(f'{path}: diffusers {diffusers.__version__} computes something else with it: it differs by {figure:.2g}')
     for file in [path] if path.is_file() else sorted(path.glob('*/*.safetensors')):
         note_parity(file, f'{figure:.1e} largest relative difference to diffusers {diffusers.__version__}, float32')
     return figure
@@ -84,7 +99,8 @@ def their_forward(model: nn.Module, parts: dict[str, Any]) -> tuple[Tensor, Tens
         context = parts['text_encoder'](input_ids=tokens).last_hidden_state if 'text_encoder' in parts else embedder.encode_text(tokens)
         return parts['unet'](noise, t, encoder_hidden_states=context).sample, picture
     ours = embedder.encode_text(tokens, **sizes)
-    context, pooled = ours['crossattn'], ours['y'][:, :ours['y'].shape[1] - embedder.SIZE_DIM * sum(sizes[n].shape[1] for n in embedder.SIZES)]
+    width = ours['y'].shape[1] - embedder.SIZE_DIM * sum(sizes[name].shape[1] for name in embedder.SIZES)
+    context, pooled = ours['crossattn'], ours['y'][:, :width]
     towers = [parts[part] for part in ('text_encoder', 'text_encoder_2') if part in parts]
     if towers:
         outs = [tower(input_ids=tokens[:, i], output_hidden_states=True) for i, tower in enumerate(towers)]

@@ -1,0 +1,65 @@
+"""Write what was trained as a file that other programs open.
+
+    python tools/export.py outputs/sd15/checkpoints/step-00001000 my_model                  a diffusers folder
+    python tools/export.py outputs/sd15/checkpoints/step-00001000 my_model.safetensors      one file, as CompVis and SGM name it
+
+The result is opened again by diffusers, where that is installed, one forward is compared with ours, and the figure stands in the
+metadata of the files beside the ModelSpec keys. Averaged weights are taken where there are any.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line (default: this process's). Answers the exit code of docs/design.md, section 9."""
+    args = command_line().parse_args(argv)
+    from scepter.core.env import guarded  # from here on torch is needed
+    return guarded(lambda: run(args))
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='export.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='folder of a checkpoint')
+    parser.add_argument('target', metavar='TARGET', help='a folder, or a file that ends in .safetensors')
+    parser.add_argument('--ema', choices=('on', 'off'), default='on', help='take averaged weights where there are any (default on)')
+    parser.add_argument('--dtype', choices=('float32', 'float16', 'bfloat16'), default='float32', help='of the weights (default float32)')
+    parser.add_argument('--imports', metavar='FILE', action='append', default=[], help='a file or module with components of yours')
+    parser.add_argument('--no-check', dest='is_checked', action='store_false', help='do not open the result with diffusers')
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    import scepter.components  # noqa: F401  fills the registries
+    from scepter.core.experiment import carry_out_imports
+    from scepter.core.schema import check
+    from scepter.models.restore import config_of, restore
+    cfg = config_of(args.checkpoint)
+    check(carry_out_imports(cfg, args.imports)[1])
+    write(restore(args.checkpoint, cfg, use_ema=args.ema == 'on'), args)
+
+
+def write(model: object, args: argparse.Namespace) -> None:
+    """Export, and say how near diffusers came. Raises CheckpointError where it cannot hold such a network."""
+    import importlib.util
+
+    import torch
+
+    from scepter.core.errors import CheckpointError
+    from scepter.models.weights.parity import export
+    is_checked = args.is_checked and importlib.util.find_spec('diffusers') is not None
+    dtype = None if args.dtype == 'float32' else getattr(torch, args.dtype)
+    try:
+        figure = export(model, args.target, dtype, is_checked)
+    except ValueError as error:
+        raise CheckpointError(f'{args.target} cannot be written: {error}') from error
+    print(f'{args.target}  ' + (f'diffusers differs by {figure:.1e} of the largest value' if is_checked else 'not opened with diffusers'))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
