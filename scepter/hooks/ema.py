@@ -40,7 +40,7 @@ class ModelEmaHook(Hook):
     def update(self, model: nn.Module, count: int) -> None:
         beta = min(self.BETA, (1 + count) / (10 + count)) if self.WARMUP else self.BETA
         live = _trained(model)
-        pairs = [(average, live[name].to(average.device)) for name, average in self.average.items()]
+        pairs = [(average, live[name].to(average)) for name, average in self.average.items()]
         averages, weights = [a for a, _ in pairs], [w for _, w in pairs]
         torch._foreach_lerp_(averages, weights, 1 - beta)
         for name, buffer in _changing_buffers(model).items():

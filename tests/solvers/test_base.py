@@ -169,7 +169,7 @@ def test_a_named_optimizer_steps_at_its_own_pace(tmp_path):
 
 
 def test_a_parameter_in_no_optimizer_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match='in no optimizer: net.3.weight'):
+    with pytest.raises(ConfigError, match=r'in no optimizer: net\.3\.weight'):
         run(config(tmp_path, OPTIMIZER={'a': {'NAME': 'SGD', 'LR': 0.1, 'PARAMS': ['net.0.*']}}))
 
 
