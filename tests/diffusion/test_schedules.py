@@ -39,6 +39,11 @@ def test_schedules_in_betas_equal_the_reference_library(ours, theirs, ends):
     torch.testing.assert_close(alphas ** 2, reference, rtol=2e-4, atol=1e-6)    # theirs are products in float32
 
 
+def test_the_cosines_last_beta_is_cut():
+    alphas, _ = SCHEDULES.get('cosine')(1000)
+    assert 1 - (alphas[-1] / alphas[-2]).item() ** 2 == pytest.approx(0.999, abs=1e-9)
+
+
 @pytest.mark.parametrize('name', ['karras', 'exponential', 'polyexponential'])
 def test_schedules_in_sigma_reach_from_sigma_min_to_sigma_max(name):
     alphas, sigmas = SCHEDULES.get(name)(40, sigma_min=0.01, sigma_max=50.0)
@@ -58,7 +63,7 @@ def test_exponential_is_a_line_in_the_logarithm():
 
 
 def test_vp_is_the_continuous_variance_preserving_process():
-    alphas, _ = SCHEDULES.get('vp')(11, eps_s=0.0 + 1e-3)
+    alphas, _ = SCHEDULES.get('vp')(11, eps_s=1e-3)
     t = torch.linspace(1e-3, 1, 11).double()
     torch.testing.assert_close(alphas, torch.exp(-(19.9 * t ** 2 / 4 + 0.1 * t / 2)), rtol=1e-6, atol=0)
 
