@@ -69,12 +69,13 @@ def test_a_mask_is_cut_and_mirrored_with_its_image(kind):
     assert len(seen) > 5
 
 
-def test_a_scaled_mask_keeps_its_two_values():
+@pytest.mark.parametrize('kind', ['pil', 'tensor'])
+def test_a_scaled_mask_keeps_its_two_values(kind):
     image = gradient(40, 40)
     mask = torch.zeros(1, 40, 40, dtype=torch.uint8)
     mask[..., 20:] = 255
-    found = crop(SIZE=10)({'image': image, 'mask': mask})['mask']
-    assert torch.equal(found[0, 0], torch.tensor([0] * 5 + [255] * 5, dtype=torch.uint8))
+    found = crop(SIZE=10)({'image': image, 'mask': mask if kind == 'tensor' else Image.fromarray(mask[0].numpy())})['mask']
+    assert torch.equal(to_mask(found)[0, 0], torch.tensor([0.0] * 5 + [1.0] * 5))
 
 
 def test_a_crop_of_a_tensor_says_what_to_do():
