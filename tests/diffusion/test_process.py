@@ -450,6 +450,12 @@ def test_a_condition_turns_the_unconditional_network_into_the_conditional_one():
     torch.testing.assert_close(guided, STABLE.sample(NOISE.double(), conditional, steps=10), rtol=1e-6, atol=1e-6)
 
 
+def test_a_condition_leaves_pure_noise_alone():
+    diffusion = Diffusion(*PROCESSES['zero terminal SNR'], 'v')
+    out = diffusion.sample(NOISE, exact(diffusion), condition_fn=lambda x, t: torch.ones_like(x), steps=5)
+    assert out.isfinite().all()
+
+
 @pytest.mark.parametrize('solver', SAMPLERS)
 def test_intermediates_are_one_for_each_step(solver):
     for what in ('x0', 'xt'):
