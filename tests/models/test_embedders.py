@@ -328,6 +328,14 @@ def test_a_foreign_tokenizer_is_used_as_it_is(foreign, caplog, monkeypatch):
     assert 'seven eight' in caplog.text
 
 
+def test_a_foreign_text_model_answers_to_both_names(foreign):
+    assert foreign.transformer.text_model.final_layer_norm is foreign.transformer.get_submodule('final_layer_norm')
+    assert not any('text_model' in name for name in foreign.state_dict())
+    import copy
+    twin = copy.deepcopy(foreign)
+    assert twin.transformer.text_model.final_layer_norm is not foreign.transformer.text_model.final_layer_norm
+
+
 @pytest.mark.parametrize('layout', ['transformer.text_model.', 'transformer.'])
 def test_a_foreign_text_model_loads_weights_of_either_layout(foreign, layout):
     ours = clip()

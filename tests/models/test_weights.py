@@ -1,6 +1,7 @@
 """Published files under all of their names: read, checked, written, and opened again by the library they are meant for."""
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -66,6 +67,15 @@ def models():
     return {shape: build(shape) for shape in SHAPES}
 
 
+def blank(model):
+    """The same network, all weights zero."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    return other
+
+
 def assert_same(a, b):
     a, b = a.state_dict(), b.state_dict()
     assert set(a) == set(b)
@@ -101,11 +111,37 @@ def test_attention_names_of_old_diffusers_are_known(models):
     assert all(torch.equal(back[n], t) for n, t in model.state_dict().items())
 
 
+PUBLISHED = {
+    'sd15': ({'CHANNEL_MULT': [1, 2, 4, 4], 'ATTENTION_RESOLUTIONS': [1, 2, 4], 'NUM_HEADS': 8, 'CONTEXT_DIM': 768},
+             {'cross_attention_dim': 768}),
+    'sdxl': ({'CHANNEL_MULT': [1, 2, 4], 'ATTENTION_RESOLUTIONS': [2, 4], 'NUM_HEADS_CHANNELS': 64, 'CONTEXT_DIM': 2048,
+              'TRANSFORMER_DEPTH': [0, 2, 10], 'USE_LINEAR_IN_TRANSFORMER': True, 'NUM_CLASSES': 'sequential', 'ADM_IN_CHANNELS': 2816},
+             {'cross_attention_dim': 2048, 'block_out_channels': (320, 640, 1280), 'attention_head_dim': (5, 10, 20),
+              'transformer_layers_per_block': (1, 2, 10), 'use_linear_projection': True, 'addition_embed_type': 'text_time',
+              'down_block_types': ('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
+              'up_block_types': ('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
+              'addition_time_embed_dim': 256, 'projection_class_embeddings_input_dim': 2816}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('shape', PUBLISHED)
+def test_every_tensor_of_a_published_unet_has_its_place(shape):
+    diffusers = pytest.importorskip('diffusers')
+    ours, theirs = PUBLISHED[shape]
+    with torch.device('meta'):
+        mine = BACKBONES.build({**UNET, 'MODEL_CHANNELS': 320, 'NUM_RES_BLOCKS': 2, **ours})
+        other = diffusers.UNet2DConditionModel(**theirs)
+    weights = Weights.of(mine.state_dict())
+    renamed = weights.renamed(unet_to_diffusers(weights))
+    assert {n: renamed.shape(n) for n in renamed} == {n: tuple(t.shape) for n, t in other.state_dict().items()}
+
+
 # ---------------------------------------------------------------- there and back
 @pytest.mark.parametrize('shape', SHAPES)
 def test_a_diffusers_folder_comes_back_bit_for_bit(models, shape, tmp_path):
     export_diffusers(models[shape], tmp_path)
-    other = build(shape, seed=1)
+    other = blank(models[shape])
     load_pretrained(other, tmp_path)
     assert_same(other, models[shape])
 
@@ -113,7 +149,7 @@ def test_a_diffusers_folder_comes_back_bit_for_bit(models, shape, tmp_path):
 @pytest.mark.parametrize('shape', SHAPES)
 def test_a_single_file_comes_back_bit_for_bit(models, shape, tmp_path):
     export_single(models[shape], tmp_path / 'model.safetensors')
-    other = build(shape, seed=1)
+    other = blank(models[shape])
     load_pretrained(other, tmp_path / 'model.safetensors')
     assert_same(other, models[shape])
 
@@ -141,7 +177,7 @@ def test_a_wrong_export_is_noticed(models, tmp_path):
     from scepter.models.weights.parity import check_export
     export_diffusers(models['sd15'], tmp_path)
     with pytest.raises(CheckpointError, match='something else'):
-        check_export(build('sd15', seed=1), tmp_path)
+        check_export(blank(models['sd15']), tmp_path)
 
 
 @pytest.mark.parametrize(('shape', 'pipeline'), [('sd15', 'StableDiffusionPipeline'), ('sd21', 'StableDiffusionPipeline'),
@@ -160,7 +196,7 @@ def test_half_precision_halves_the_file(models, tmp_path):
     export_single(models['sd15'], tmp_path / 'full.safetensors')
     export_single(models['sd15'], tmp_path / 'half.safetensors', torch.float16)
     assert (tmp_path / 'half.safetensors').stat().st_size < 0.52 * (tmp_path / 'full.safetensors').stat().st_size
-    other = build('sd15', seed=1)
+    other = blank(models['sd15'])
     load_pretrained(other, tmp_path / 'half.safetensors')
     assert all(torch.equal(a, b.half().float()) for a, b in zip(other.state_dict().values(), models['sd15'].state_dict().values()))
 
@@ -180,7 +216,7 @@ def test_what_published_files_carry_beside_weights_is_known(models, shape, tmp_p
         last = {n.replace('resblocks.1', 'resblocks.2'): t for n, t in tensors.items() if 'resblocks.1.' in n}
         tensors |= last | {'cond_stage_model.model.text_projection': torch.zeros(48, 48)}
     write_tensors(tmp_path / 'published.safetensors', tensors)
-    other = build(shape, seed=1)
+    other = blank(models[shape])
     load_pretrained(other, tmp_path / 'published.safetensors')
     assert_same(other, models[shape])
 
@@ -190,7 +226,7 @@ def test_what_is_not_known_is_an_error_even_if_it_looks_alike(models, tmp_path):
         path = tmp_path / f'{name}.safetensors'
         write_tensors(path, compvis(models['sd15']) | {name: torch.zeros(1)})
         with pytest.raises(CheckpointError, match='1 unexpected'):
-            load_pretrained(build('sd15'), path)
+            load_pretrained(blank(models['sd15']), path)
 
 
 def test_averages_of_a_single_file_are_taken_on_request(models, tmp_path):
@@ -204,7 +240,7 @@ def test_averages_of_a_single_file_are_taken_on_request(models, tmp_path):
 
 def test_averages_of_a_diffusers_folder_are_taken_on_request(models, tmp_path):
     export_diffusers(models['sd15'], tmp_path)
-    other = build('sd15', seed=1)
+    other = blank(models['sd15'])
     export_diffusers(other, tmp_path / 'ema')
     (tmp_path / 'ema' / 'unet').rename(tmp_path / 'unet_ema')
     found = latent_diffusion_weights(tmp_path, use_ema=True)
@@ -230,7 +266,7 @@ def test_a_ckpt_of_lightning_is_read_without_its_wrapper(models, tmp_path):
             del sys.modules[ModelCheckpoint.__module__]
         else:
             sys.modules[ModelCheckpoint.__module__] = before
-    other = build('sd15', seed=1)
+    other = blank(models['sd15'])
     load_pretrained(other, tmp_path / 'm.ckpt')
     assert_same(other, models['sd15'])
 
@@ -246,7 +282,7 @@ def test_shards_and_the_half_precision_variant_are_found(models, tmp_path):
     (unet / 'diffusion_pytorch_model.safetensors').unlink()
     (unet / 'diffusion_pytorch_model.safetensors.index.json').write_text(json.dumps({'weight_map': table}))
     (vae / 'diffusion_pytorch_model.safetensors').rename(vae / 'diffusion_pytorch_model.fp16.safetensors')
-    other = build('sd15', seed=1)
+    other = blank(models['sd15'])
     load_pretrained(other, tmp_path)
     assert torch.equal(other.model.out[2].weight, models['sd15'].model.out[2].weight.half().float())
 
@@ -318,9 +354,9 @@ def test_the_tools_say_what_they_cannot_tell(models, tmp_path, config, capsys):
 
 # ---------------------------------------------------------------- what does not fit
 def test_everything_that_does_not_fit_is_listed_and_nothing_changes(models):
-    model = build('sd15')
+    model = blank(models['sd15'])
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    weights = dict(build('sd15', seed=1).state_dict())
+    weights = dict(models['sd15'].state_dict())
     del weights['model.out.0.bias']
     weights['model.out.9.bias'] = torch.zeros(1)
     weights['model.out.2.weight'] = torch.zeros(5, 32, 3, 3)
@@ -339,7 +375,7 @@ def test_an_ignored_name_is_exact_unless_it_is_a_glob(models):
     weights = dict(models['sd15'].state_dict())
     del weights['model.out.0.bias']
     with pytest.raises(CheckpointError):
-        load_into(build('sd15'), weights, ignore_keys=['model.out.0', 'out.0.bias'])
+        load_into(blank(models['sd15']), weights, ignore_keys=['model.out.0', 'out.0.bias'])
 
 
 def test_each_tensor_is_read_once_and_only_when_everything_fits(models):
@@ -347,9 +383,9 @@ def test_each_tensor_is_read_once_and_only_when_everything_fits(models):
     plain = Weights.of(models['sd15'].state_dict())
     counting = plain.with_entries({n: e._replace(read=lambda n=n, e=e: reads.append(n) or e.read()) for n, e in plain.entries.items()})
     with pytest.raises(CheckpointError):
-        load_into(build('sd15'), counting.without(['model.out.0.bias']))
+        load_into(blank(models['sd15']), counting.without(['model.out.0.bias']))
     assert reads == []
-    load_into(build('sd15'), counting)
+    load_into(blank(models['sd15']), counting)
     assert sorted(reads) == sorted(plain)
 
 

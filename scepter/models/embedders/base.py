@@ -4,11 +4,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scepter.core.logger import get_logger
 from scepter.models.base import BaseModel
-from scepter.models.weights.hugging_face import accept_both_layouts
+from scepter.models.weights.hugging_face import accept_both_layouts, give_both_names
 
 
 class BaseEmbedder(BaseModel, base=True):
@@ -23,6 +23,11 @@ class BaseEmbedder(BaseModel, base=True):
         super().__init__(cfg, logger=logger)
         self.has_warned_of_cut = False
         self._register_load_state_dict_pre_hook(accept_both_layouts, with_module=True)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            give_both_names(value)
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """int64 [B, L], L = max_length. What does not fit is cut, and one warning shows what was lost."""

@@ -100,7 +100,7 @@ class ClipText(Tower):
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
             raise CheckpointError(f'{folder}: expected the config.json of a CLIP text model ({type(error).__name__}: {error})') from error
         load_into(tower, text_tower_weights(folder), source=str(folder))
-        return tower.float()
+        return tower
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[:ids.shape[1]]

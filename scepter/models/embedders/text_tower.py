@@ -51,7 +51,7 @@ class TextTowerEmbedder(BaseEmbedder, base=True):
             ids, weights = split_weights(tokens)
             context, vector = self._encode(ids, pooled)
             if context.shape[1] == ids.shape[1] and bool((weights != 1).any()):
-                plain = torch.tensor([self.tokenizer._frame([], self.MAX_LENGTH)], device=ids.device)
+                plain = torch.tensor([self.tokenizer.frame([], self.MAX_LENGTH)], device=ids.device)
                 empty = self._encode(plain, False)[0].repeat(1, ids.shape[1] // self.MAX_LENGTH, 1)
                 context = empty + (context - empty) * weights[..., None].to(context.dtype)
             return context, vector

@@ -48,7 +48,7 @@ class ClipTokenizer:
     @classmethod
     def shipped(cls, pad: int | None = None) -> ClipTokenizer:
         """The vocabulary of 49,408 tokens that open_clip_torch brings along; only its file is read, nothing is imported."""
-        return cls(*_shipped_vocabulary(), pad=pad)
+        return _shipped(pad)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ClipTokenizer:
@@ -87,6 +87,9 @@ class ClipTokenizer:
         new = {t: i for t, i in self.added.items() if t not in self.vocabulary}
         if new:
             (folder / 'added_tokens.json').write_text(json.dumps(new, ensure_ascii=False), 'utf-8')
+
+    def __deepcopy__(self, memo: dict) -> ClipTokenizer:
+        return self    # it never changes, and an EMA's copy of a network needs no second vocabulary
 
     # ---------------------------------------------------------------- text <-> ids
     def encode(self, text: str) -> list[int]:
@@ -134,10 +137,11 @@ class ClipTokenizer:
                 row = row[:room]
             rows.append(row)
         chunks = max((-(-len(row) // room) for row in rows), default=1) or 1
-        return torch.tensor([[token for c in range(chunks) for token in self._frame(row[c * room:(c + 1) * room], length)] for row in rows],
+        return torch.tensor([[token for c in range(chunks) for token in self.frame(row[c * room:(c + 1) * room], length)] for row in rows],
                             dtype=torch.int64).view(len(rows), chunks * length)
 
-    def _frame(self, ids: list[int], length: int) -> list[int]:
+    def frame(self, ids: list[int], length: int) -> list[int]:
+        """The ids of one chunk between begin and end, padded to `length`."""
         return [self.bos, *ids, self.eos] + [self.pad] * (length - 2 - len(ids))
 
 
@@ -234,6 +238,11 @@ def _byte_characters() -> dict[int, str]:
     printable = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
     rest = [b for b in range(256) if b not in printable]
     return {**{b: chr(b) for b in printable}, **{b: chr(256 + n) for n, b in enumerate(rest)}}
+
+
+@lru_cache(maxsize=4)
+def _shipped(pad: int | None) -> ClipTokenizer:
+    return ClipTokenizer(*_shipped_vocabulary(), pad=pad)
 
 
 @lru_cache(maxsize=1)

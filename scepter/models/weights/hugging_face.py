@@ -12,6 +12,12 @@ from torch import Tensor, nn
 PARTS = ('embeddings.', 'encoder.', 'final_layer_norm.')
 
 
+def give_both_names(model: Any) -> None:
+    """Let `model.text_model` be the text model itself where transformers 5 has no such part, so that code for 4 runs on both."""
+    if isinstance(model, nn.Module) and text_models(model)[:1] == [('', False)]:
+        model.__dict__['text_model'] = model    # not a submodule: the state dict knows nothing of it
+
+
 def text_models(module: nn.Module) -> list[tuple[str, bool]]:
     """(name with its dot, whether its weights are named text_model.*) of every CLIP text model of transformers inside."""
     found = []
