@@ -392,7 +392,7 @@ def _load_file(file: Path, above: tuple[Path, ...], environment: bool) -> Config
         if not isinstance(base, str) or not base:
             raise ConfigError([Fault('_BASE_', f'expected a file or a list of files, got {base!r}', origin)], str(file))
         path = Path(os.path.expanduser(base))
-        path = path if path.is_absolute() else file.parent / path
+        path = path if path.is_absolute() else Path(os.path.normpath(file.parent / path))
         if not path.is_file():
             raise ConfigError([Fault('_BASE_', f'there is no file {path}', origin)], str(file))
         merge(merged, _load_file(path, (*above, resolved), environment))

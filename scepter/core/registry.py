@@ -14,7 +14,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from scepter.core.config import NOWHERE, Config, ConfigError, Fault, Origin, did_you_mean
+from scepter.core.config import NOWHERE, Config, ConfigError, Fault, Origin, did_you_mean, plain
 from scepter.core.schema import Param, Schema, dict_to_yaml
 
 
@@ -150,8 +150,11 @@ class Registry:
     def faults(self, cfg: Any, where: str, origin: Origin = NOWHERE, beside: Schema | None = None) -> Iterator[Fault]:
         """Every fault in a component's config, and in those below it. beside: further keys that its place allows."""
         if not isinstance(cfg, dict) or not isinstance(cfg.get('NAME'), str):
-            got = 'one without' if isinstance(cfg, dict) else repr(cfg)[:60]
-            yield Fault(where, f'expected a {self.name} component with a NAME, got {got}', origin)
+            got = repr(plain(cfg))[:60]
+            if isinstance(cfg, dict) and 'NAME' not in cfg:
+                typo = next((key for key in cfg if did_you_mean(key, ['NAME'])), None)
+                got = f'one without; {typo}: did you mean NAME?' if typo else 'one without'
+            yield Fault(where, f'expected a component of {self.name} with a NAME, got {got}', origin)
             return
         try:
             schema = self.schema(cfg['NAME'])

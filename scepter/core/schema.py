@@ -199,7 +199,8 @@ def value_faults(value: Any, p: Param, path: str, origin: Any) -> Iterator[Fault
         return
     elif p.place is not None and isinstance(value, Config):
         from scepter.core.registry import schema_of
-        named = {f'{path}.{k}': v for k, v in value.items()} if 'NAME' not in value else {path: value}
+        is_map = 'NAME' not in value and value and all(isinstance(v, Config) for v in value.values())
+        named = {f'{path}.{k}': v for k, v in value.items()} if is_map else {path: value}
         for where, node in named.items():
             yield from p.registry.faults(node, where, origin, schema_of(p.place))
     elif p.many:

@@ -120,7 +120,7 @@ def test_a_required_key_that_is_missing_is_named_with_its_meaning():
 
 @pytest.mark.parametrize('node', [3, 'Leaf', None, [], {}, {'NAME': 3}, {'WIDTH': 1}])
 def test_what_is_no_component_is_refused(node: object):
-    with pytest.raises(ConfigError, match='expected a TEST_PARTS component with a NAME'):
+    with pytest.raises(ConfigError, match='expected a component of TEST_PARTS with a NAME'):
         PARTS.build(node)
 
 
@@ -194,9 +194,12 @@ def test_a_foreign_type_beside_a_plain_one_takes_no_word():
 def test_a_place_may_hold_one_part_or_a_map_of_named_ones_each_with_the_places_keys():
     one = Config({'NAME': 'Branch', 'FIRST': LEAF, 'CURVE': {'NAME': 'curve', 'EVERY': 2}})
     two = Config({**one, 'CURVE': {'a': {'NAME': 'curve', 'EVERY': 'x'}, 'b': {'NAME': 'curv'}}})
+    typo = Config({**one, 'CURVE': {'NAMEE': 'curve', 'EVERY': 2}})
 
     assert not list(PARTS.faults(one, ''))
     assert [f.path for f in PARTS.faults(two, '')] == ['CURVE.a.EVERY', 'CURVE.b.NAME']
+    assert [f.message for f in PARTS.faults(typo, '')] == [
+        'expected a component of TEST_OPTIONS with a NAME, got one without; NAMEE: did you mean NAME?']
 
 
 # ------------------------------------------------------------------------------------------------ templates
