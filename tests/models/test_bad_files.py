@@ -171,6 +171,17 @@ def zip_bomb(path):
 
 
 @corpus()
+def compressed_entries_with_room_to_hide(path):
+    torch.save({'a': torch.zeros(64)}, path)
+    with zipfile.ZipFile(path) as file:
+        entries = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as file:
+        for name, content in entries.items():
+            file.writestr(name, content)
+        file.comment = b'x' * 60_000
+
+
+@corpus()
 def zip_whose_entries_overlap(path):
     archive(path, pickle.dumps({}), data__0=b'\0' * (1 << 20))
     raw = bytearray(path.read_bytes())
@@ -326,6 +337,15 @@ def _audit(event, args):
 sys.addaudithook(_audit)
 
 
+# what a message must say, so that the right check has refused the file
+SAYS = {'zip_bomb': 'unpack to more', 'compressed_entries_with_room_to_hide': 'unpack to more',
+        'zip_whose_entries_overlap': 'unpack to more', 'torchscript': 'TorchScript', 'legacy_tar': 'tar',
+        'lfs_pointer': 'git lfs pull', 'lfs_pointer_of_safetensors': 'git lfs pull', 'web_page': 'web page', 'empty': 'empty',
+        'web_page_of_safetensors': 'web page', 'half_a_download': 'half a download', 'builtins_eval_global': 'builtins.eval',
+        'posix_system_stack_global': 'posix.system', 'bare_pickle': 'bare pickle', 'no_tensors_at_all': '0 tensors',
+        'inst_opcode': 'os.system', 'sparse_tensors': 'sparse', 'another_kind_of_file': '.safetensors', **{f'os_system_protocol_{n}': '.system' for n in range(6)}}
+
+
 @pytest.mark.parametrize('name', CORPUS)
 def test_a_bad_file_is_refused_and_runs_nothing(name, tmp_path):
     path = CORPUS[name](tmp_path)
@@ -338,6 +358,8 @@ def test_a_bad_file_is_refused_and_runs_nothing(name, tmp_path):
     finally:
         IS_WATCHING.clear()
     assert WATCHED == []
+    assert SAYS.get(name, '') in str(error.value)
+    assert 'weights_only' not in str(error.value)    # PyTorch's own text advises to switch the protection off
     assert str(path) in str(error.value) and len(str(error.value)) < 1500
     assert error.value.exit_code == 4
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 << 10    # KiB: refused before it allocates

@@ -192,6 +192,19 @@ def test_the_pipelines_of_diffusers_open_a_folder_and_draw(models, shape, pipeli
     assert image.shape[-3:] == (3, 16, 16) and image.isfinite().all()
 
 
+@pytest.mark.parametrize('schedule', ['scaled_linear', 'cosine'])
+@pytest.mark.parametrize('zero_snr', [False, True])
+def test_the_scheduler_of_a_folder_has_our_levels(models, schedule, zero_snr):
+    diffusers = pytest.importorskip('diffusers')
+    from scepter.models.weights.export import scheduler_config
+    cfg = {**models['sd21'].cfg, 'SCHEDULE_ARGS': {'NAME': schedule}, 'ZERO_TERMINAL_SNR': zero_snr}
+    model = MODELS.build(cfg)
+    theirs = diffusers.DDIMScheduler.from_config(scheduler_config(model))
+    ours = model.diffusion.alphas ** 2
+    assert torch.allclose(theirs.alphas_cumprod.double(), torch.as_tensor(ours), atol=2e-6)
+    assert theirs.final_alpha_cumprod == 1
+
+
 def test_half_precision_halves_the_file(models, tmp_path):
     export_single(models['sd15'], tmp_path / 'full.safetensors')
     export_single(models['sd15'], tmp_path / 'half.safetensors', torch.float16)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -211,22 +212,39 @@ def read_pickle(path: Path) -> Any:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise CheckpointError(f'{path}: not a whole archive of torch.save: half a download? ({error})') from error
+    if any('/code/' in e.filename or e.filename.endswith('constants.pkl') for e in entries):
+        raise CheckpointError(f'{path}: a TorchScript program, expected weights')
     packed = [e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size]
     if packed or sum(e.file_size for e in entries) > path.stat().st_size:
         raise CheckpointError(f'{path}: its entries unpack to more than the file holds ({(packed or ["overlapping"])[0]}); torch.save '
                               'stores each as it is')
-    if any('/code/' in e.filename or e.filename.endswith('constants.pkl') for e in entries):
-        raise CheckpointError(f'{path}: a TorchScript program, expected weights')
     try:
         with torch.serialization.safe_globals([(_Inert, 'pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint')]):
             return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except Exception as error:    # whatever a hostile file makes the restricted loader raise, it is a bad file
-        reason = re.sub(r'\s+', ' ', str(error))
-        what = re.search(r'(?:Unsupported global: GLOBAL|Unsupported class|global) ([\w.]+)', reason)
-        if what:
-            raise CheckpointError(f'{path}: holds more than weights: it asks for {what[1]}, which could run code. '
+        if foreign := foreign_names(path):
+            raise CheckpointError(f'{path}: holds more than weights: it asks for {", ".join(foreign[:3])}, which could run code. '
                                   'Get it as .safetensors') from None
-        raise CheckpointError(f'{path}: cannot be read as weights ({type(error).__name__}: {reason[:200]})') from None
+        known = re.search(r'Unsupported operand \d+|failed [a-z ]+', str(error))    # its whole text advises to switch the protection off
+        raise CheckpointError(f'{path}: cannot be read as weights ({known[0] if known else type(error).__name__})') from None
+
+
+def foreign_names(path: Path) -> list[str]:
+    """What the pickle of an archive asks for beside tensors and containers, read off its opcodes without running any; for messages only."""
+    names, words = [], ['', '']
+    try:
+        with zipfile.ZipFile(path) as archive:
+            data = next(archive.read(name) for name in archive.namelist() if name.endswith('data.pkl'))
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name in ('GLOBAL', 'INST'):
+                names.append(str(argument).replace(' ', '.'))
+            elif opcode.name == 'STACK_GLOBAL':
+                names.append('.'.join(words))
+            elif isinstance(argument, str):
+                words = [words[1], argument]
+    except (ValueError, StopIteration, OSError, zipfile.BadZipFile, RuntimeError):
+        pass    # a damaged pickle: what was found so far
+    return [name for name in names if not re.fullmatch(r'torch\.\w+|torch\._utils\.\w+|collections\.OrderedDict', name)]
 
 
 class _Inert:
