@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from scepter.core import streams
@@ -33,16 +34,25 @@ class AutoencoderKL(TrainModule):
     USE_CONV: bool = param(True, 'A 1x1 convolution between each network and the latent (Stable Diffusion); false: none.')
     REC_LOSS: dict = part(LOSSES, 'Error of the reconstruction.', default={'NAME': 'ReconstructLoss', 'LOSS_TYPE': 'l1'})
     KL_WEIGHT: float = param(1e-6, 'Weight of the KL divergence to the standard normal, a mean over latent values as that is over pixels.')
+    DISCRIMINATOR: dict | None = part(BACKBONES, 'A network that tells images from reconstructions, trained by an optimizer of its own '
+                                                 'that owns discriminator.* and follows disc_loss.', default=None)
+    DISC_WEIGHT: float = param(0.5, "Weight of the discriminator's verdict, relative to the reconstruction's pull on the last layer.")
+    DISC_START: int = param(0, 'Training batches that pass before the discriminator learns and is heard.')
     BATCH_SIZE: int | None = param(16, 'Images that are encoded or decoded at once where no gradient is needed; null: all.')
     TILE_SIZE: int | None = param(None, 'Larger images are encoded and decoded in overlapping tiles of so many pixels; null: never.')
     PRETRAINED_MODEL: str | None = param(None, 'Weights to start from.')
     IGNORE_KEYS: list[str] = param([], 'Names or globs of weights that may be missing, left over or of another shape.')
+
+    disc_batches: Tensor    # training batches so far; there is one only with a discriminator
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
         self.encoder = BACKBONES.build(self.ENCODER, logger=logger)
         self.decoder = BACKBONES.build(self.DECODER, logger=logger)
         self.rec_loss = LOSSES.build(self.REC_LOSS, logger=logger)
+        if self.DISCRIMINATOR:
+            self.discriminator = BACKBONES.build(self.DISCRIMINATOR, logger=logger)
+            self.register_buffer('disc_batches', torch.zeros((), dtype=torch.int64))    # saved: a resume goes on counting
         z_channels = self.decoder.Z_CHANNELS
         if self.USE_CONV:
             self.quant_conv = nn.Conv2d(2 * z_channels, 2 * self.EMBED_DIM, 1)
@@ -55,14 +65,39 @@ class AutoencoderKL(TrainModule):
             self.load_pretrained(self.PRETRAINED_MODEL, self.IGNORE_KEYS)
 
     def forward_train(self, image: Tensor, **batch: Any) -> dict[str, Any]:
-        """image [B, 3, H, W] in -1..1  ->  loss, and its parts: rec_loss per pixel, kl_loss per latent value."""
+        """image [B, 3, H, W] in -1..1  ->  loss, and its parts: rec_loss per pixel, kl_loss per latent value.
+
+        With a discriminator also disc_loss, which is its own, and gen_loss, its verdict on the reconstructions, which is in `loss`.
+        """
         posterior = self.encode(image).latent_dist
         out = self.decode(posterior.sample())
         rec_loss = self.rec_loss(out, image).mean()
         kl_loss = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = rec_loss + self.KL_WEIGHT * kl_loss
-        return {'loss': loss, 'rec_loss': rec_loss.detach(), 'kl_loss': kl_loss.detach(),
-                'probe_data': {'image': to_pixels(image), 'reconstruction': to_pixels(out)}}
+        outputs = {'loss': rec_loss + self.KL_WEIGHT * kl_loss, 'rec_loss': rec_loss.detach(), 'kl_loss': kl_loss.detach(),
+                   'probe_data': {'image': to_pixels(image), 'reconstruction': to_pixels(out)}}
+        if self.DISCRIMINATOR:
+            self._add_adversary(outputs, image, out, rec_loss)
+        return outputs
+
+    def _add_adversary(self, outputs: dict[str, Any], image: Tensor, out: Tensor, rec_loss: Tensor) -> None:
+        """Hinge losses, weighed as in VQGAN (Esser et al. 2021, arXiv 2012.09841, equation 7)."""
+        has_begun = self.disc_batches.ge(self.DISC_START).float()
+        fixed = {name: p.detach() for name, p in self.discriminator.named_parameters()}    # the verdict must not teach the judge
+        gen_loss = -functional_call(self.discriminator, fixed, (out,)).mean()
+        outputs['loss'] = outputs['loss'] + has_begun * self.DISC_WEIGHT * self._balance(rec_loss, gen_loss) * gen_loss
+        outputs['gen_loss'] = gen_loss.detach()
+        real, fake = self.discriminator(image.to(out.dtype)), self.discriminator(out.detach())
+        outputs['disc_loss'] = has_begun * 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+        if self.training and torch.is_grad_enabled():
+            self.disc_batches.add_(1)
+
+    def _balance(self, rec_loss: Tensor, gen_loss: Tensor) -> Tensor | float:
+        """How much harder the reconstruction pulls on the last layer than the discriminator does; 1 where nothing is learnt."""
+        last = self.decoder.conv_out.weight
+        if not (torch.is_grad_enabled() and last.requires_grad):
+            return 1.0
+        rec_pull, gen_pull = (torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (rec_loss, gen_loss))
+        return (rec_pull / (gen_pull + 1e-4)).clamp(max=1e4).detach()
 
     @torch.no_grad()
     def forward_test(self, image: Tensor, **batch: Any) -> list[dict[str, Any]]:
@@ -86,7 +121,7 @@ class AutoencoderKL(TrainModule):
     def decode(self, z: Tensor) -> Tensor:
         """The image of latents.    z [B, EMBED_DIM, h, w]  ->  [B, 3, H, W], about -1..1
 
-        A decode in half precision that overflowed is done again in float32.
+        Where a decode in half precision overflows it is done again in float32 (SDXL's decoder does so in float16); not while training.
         """
         return self._in_chunks(self._decode_one, z.to(self.dtype), self.size_factor)
 
@@ -104,7 +139,17 @@ class AutoencoderKL(TrainModule):
         return self.quant_conv(moments) if self.USE_CONV else moments
 
     def _decode_one(self, z: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(z) if self.USE_CONV else z)
+        layers = [self.post_quant_conv, self.decoder] if self.USE_CONV else [self.decoder]
+        x = z
+        for layer in layers:
+            x = layer(x)
+        if x.dtype == torch.float32 or torch.is_grad_enabled() or x.isfinite().all():
+            return x
+        with torch.autocast(z.device.type, enabled=False):
+            x = z.float()
+            for layer in layers:
+                x = functional_call(layer, {name: p.float() for name, p in layer.named_parameters()}, (x,))
+        return x
 
     def _in_chunks(self, convert: Callable[[Tensor], Tensor], x: Tensor, scale: float) -> Tensor:
         """convert(x), a few rows at a time, and in tiles where that is configured. scale: of the result's sides to those of x."""
@@ -225,6 +270,28 @@ class Decoder(BaseModel):
         return self.conv_out(self.act_out(self.norm_out(x)))
 
 
+@BACKBONES.register_class()
+class PatchDiscriminator(BaseModel):
+    """Whether each patch is of a real image: positive yes, negative no (Isola et al. 2017, arXiv 1611.07004).    -> [B, 1, h, w]"""
+
+    IN_CHANNELS: int = param(3, 'Channels of the image.')
+    CH: int = param(64, 'Channels of the first layer, doubled by each up to 8 times; a multiple of 32.')
+    NUM_LAYERS: int = param(3, 'Layers that halve the size; 3 judge patches of 70x70.')
+
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__(cfg, logger=logger)
+        widths = [self.CH * min(2 ** i, 8) for i in range(self.NUM_LAYERS + 1)]
+        layers: list[nn.Module] = [nn.Conv2d(self.IN_CHANNELS, self.CH, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i, (before, after) in enumerate(pairwise(widths)):
+            # a norm within the sample: batch statistics would differ between one process and two
+            layers += [nn.Conv2d(before, after, 4, stride=1 if i == self.NUM_LAYERS - 1 else 2, padding=1, bias=False),
+                       GroupNorm32(after), nn.LeakyReLU(0.2)]
+        self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.main(x)
+
+
 class Level(nn.Module):
     """Residual blocks of one size, each with attention or not, then a change of size."""
 
@@ -313,11 +380,10 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, use_conv: bool):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
-        self.use_conv = use_conv
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return upsample_conv(x, self.conv) if self.use_conv else F.interpolate(x, scale_factor=2.0, mode='nearest')
+        return F.interpolate(x, scale_factor=2.0, mode='nearest') if self.conv is None else upsample_conv(x, self.conv)
 
 
 def set_checkpointing(network: nn.Module, is_checkpointed: bool) -> None:

@@ -72,7 +72,7 @@ class DiffusionUNet(BaseModel):
             return ResBlock(in_channels, out_channels, time_channels, self.DROPOUT, self.USE_SCALE_SHIFT_NORM, resample)
 
         def transformer(channels: int, depth: int, cross_only: bool) -> SpatialTransformer:
-            heads = self.NUM_HEADS or channels // self.NUM_HEADS_CHANNELS
+            heads = channels // self.NUM_HEADS_CHANNELS if self.NUM_HEADS is None else self.NUM_HEADS
             if channels % heads:
                 raise ValueError(f'{channels} channels cannot be shared by {heads} attention heads')
             return SpatialTransformer(channels, heads, depth, self.CONTEXT_DIM, self.USE_LINEAR_IN_TRANSFORMER, self.DROPOUT, cross_only)
@@ -131,8 +131,10 @@ class DiffusionUNet(BaseModel):
         if 'y' in cond:
             y = cond['y']
             embedding = embedding + self.label_emb(y if isinstance(self.NUM_CLASSES, int) else y.to(self.dtype))
-        context = cond.get('crossattn')
-        if 'keys_values' in cond:
+        context = None
+        if 'crossattn' in cond:
+            context = cond['crossattn'].to(self.dtype)
+        elif 'keys_values' in cond:
             context = KeysValues(cond['keys_values'])
         if 'concat' in cond:
             x = torch.cat([x, cond['concat'].to(x.dtype)], dim=1)
@@ -156,7 +158,7 @@ class DiffusionUNet(BaseModel):
         """
         cond = dict(self._read_condition(cond))
         if 'crossattn' in cond:
-            context = cond.pop('crossattn')
+            context = cond.pop('crossattn').to(self.dtype)
             layers = (layer for attn in self._cross_attentions() for layer in (attn.to_k, attn.to_v))
             cond['keys_values'] = torch.cat([layer(context) for layer in layers], dim=-1)
         return cond
@@ -380,9 +382,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, use_conv: bool):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else None
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        if isinstance(self.conv, nn.Identity):
-            return F.interpolate(x, size=size, mode='nearest')
-        return upsample_conv(x, self.conv, size)
+        return F.interpolate(x, size=size, mode='nearest') if self.conv is None else upsample_conv(x, self.conv, size)

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from scepter.models import layers
+from scepter.models.layers import GroupNorm32, SiLU, attention, timestep_embedding, to_image, to_tokens, upsample_conv
+from tests.models.oracles import relative_error
+
+
+def qkv(n: int, m: int, heads: int = 3, dim: int = 8, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, length, heads, dim, generator=generator).to(dtype).requires_grad_() for length in (n, m, m)]
+
+
+def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    scores = torch.einsum('bnhd,bmhd->bhnm', q, k) / q.shape[-1] ** 0.5
+    return torch.einsum('bhnm,bmhd->bnhd', scores.softmax(-1), v)
+
+
+def test_attention_is_the_softmax_of_scaled_products():
+    q, k, v = qkv(20, 30)
+    torch.testing.assert_close(attention(q, k, v), by_hand(q, k, v))
+
+
+def test_a_mask_hides_tokens():
+    q, k, v = qkv(20, 30)
+    mask = torch.arange(30) < 11
+    torch.testing.assert_close(attention(q, k, v, mask.expand(2, 3, 20, 30)), by_hand(q, k[:, :11], v[:, :11]))
+
+
+@pytest.mark.parametrize('block', [10, 100, 1000, 10 ** 6])
+def test_attention_in_blocks_is_the_same_attention(block, monkeypatch):
+    monkeypatch.setattr(layers, 'BLOCK', block)
+    q, k, v = qkv(20, 30)
+    weight = torch.randn(2, 20, 3, 8)
+    ours = torch.autograd.grad((layers._attention_in_blocks(q, k, v) * weight).sum(), (q, k, v))
+    expected = torch.autograd.grad((by_hand(q, k, v) * weight).sum(), (q, k, v))
+    torch.testing.assert_close(layers._attention_in_blocks(q, k, v), by_hand(q, k, v))
+    torch.testing.assert_close(ours, expected)
+
+
+def test_bfloat16_attention_is_as_good_as_bfloat16():
+    q, k, v = qkv(64, 64, dtype=torch.bfloat16)
+    assert relative_error(attention(q, k, v), by_hand(q.double(), k.double(), v.double())) < 2 ** -7
+
+
+def test_the_timestep_embedding_is_that_of_the_published_weights():
+    from diffusers.models.embeddings import get_timestep_embedding
+    t = torch.tensor([0, 1, 500, 999])
+    torch.testing.assert_close(timestep_embedding(t, 320), get_timestep_embedding(t, 320, flip_sin_to_cos=True, downscale_freq_shift=0))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_group_norm_in_half_precision_errs_by_its_rounding_alone(dtype, layout):
+    norm = GroupNorm32(64)
+    x = (3 + 5 * torch.randn(2, 64, 32, 32)).to(dtype).to(memory_format=layout)
+    out = norm(x)
+    assert out.dtype == dtype
+    assert relative_error(out, F.group_norm(x.double(), 32)) < torch.finfo(dtype).eps
+
+
+def test_group_norm_keeps_the_type_under_autocast():
+    with torch.autocast('cpu', torch.bfloat16):
+        assert GroupNorm32(32)(torch.randn(1, 32, 4, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_group_norm_names_the_channels_it_cannot_group():
+    with pytest.raises(ValueError, match='48 channels cannot be normalised in 32 groups'):
+        GroupNorm32(48)
+
+
+def test_silu_overwrites_its_input_only_where_no_gradient_needs_it():
+    x = torch.randn(5)
+    kept = x.clone()
+    out = SiLU()(x)
+    torch.testing.assert_close(out, F.silu(kept))
+    assert torch.equal(x, kept)
+    with torch.no_grad():
+        SiLU()(x)
+    assert torch.equal(x, out)
+
+
+def test_tokens_of_a_channels_last_image_are_a_view():
+    x = torch.randn(2, 8, 3, 5).to(memory_format=torch.channels_last)
+    assert to_tokens(x).data_ptr() == x.data_ptr()
+    assert torch.equal(to_image(to_tokens(x), (3, 5)), x)
+
+
+@pytest.mark.parametrize('shape', [(4, 5, 17, 19), (1, 5, 3, 2)])    # one transposed convolution, and two steps
+def test_enlarging_and_convolving_at_once_is_doing_one_after_the_other(shape):
+    conv, x = nn.Conv2d(5, 7, 3, padding=1), torch.randn(shape, requires_grad=True)
+    expected = conv(F.interpolate(x, scale_factor=2, mode='nearest'))
+    weight = torch.randn_like(expected)
+    ours = torch.autograd.grad((upsample_conv(x, conv) * weight).sum(), [x, *conv.parameters()])
+    torch.testing.assert_close(upsample_conv(x, conv), expected)
+    for gradient, other in zip(ours, torch.autograd.grad((expected * weight).sum(), [x, *conv.parameters()])):
+        assert relative_error(gradient, other) < 1e-5
+
+
+def test_enlarging_to_an_odd_size_follows_that_size():
+    conv, x = nn.Conv2d(5, 7, 3, padding=1), torch.randn(4, 5, 17, 19)
+    torch.testing.assert_close(upsample_conv(x, conv, (33, 38)), conv(F.interpolate(x, size=(33, 38), mode='nearest')))
