@@ -58,7 +58,8 @@ def write(model: object, args: argparse.Namespace) -> None:
         figure = export(model, args.target, dtype, is_checked)
     except ValueError as error:
         raise CheckpointError(f'{args.target} cannot be written: {error}') from error
-    print(f'{args.target}  ' + (f'diffusers differs by {figure:.1e} of the largest value' if is_checked else 'not opened with diffusers'))
+    said = 'not opened with diffusers' if figure is None else f'diffusers differs by {figure:.1e} of the largest value'
+    print(f'{args.target}  {said}')
 
 
 if __name__ == '__main__':

@@ -343,7 +343,8 @@ SAYS = {'zip_bomb': 'unpack to more', 'compressed_entries_with_room_to_hide': 'u
         'lfs_pointer': 'git lfs pull', 'lfs_pointer_of_safetensors': 'git lfs pull', 'web_page': 'web page', 'empty': 'empty',
         'web_page_of_safetensors': 'web page', 'half_a_download': 'half a download', 'builtins_eval_global': 'builtins.eval',
         'posix_system_stack_global': 'posix.system', 'bare_pickle': 'bare pickle', 'no_tensors_at_all': '0 tensors',
-        'inst_opcode': 'os.system', 'sparse_tensors': 'sparse', 'another_kind_of_file': '.safetensors', **{f'os_system_protocol_{n}': '.system' for n in range(6)}}
+        'inst_opcode': 'os.system', 'sparse_tensors': 'sparse', 'another_kind_of_file': '.safetensors',
+        **{f'os_system_protocol_{n}': '.system' for n in range(6)}}
 
 
 @pytest.mark.parametrize('name', CORPUS)

@@ -325,6 +325,19 @@ def test_parts_load_from_the_whole_and_from_files_of_their_own(models, tmp_path,
             assert_same(other, ours)
 
 
+def test_a_network_that_diffusers_has_not_goes_to_one_file_only(tmp_path):
+    from scepter.models.weights.parity import export
+    cfg = {'NAME': 'LatentDiffusion', 'DIFFUSION_MODEL': {**UNET, 'CONTEXT_DIM': None, 'NUM_HEADS': 4, 'RESBLOCK_UPDOWN': True},
+           'FIRST_STAGE_MODEL': VAE, 'PARAMETERIZATION': 'flow', 'SCHEDULE_ARGS': {'NAME': 'shifted'}, 'SIZE_FACTOR': 2}
+    model = MODELS.build(cfg)
+    with pytest.raises(ValueError, match='diffusers has no'):
+        export(model, tmp_path / 'folder')
+    assert export(model, tmp_path / 'm.safetensors') is None
+    other = blank(model)
+    load_pretrained(other, tmp_path / 'm.safetensors')
+    assert_same(other, model)
+
+
 # ---------------------------------------------------------------- tools
 def tool(name):
     path = Path(__file__).parents[2] / 'tools' / f'{name}.py'

@@ -54,7 +54,7 @@ class FrozenCLIPEmbedder(TextTowerEmbedder):
         else:
             self.tower.freeze_from(self.taken_state)
 
-    def _build(self, tower: ClipText, folder: str | None) -> None:
+    def _build(self, tower: ClipText, folder: Path | None) -> None:
         self.transformer = nn.Module()    # its names: transformer.text_model.embeddings...
         self.transformer.text_model = tower
         if tower.positions < self.MAX_LENGTH:

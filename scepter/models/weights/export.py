@@ -78,6 +78,8 @@ def architecture(model: nn.Module) -> str:
     """ModelSpec's word for what kind of model this is."""
     if is_sdxl(model):
         return 'stable-diffusion-xl-v1-base' if len(model.cond_stage_model.embedders) > 1 else 'stable-diffusion-xl-v1-refiner'
+    if model.cond_stage_model is None:
+        return 'latent-diffusion'
     if hasattr(model.cond_stage_model, 'transformer'):
         return 'stable-diffusion-v1'
     return 'stable-diffusion-v2-768-v' if model.PARAMETERIZATION == 'v' else 'stable-diffusion-v2-512'
@@ -138,11 +140,16 @@ def is_sdxl(model: nn.Module) -> bool:
 
 
 def text_parts(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
-    """part of a pipeline -> (prefix of its weights with us, the embedder)."""
+    """part of a pipeline -> (prefix of its weights with us, the embedder). Raises ValueError where a tower is not CLIP's or OpenCLIP's."""
+    towers = model.cond_stage_model.embedders if is_sdxl(model) else [model.cond_stage_model]
+    if not all(hasattr(tower, 'tower') for tower in towers):
+        raise ValueError(f'diffusers has no text tower like {", ".join(type(tower).__name__ for tower in towers)}; export to one file')
     if not is_sdxl(model):
         return {'text_encoder': (TEXT, model.cond_stage_model)}
-    towers = [(f'{TEXT}embedders.{n}.', embedder) for n, embedder in enumerate(model.cond_stage_model.embedders)]
-    return dict(zip(['text_encoder', 'text_encoder_2'][-len(towers):], towers))    # the refiner has the second alone
+    if len(towers) > 2:
+        raise ValueError(f'diffusers has no place for {len(towers)} text towers; export to one file instead')
+    named = [(f'{TEXT}embedders.{n}.', embedder) for n, embedder in enumerate(towers)]
+    return dict(zip(['text_encoder', 'text_encoder_2'][-len(named):], named))    # the refiner has the second alone
 
 
 def text_weights(embedder: nn.Module, weights: Weights) -> Weights:

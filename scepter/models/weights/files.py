@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ PICKLES = ('.ckpt', '.pth', '.pt', '.bin')
 FILES = ('.safetensors', *PICKLES)
 # what a folder of one model calls its weights, in order of preference; the half-precision variant serves where the full one is absent
 STEMS = ('diffusion_pytorch_model', 'model', 'pytorch_model', 'open_clip_model', 'open_clip_pytorch_model')
+INERT = 'pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint'    # see _Inert
 PIPELINE_PARTS = ('unet', 'vae', 'text_encoder', 'text_encoder_2')
 
 
@@ -219,7 +221,8 @@ def read_pickle(path: Path) -> Any:
         raise CheckpointError(f'{path}: its entries unpack to more than the file holds ({(packed or ["overlapping"])[0]}); torch.save '
                               'stores each as it is')
     try:
-        with torch.serialization.safe_globals([(_Inert, 'pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint')]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(_Inert, INERT)]):
+            warnings.simplefilter('ignore', UserWarning)    # about the protocol of what is then refused
             return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except Exception as error:    # whatever a hostile file makes the restricted loader raise, it is a bad file
         if foreign := foreign_names(path):

@@ -10,24 +10,37 @@ from torch import Tensor, nn
 
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import need
-from scepter.models.weights.export import export_configs, export_diffusers, export_single, is_sdxl, note_parity
+from scepter.models.weights.export import (
+    export_diffusers,
+    export_single,
+    is_sdxl,
+    note_parity,
+    unet_config,
+    vae_config,
+    write_json,
+)
 
 PROMPTS = ['a photo of a cat', '']
 
 
 def export(model: nn.Module, target: str | Path, dtype: torch.dtype | None = None, is_checked: bool = True) -> float | None:
-    """Write a LatentDiffusion as one file (a target that ends in .safetensors) or as a diffusers folder, and look at it through diffusers.
+    """Write a LatentDiffusion as one file (a target that ends in .safetensors) or as a diffusers folder, and check it.
 
-    dtype: of the file; the model's own weights are rounded to it, so that both stay the same network. The answer is check_export's.
+    dtype: of the file; the model's own weights are rounded to it, so that both stay the same network. Answers as check_export, or None.
     Raises ValueError where diffusers has no such network, CheckpointError where it computes something else.
     """
     target = Path(target)
     if dtype is not None:
         own = next(model.parameters()).dtype
         model.to(dtype).to(own)
-    write = export_single if target.suffix == '.safetensors' else export_diffusers
-    write(model, target, dtype)
-    return check_export(model, target) if is_checked else None
+    if target.suffix != '.safetensors':
+        export_diffusers(model, target, dtype)
+        return check_export(model, target) if is_checked else None
+    export_single(model, target, dtype)
+    try:
+        return check_export(model, target) if is_checked and model.cond_stage_model is not None else None
+    except ValueError:    # one file holds any network; diffusers does not know this one
+        return None
 
 
 def check_export(model: nn.Module, path: str | Path, limit: float = 1e-4) -> float:
@@ -65,7 +78,8 @@ def open_with_diffusers(model: nn.Module, path: Path) -> dict[str, Any]:
         return {part: kind.from_pretrained(path / part, torch_dtype=torch.float32).eval() for part, kind in classes.items()
                 if (path / part / 'config.json').is_file()}
     with tempfile.TemporaryDirectory() as folder:
-        export_configs(model, folder)
+        for part, config in (('unet', unet_config(model)), ('vae', vae_config(model))):
+            write_json(Path(folder) / part / 'config.json', config)
         return {part: classes[part].from_single_file(str(path), config=folder, subfolder=part, torch_dtype=torch.float32).eval()
                 for part in ('unet', 'vae')}
 
