@@ -103,14 +103,16 @@ class LatentDiffusion(TrainModule):
         """Prompts -> int64 [B, L], by the embedder's own tokenizer."""
         return self.cond_stage_model.tokenize(prompts)
 
-    def encode_condition(self, tokens: Tensor, method: str = 'encode_text') -> Any:
+    def encode_condition(self, tokens: Tensor, method: str = 'encode_text', **sizes: Tensor) -> Any:
         """Tokens [B, L] -> what the network takes as cond; the embedder's `method` does it, in full precision."""
+        embedder = self.cond_stage_model
         with torch.autocast(tokens.device.type, enabled=False):
-            return getattr(self.cond_stage_model, method)(tokens, tokenizer=getattr(self.cond_stage_model, 'tokenizer', None))
+            return getattr(embedder, method)(tokens, tokenizer=getattr(embedder, 'tokenizer', None), **sizes)
 
     def condition(self, prompt: list[str], **batch: Any) -> Any:
-        """Prompts, and what the embedder may read beside them (sizes, ...), -> cond."""
-        return self.encode_condition(self.tokenizer(prompt).to(self.device))
+        """Prompts, and the entries of the batch that the embedder reads beside them (SDXL's sizes), -> cond."""
+        sizes = {name: batch[name] for name in getattr(self.cond_stage_model, 'SIZES', ()) if name in batch}
+        return self.encode_condition(self.tokenizer(prompt).to(self.device), **sizes)
 
     # ---------------------------------------------------------------- drawing
     @torch.no_grad()
@@ -145,11 +147,11 @@ class LatentDiffusion(TrainModule):
         negative = [n_prompt] * count if isinstance(n_prompt, str) else default(n_prompt, [self.default_n_prompt] * count)
 
         def draw(negative_prompt: list[str]) -> Tensor:
+            conditions = self._conditions(prompt, negative_prompt, guide_scale, **self._sizes(count, height, width, batch))
+            guidance = {} if len(conditions) == 1 else {'guide_scale': guide_scale, 'guide_rescale': guide_rescale}
             latents = self.diffusion.sample(
-                noise, self.model, self._conditions(prompt, negative_prompt, guide_scale, image_size=(height, width), **batch),
-                solver=sampler, steps=sample_steps, guide_scale=guide_scale if self.cond_stage_model is not None else None,
-                guide_rescale=guide_rescale if self.cond_stage_model is not None else 0.0, discretization=discretization, seed=seeds,
-                show_progress=show_progress, **start, **(sampler_args or {}))
+                noise, self.model, conditions, solver=sampler, steps=sample_steps, discretization=discretization, seed=seeds,
+                show_progress=show_progress, **guidance, **start, **(sampler_args or {}))
             return ((self.decode_first_stage(latents).float() + 1) / 2).clamp(0, 1)
 
         results = [{'image': picture, 'seed': s} for picture, s in zip(draw(negative), seeds)]
@@ -160,10 +162,15 @@ class LatentDiffusion(TrainModule):
                 result |= {'train_n_prompt': self.train_n_prompt, 'train_n_image': picture}
         return results
 
-    def _conditions(self, prompt: list[str] | None, n_prompt: list[str], guide_scale: Any, **batch: Any) -> list[dict[str, Any]] | None:
+    def _sizes(self, count: int, height: int, width: int, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What SDXL is told of a picture's size: that it is a whole one of this size, unless the batch says otherwise."""
+        usual = {'original_size': [height, width], 'target_size': [height, width], 'crop_top_left': [0, 0], 'aesthetic_score': [6.0]}
+        return {name: torch.as_tensor(batch.get(name, [value] * count), device=self.device) for name, value in usual.items()}
+
+    def _conditions(self, prompt: list[str] | None, n_prompt: list[str], guide_scale: Any, **batch: Any) -> list[dict[str, Any]]:
         """[wanted, unwanted]; the unwanted one only where guidance looks at it. Keys and values of the context are computed once."""
         if self.cond_stage_model is None or prompt is None:
-            return None
+            return [{}]
         wanted = [prompt] if guide_scale is None or guide_scale == 1 else [prompt, n_prompt]
         precompute = getattr(self.model, 'precompute', lambda cond: cond)
         return [{'cond': precompute(self.condition(words, **batch))} for words in wanted]

@@ -242,7 +242,7 @@ class BaseSolver(Component, base=True):
                     losses += float(loss) * len(n)
                     self.outputs['loss'] = float(loss)
                 if with_results:
-                    self.outputs['results'] = self.model.forward_test(**moved, **self.test_arguments())
+                    self.outputs['results'] = self.model.forward_test(**{**self.test_arguments(), **moved})
             count += len(n)
             if mode == 'eval':
                 for metric in self.metrics:

@@ -1,0 +1,97 @@
+"""Every shipped example runs: two steps, shrunken; the classifier as it stands, to the accuracy that its README promises."""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY_CODER = ['ENCODER.CH_MULT=[1,1,1]', 'DECODER.CH_MULT=[1,1,1]']
+
+
+def command(script: str, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / 'scepter' / script), *words], capture_output=True, text=True, timeout=280, cwd=ROOT)
+
+
+def train(cfg: str, *words: str) -> None:
+    done = command('run_train.py', '--cfg', f'examples/{cfg}', 'SOLVER.DTYPE=float32', *words)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory) -> Path:
+    """Both stages of the digits example after two steps each."""
+    out = tmp_path_factory.mktemp('digits')
+    train('digits/autoencoder.yaml', '--max_steps', '2', f'SOLVER.WORK_DIR={out}/autoencoder', 'SOLVER.TRAIN_DATA.BATCH_SIZE=4',
+          *(f'SOLVER.MODEL.{word}' for word in TINY_CODER))
+    train('digits/diffusion.yaml', *stage2(out, 'diffusion'), 'SOLVER.MODEL.DIFFUSION_MODEL.MODEL_CHANNELS=32')
+    return out
+
+
+def stage2(out: Path, name: str) -> list[str]:
+    return ['--max_steps', '2', f'SOLVER.WORK_DIR={out}/{name}', 'SOLVER.TRAIN_DATA.BATCH_SIZE=4',
+            f'SOLVER.MODEL.FIRST_STAGE_MODEL.PRETRAINED_MODEL={out}/autoencoder/checkpoints/step-00000002',
+            *(f'SOLVER.MODEL.FIRST_STAGE_MODEL.{word}' for word in TINY_CODER)]
+
+
+def test_the_digits_are_trained_and_drawn(digits, tmp_path):
+    done = command('run_inference.py', '--prompt', 'the number three', '--num_samples', '2', '--save_folder', str(tmp_path), '--grid',
+                   '--pretrained_model', str(digits / 'diffusion' / 'checkpoints' / 'step-00000002'))
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob('0000*.png'))) == 2 and (tmp_path / 'grid.png').exists()
+
+
+def test_no_wording_loses_its_digit_to_the_length_of_the_prompt():
+    sys.path.insert(0, str(ROOT / 'examples' / 'digits'))
+    from digits_data import WORDINGS, WORDS
+
+    from scepter.core.config import Config
+    from scepter.core.registry import EMBEDDERS
+    embedder = EMBEDDERS.build(Config.load('digits/diffusion.yaml').SOLVER.MODEL.COND_STAGE_MODEL)
+    prompts = [wording.format(word) for wording in WORDINGS for word in WORDS]
+    tokens = embedder.tokenize(prompts)
+    assert len(set(map(tuple, tokens.tolist()))) == len(prompts)
+    assert not embedder.has_warned_of_cut
+
+
+def test_a_frozen_part_that_is_gone_is_named(digits, tmp_path):
+    import shutil
+    copy = shutil.copytree(digits, tmp_path / 'copy')
+    away = digits / 'autoencoder' / 'checkpoints' / 'step-00000002'
+    away.rename(away.with_name('moved'))
+    try:
+        done = command('run_inference.py', '--prompt', 'x', '--pretrained_model', str(copy / 'diffusion' / 'checkpoints' / 'step-00000002'))
+    finally:
+        away.with_name('moved').rename(away)
+    assert done.returncode == 4
+    assert str(away) in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_my_backbone_replaces_the_unet(digits):
+    train('my_backbone/train.yaml', *stage2(digits, 'my_backbone'))
+    assert (digits / 'my_backbone' / 'checkpoints' / 'step-00000002' / 'MANIFEST.json').exists()
+
+
+def test_the_classifier_reads_held_out_digits(tmp_path):
+    train('classifier/classifier.yaml', f'SOLVER.WORK_DIR={tmp_path}')
+    rows = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
+    assert max(row['val/accuracy'] for row in rows if 'val/accuracy' in row) >= 0.97
+
+
+def test_the_demos_judge_tells_good_pictures_from_bad(tmp_path):
+    sys.path.insert(0, str(ROOT / 'examples' / 'digits'))
+    from demo import judge
+    from digits_data import WORDINGS, WORDS, load_digits
+
+    from scepter.core.images import save_png
+    images, labels = load_digits('test')
+    for i, (image, label) in enumerate(zip(images, labels.tolist())):
+        settings = {'prompt': WORDINGS[i % 4].format(WORDS[label])}
+        save_png(image / 2 + 0.5, tmp_path / 'real' / f'{i}.png', settings)
+        save_png(images[0] / 2 + 0.5, tmp_path / 'same' / f'{i}.png', settings)
+    real, same = judge(tmp_path / 'real'), judge(tmp_path / 'same')
+    assert real['prompt_accuracy'] > 0.95 and real['reader_accuracy'] > 0.95 and 0.8 < real['diversity'] < 1.2
+    assert same['prompt_accuracy'] < 0.2 and same['diversity'] == 0
