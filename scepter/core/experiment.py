@@ -30,10 +30,7 @@ def check_experiment(cfg: Config, imports: Sequence[str] = ()) -> list[str]:
     """
     words, faults = carry_out_imports(cfg, imports)
     faults += schema_of(Experiment).faults(cfg, '')
-    if faults and cfg.get('IMPORTS') and not words:
-        faults.append(Fault('IMPORTS', 'not carried out, since this config lies in a checkpoint: name the files with --imports',
-                            cfg.origin('IMPORTS')))
-    check(faults, cfg.file or 'the config')
+    check([*faults, *(not_carried_out(cfg, words) if faults else [])], cfg.file or 'the config')
     return words
 
 
@@ -47,6 +44,13 @@ def carry_out_imports(cfg: Config, imports: Sequence[str] = ()) -> tuple[list[st
         except Exception as error:    # whatever a user's file does wrong is a fault of the config that names it
             faults.append(Fault('IMPORTS', f'{word}: {type(error).__name__}: {error}{_last_line(error, word)}', cfg.origin('IMPORTS')))
     return words, faults
+
+
+def not_carried_out(cfg: Config, words: Sequence[str]) -> list[Fault]:
+    """What to add to the faults of a config whose own IMPORTS were left alone."""
+    if not cfg.get('IMPORTS') or words:
+        return []
+    return [Fault('IMPORTS', 'not carried out, since this config lies in a checkpoint: name the files with --imports', cfg.origin('IMPORTS'))]
 
 
 def import_user_code(word: str) -> None:

@@ -111,6 +111,11 @@ class Registry:
         """Offer the classes of a third party, imported when a name is looked up that the registry itself has not."""
         self._libraries.append(find)
 
+    @property
+    def has_libraries(self) -> bool:
+        """Whether there are more names than those registered."""
+        return bool(self._libraries)
+
     # ---------------------------------------------------------------- reading
     def __contains__(self, name: object) -> bool:
         return name in self._entries
