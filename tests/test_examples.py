@@ -2,23 +2,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
+from scepter import run_inference, run_train
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY_CODER = ['ENCODER.CH_MULT=[1,1,1]', 'DECODER.CH_MULT=[1,1,1]']
 
 
-def command(script: str, *words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / 'scepter' / script), *words], capture_output=True, text=True, timeout=280, cwd=ROOT)
-
-
 def train(cfg: str, *words: str) -> None:
-    done = command('run_train.py', '--cfg', f'examples/{cfg}', 'SOLVER.DTYPE=float32', *words)
-    assert done.returncode == 0, done.stderr
+    assert run_train.main(['--cfg', str(ROOT / 'examples' / cfg), 'SOLVER.DTYPE=float32', *words]) == 0
 
 
 @pytest.fixture(scope='module')
@@ -38,9 +35,9 @@ def stage2(out: Path, name: str) -> list[str]:
 
 
 def test_the_digits_are_trained_and_drawn(digits, tmp_path):
-    done = command('run_inference.py', '--prompt', 'the number three', '--num_samples', '2', '--save_folder', str(tmp_path), '--grid',
-                   '--pretrained_model', str(digits / 'diffusion' / 'checkpoints' / 'step-00000002'))
-    assert done.returncode == 0, done.stderr
+    code = run_inference.main(['--prompt', 'the number three', '--num_samples', '2', '--save_folder', str(tmp_path), '--grid',
+                               '--pretrained_model', str(digits / 'diffusion' / 'checkpoints' / 'step-00000002')])
+    assert code == 0
     assert len(list(tmp_path.glob('0000*.png'))) == 2 and (tmp_path / 'grid.png').exists()
 
 
@@ -48,8 +45,7 @@ def test_no_wording_loses_its_digit_to_the_length_of_the_prompt():
     sys.path.insert(0, str(ROOT / 'examples' / 'digits'))
     from digits_data import WORDINGS, WORDS
 
-    from scepter.core.config import Config
-    from scepter.core.registry import EMBEDDERS
+    from scepter import EMBEDDERS, Config
     embedder = EMBEDDERS.build(Config.load('digits/diffusion.yaml').SOLVER.MODEL.COND_STAGE_MODEL)
     prompts = [wording.format(word) for wording in WORDINGS for word in WORDS]
     tokens = embedder.tokenize(prompts)
@@ -57,17 +53,16 @@ def test_no_wording_loses_its_digit_to_the_length_of_the_prompt():
     assert not embedder.has_warned_of_cut
 
 
-def test_a_frozen_part_that_is_gone_is_named(digits, tmp_path):
-    import shutil
+def test_a_frozen_part_that_is_gone_is_named(digits, tmp_path, capsys):
     copy = shutil.copytree(digits, tmp_path / 'copy')
     away = digits / 'autoencoder' / 'checkpoints' / 'step-00000002'
     away.rename(away.with_name('moved'))
     try:
-        done = command('run_inference.py', '--prompt', 'x', '--pretrained_model', str(copy / 'diffusion' / 'checkpoints' / 'step-00000002'))
+        code = run_inference.main(['--prompt', 'x', '--pretrained_model', str(copy / 'diffusion' / 'checkpoints' / 'step-00000002')])
     finally:
         away.with_name('moved').rename(away)
-    assert done.returncode == 4
-    assert str(away) in done.stderr and 'Traceback' not in done.stderr
+    said = capsys.readouterr().err
+    assert code == 4 and str(away) in said and 'Traceback' not in said
 
 
 def test_my_backbone_replaces_the_unet(digits):
