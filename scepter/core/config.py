@@ -82,6 +82,11 @@ class Config(dict):
 
     # ---------------------------------------------------------------- reading
     @classmethod
+    def of(cls, value: Any) -> Any:
+        """A dict as a Config; a Config, and all that is no dict, as it is."""
+        return cls(value) if isinstance(value, dict) and not isinstance(value, cls) else value
+
+    @classmethod
     def load(cls, path: str | os.PathLike, overrides: Sequence[str] = (), environment: bool = True) -> Config:
         """The config of a YAML file (or of a shipped example), with its bases below it and the overrides on top.
 
@@ -257,7 +262,8 @@ class Loader(yaml.SafeLoader):
 
     def __init__(self, text: str, name: str, environment: bool):
         super().__init__(text)
-        self.file, self.environment, self.faults, self.count = name, environment, [], 0
+        self.file, self.environment, self.count = name, environment, 0
+        self.faults: list[Fault] = []
 
     def fetch_flow_collection_start(self, token: type) -> None:
         self._check_depth(self.flow_level)    # the scanner's own work grows with the square of the depth
@@ -290,7 +296,8 @@ class Loader(yaml.SafeLoader):
         return self.scalar(node, path)
 
     def mapping(self, node: yaml.MappingNode, path: str, above: tuple) -> Config:
-        cfg, lines = Config(), {}
+        cfg = Config()
+        lines: dict[str, int] = {}
         merged: list[Config] = []
         for key_node, value_node in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
@@ -479,6 +486,7 @@ _BREAKS = re.compile('[\r\x85\u2028\u2029]')
 
 def _write_string(dumper: Dumper, text: str) -> yaml.Node:
     word = text.written if isinstance(text, FromEnv) else str(text)
+    style: str | None
     if _BREAKS.search(word):    # what YAML takes for the end of a line, it folds into a space unless it is escaped
         style = '"'
     else:

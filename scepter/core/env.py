@@ -282,7 +282,7 @@ def _spawn(fn: Callable[[Config], None], cfg: Config, here: int, machine: int, m
         def pass_on(number: int, frame: Any) -> None:
             we.stop_signal = number
             for process in processes if number == signal.SIGTERM else []:    # the terminal sends Ctrl-C to the children itself
-                if process.is_alive():
+                if process.pid and process.is_alive():
                     os.kill(process.pid, number)
 
         before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -50,7 +50,8 @@ def not_carried_out(cfg: Config, words: Sequence[str]) -> list[Fault]:
     """What to add to the faults of a config whose own IMPORTS were left alone."""
     if not cfg.get('IMPORTS') or words:
         return []
-    return [Fault('IMPORTS', 'not carried out, since this config lies in a checkpoint: name the files with --imports', cfg.origin('IMPORTS'))]
+    message = 'not carried out, since this config lies in a checkpoint: name the files with --imports'
+    return [Fault('IMPORTS', message, cfg.origin('IMPORTS'))]
 
 
 def import_user_code(word: str) -> None:

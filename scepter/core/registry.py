@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from scepter.core.config import NOWHERE, Config, ConfigError, Fault, Origin, did_you_mean, plain
@@ -26,6 +27,8 @@ class Component:
     registry_name = 'COMPONENT'
     is_framework_base = True
     para_dict: dict[str, dict[str, Any]] = {}
+    cfg: Config
+    logger: Any
 
     def __init_subclass__(cls, base: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -40,7 +43,7 @@ class Component:
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__()
         # straight into __dict__: nn.Module's own __setattr__ looks through all of its tables first
-        self.__dict__['cfg'] = schema_of(type(self)).fill(cfg if isinstance(cfg, Config) else Config(cfg))
+        self.__dict__['cfg'] = schema_of(type(self)).fill(Config.of(cfg))
         self.__dict__['logger'] = logger
 
     @classmethod
@@ -164,9 +167,9 @@ class Registry:
         try:
             schema = self.schema(cfg['NAME'])
         except (KeyError, ImportError) as error:    # ImportError: the library that may have this name is not installed
-            yield Fault(f'{where}.NAME', str(error.args[0]), cfg.origin('NAME') if isinstance(cfg, Config) else origin)
+            yield Fault(f'{where}.NAME', str(error.args[0]), Config.of(cfg).origin('NAME'))
             return
-        yield from (schema.joined(beside) if beside is not None else schema).faults(cfg, where)
+        yield from (schema.joined(beside) if beside is not None else schema).faults(Config.of(cfg), where)
 
     # ---------------------------------------------------------------- building
     def build(self, cfg: dict, logger: Any = None, **given: Any) -> Any:
@@ -174,26 +177,27 @@ class Registry:
 
         Raises ConfigError where the config does not fit. Any other error is the component's own, with a note that names the node.
         """
-        cfg = cfg if isinstance(cfg, Config) else Config(cfg) if isinstance(cfg, dict) else cfg
-        faults = list(self.faults(cfg, self.name))
-        if faults:
-            raise ConfigError(faults)
-        obj = self.get(cfg['NAME'])
+        node, obj = self._checked(cfg)
         try:
             if isinstance(obj, type) and issubclass(obj, Component):
-                return obj(cfg, logger=logger, **given)
-            return obj(**self.schema(cfg['NAME']).arguments(cfg), **given)
+                return obj(node, logger=logger, **given)
+            return obj(**self.schema(node.NAME).arguments(node), **given)
         except Exception as error:
-            add_note(error, f'while building {self.name}.{cfg["NAME"]}{_place(cfg)}')
+            add_note(error, f'while building {self.name}.{node.NAME}{_place(node)}')
             raise
 
     def function(self, cfg: dict) -> Callable[..., Any]:
         """A registered function with the config's arguments filled in; the program passes the given ones on each call."""
-        from functools import partial
-        faults = list(self.faults(cfg, self.name))
+        node, function = self._checked(cfg)
+        return partial(function, **self.schema(node.NAME).arguments(node))
+
+    def _checked(self, cfg: dict) -> tuple[Config, Any]:
+        """The node, and what its NAME means. Raises ConfigError with all faults in it."""
+        node = Config.of(cfg)
+        faults = list(self.faults(node, self.name))
         if faults:
             raise ConfigError(faults)
-        return partial(self.get(cfg['NAME']), **self.schema(cfg['NAME']).arguments(cfg))
+        return node, self.get(node.NAME)
 
     def get_config_template(self, name: str) -> str:
         """Commented YAML of a component's parameters."""
@@ -211,7 +215,7 @@ def _place(cfg: Config) -> str:
 
 def add_note(error: BaseException, note: str) -> None:
     """PEP 678's add_note, also where Python is 3.10."""
-    error.__notes__ = [*getattr(error, '__notes__', []), note]
+    vars(error).setdefault('__notes__', []).append(note)
 
 
 _registries: list[Registry] = []

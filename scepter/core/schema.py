@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from scepter.core.config import NOWHERE, Config, ConfigError, Fault, did_you_mean, dump, plain
+from scepter.core.config import Config, ConfigError, Fault, did_you_mean, dump, plain
 from scepter.core.secrets import FromEnv
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Param:
     argument: str = ''                  # the argument's own name, where a signature declares
     place: Any = None                   # a Component class of further keys that a node takes in this place; such a part may be named
 
-    def __set_name__(self, owner: type, name: str) -> None:
+    def __set_name__(self, owner: Any, name: str) -> None:
         if self.owner is None:
             self.owner, self.name = owner, name
             self.hint = vars(owner).get('__annotations__', {}).get(name, Any)
@@ -59,7 +59,7 @@ class Param:
         from scepter.core.registry import Component, schema_of
         return schema_of(self.type) if isinstance(self.type, type) and issubclass(self.type, Component) else None
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
         if instance is None:
             return self
         try:
@@ -123,7 +123,8 @@ class Schema(dict):
     def of_callable(cls, fn: Callable, given: Iterable[str] = (), aliases: dict[str, str] | None = None) -> Schema:
         """The signature of a plain function or a foreign class is its schema; what the program itself passes is left out."""
         try:
-            hints = get_type_hints(fn.__init__ if isinstance(fn, type) else fn)
+            target: Any = fn
+            hints = get_type_hints(target.__init__ if isinstance(fn, type) else fn)
         except (NameError, TypeError, AttributeError):    # a third party's annotations may name what is not there
             hints = {}
         schema, given = cls(any_case=True), {g.lower() for g in given}
@@ -152,7 +153,7 @@ class Schema(dict):
         for key, value in cfg.items():
             if key == 'NAME':
                 continue
-            p, path, origin = self.find(key), f'{where}.{key}' if where else key, cfg.origin(key) if isinstance(cfg, Config) else NOWHERE
+            p, path, origin = self.find(key), f'{where}.{key}' if where else key, cfg.origin(key)
             if p is not None:
                 if have.setdefault(p.name, key) != key:
                     yield Fault(path, f'says again what {have[p.name]} says', origin)
@@ -163,8 +164,8 @@ class Schema(dict):
                 yield Fault(path, f'no such parameter{did_you_mean(key, [*self, *self.spellings])}', origin)
         for name, p in self.items():
             if p.default is REQUIRED and name not in have:
-                origin = cfg.origin('NAME') if isinstance(cfg, Config) else NOWHERE
-                yield Fault(f'{where}.{name}' if where else name, f'required, but missing{f" ({p.doc})" if p.doc else ""}', origin)
+                path = f'{where}.{name}' if where else name
+                yield Fault(path, f'required, but missing{f" ({p.doc})" if p.doc else ""}', cfg.origin('NAME'))
 
     def fill(self, cfg: Config) -> Config:
         """A copy of cfg with every default in place and every value of its parameter's own type."""
@@ -178,8 +179,12 @@ class Schema(dict):
 
     def arguments(self, cfg: Config) -> dict[str, Any]:
         """The keyword arguments that cfg means for a plain function or a foreign class."""
-        named = {(self.find(k).name if self.find(k) else k): v for k, v in cfg.items() if k != 'NAME'}
-        return {self[k].argument if k in self else k.lower(): convert(v, self[k]) if k in self else v for k, v in named.items()}
+        values: dict[str, Any] = {}
+        for key, value in cfg.items():
+            if key != 'NAME':
+                p = self.find(key)
+                values[p.argument if p is not None else key.lower()] = convert(value, p) if p is not None else value
+        return values
 
     def para_dict(self) -> dict[str, dict[str, Any]]:
         """The same declarations in the documents' spelling."""
@@ -190,7 +195,7 @@ class Schema(dict):
 def value_faults(value: Any, p: Param, path: str, origin: Any) -> Iterator[Fault]:
     if p.registry is None:
         if p.nested is not None and isinstance(value, dict):
-            yield from p.nested.faults(value, path)
+            yield from p.nested.faults(Config.of(value), path)
         elif isinstance(value, Config) and 'NAME' in value and p.type in (Any, dict):
             yield from loose_faults(value, path)
         elif not fits(value, p.type):
