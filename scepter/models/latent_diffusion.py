@@ -59,13 +59,7 @@ class LatentDiffusion(TrainModule):
         self.cond_stage_model = EMBEDDERS.build(self.COND_STAGE_MODEL, logger=logger) if self.COND_STAGE_MODEL is not None else None
         self.loss = LOSSES.build(self.LOSS, logger=logger) if self.LOSS is not None else None
 
-        alphas, sigmas = SCHEDULES.build(self.SCHEDULE_ARGS, n=self.TIMESTEPS)
-        if self.ZERO_TERMINAL_SNR:
-            alphas, sigmas = zero_terminal_snr(alphas, sigmas)
-        try:
-            self.diffusion = Diffusion(alphas, sigmas, self.PARAMETERIZATION)
-        except ValueError as error:
-            raise ConfigError(f'PARAMETERIZATION {self.PARAMETERIZATION} on {self.SCHEDULE_ARGS["NAME"]}: {error}') from error
+        self.diffusion = self._build_diffusion()
         self.num_timesteps, self.size_factor, self.scale_factor = self.TIMESTEPS, self.SIZE_FACTOR, self.SCALE_FACTOR
         self.p_zero, self.train_n_prompt, self.default_n_prompt = self.P_ZERO, self.TRAIN_N_PROMPT, self.DEFAULT_N_PROMPT
 
@@ -75,6 +69,16 @@ class LatentDiffusion(TrainModule):
         for name, parameter in self.named_parameters():
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.FREEZE):
                 parameter.requires_grad_(False)
+
+    def _build_diffusion(self) -> Diffusion:
+        with torch.device('cpu'):    # numbers, also where the networks are built on the meta device
+            alphas, sigmas = SCHEDULES.build(self.SCHEDULE_ARGS, n=self.TIMESTEPS)
+            if self.ZERO_TERMINAL_SNR:
+                alphas, sigmas = zero_terminal_snr(alphas, sigmas)
+            try:
+                return Diffusion(alphas, sigmas, self.PARAMETERIZATION)
+            except ValueError as error:
+                raise ConfigError(f'PARAMETERIZATION {self.PARAMETERIZATION} on {self.SCHEDULE_ARGS["NAME"]}: {error}') from error
 
     # ---------------------------------------------------------------- training
     def forward_train(self, image: Tensor | None = None, moments: Tensor | None = None, noise: Tensor | None = None,

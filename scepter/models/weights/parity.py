@@ -119,6 +119,9 @@ def their_forward(model: nn.Module, parts: dict[str, Any]) -> tuple[Tensor, Tens
     if towers:
         outs = [tower(input_ids=tokens[:, i], output_hidden_states=True) for i, tower in enumerate(towers)]
         context, pooled = torch.cat([out.hidden_states[-2] for out in outs], dim=-1), outs[-1].text_embeds
+        if embedder.ZERO_EMPTY:    # their pipeline does it, not their towers
+            empty = [not prompt for prompt in PROMPTS]
+            context[empty], pooled[empty] = 0, 0
     time_ids = torch.cat([sizes[name].float() for name in embedder.SIZES], dim=1)
     added = {'text_embeds': pooled, 'time_ids': time_ids}
     return parts['unet'](noise, t, encoder_hidden_states=context, added_cond_kwargs=added).sample, picture
