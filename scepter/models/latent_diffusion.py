@@ -115,8 +115,10 @@ class LatentDiffusion(TrainModule):
 
     def condition(self, prompt: list[str], **batch: Any) -> Any:
         """Prompts, and the entries of the batch that the embedder reads beside them (SDXL's sizes), -> cond."""
-        sizes = {name: batch[name] for name in getattr(self.cond_stage_model, 'SIZES', ()) if name in batch}
-        return self.encode_condition(self.tokenizer(prompt).to(self.device), **sizes)
+        return self.encode_condition(self.tokenizer(prompt).to(self.device), **self._read_sizes(batch))
+
+    def _read_sizes(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: batch[name] for name in getattr(self.cond_stage_model, 'SIZES', ()) if name in batch}
 
     # ---------------------------------------------------------------- drawing
     @torch.no_grad()
@@ -175,9 +177,11 @@ class LatentDiffusion(TrainModule):
         """[wanted, unwanted]; the unwanted one only where guidance looks at it. Keys and values of the context are computed once."""
         if self.cond_stage_model is None or prompt is None:
             return [{}]
-        wanted = [prompt] if guide_scale is None or guide_scale == 1 else [prompt, n_prompt]
+        is_guided = guide_scale is not None and guide_scale != 1
+        # tokenized in one call, so that both have as many chunks and go through the network together
+        rows = self.tokenizer([*prompt, *n_prompt] if is_guided else prompt).to(self.device).split(len(prompt))
         precompute = getattr(self.model, 'precompute', lambda cond: cond)
-        return [{'cond': precompute(self.condition(words, **batch))} for words in wanted]
+        return [{'cond': precompute(self.encode_condition(tokens, **self._read_sizes(batch)))} for tokens in rows]
 
     def decode_first_stage(self, latents: Tensor) -> Tensor:
         """[B, C, h, w] -> images [B, 3, H, W] in about -1..1."""
