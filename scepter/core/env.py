@@ -307,7 +307,7 @@ def _wait(processes: list, first_rank: int) -> None:
             break
         time.sleep(0.02)
     # a rank that fails takes its peers along through the collective: give them time to say so, and after a signal to save
-    grace = time.monotonic() + (60 if we.stop_signal else 4)
+    grace = time.monotonic() + (60 if we.stop_signal else 3)
     while any(p.is_alive() for p in processes) and time.monotonic() < grace:
         time.sleep(0.02)
     failed = [(p.exitcode, first_rank + i) for i, p in enumerate(processes) if p.exitcode]

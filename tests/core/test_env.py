@@ -129,7 +129,7 @@ def test_two_jobs_of_two_processes_run_side_by_side_and_each_ranks_talk(tmp_path
                 torch.get_num_threads() <= os.cpu_count(), we.launcher)
             we.barrier()
         '''))
-    outputs = [job.communicate(timeout=120)[0] for job in jobs]
+    outputs = [job.communicate(timeout=240)[0] for job in jobs]
 
     assert [job.returncode for job in jobs] == [0, 0], outputs
     lines = sorted(outputs[0].splitlines())
@@ -145,7 +145,7 @@ def test_a_rank_that_fails_ends_the_others_with_its_exit_code(tmp_path: Path):
             raise DataError('nothing to read here')
         we.barrier()
     ''')
-    output = job.communicate(timeout=120)[0]
+    output = job.communicate(timeout=240)[0]
 
     assert job.returncode == 3, output
     assert time.time() - float(next(line for line in output.splitlines() if line[:9].isdigit())) < 5
@@ -159,7 +159,7 @@ def test_a_rank_that_hangs_beside_a_failed_one_is_ended(tmp_path: Path):
             os.kill(os.getpid(), 9)
         time.sleep(1000)
     ''')
-    output = job.communicate(timeout=120)[0]
+    output = job.communicate(timeout=240)[0]
 
     assert job.returncode == 5, output
     assert 'rank 1 was killed by SIGKILL' in output
