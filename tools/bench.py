@@ -2,6 +2,10 @@
 
     python tools/bench.py overhead            # the solver's loop against a bare PyTorch loop
     python tools/bench.py startup             # the command line against `import torch`
+    python tools/bench.py sd15-infer          # a guided 512-pixel step of the UNet against diffusers', eager
+    python tools/bench.py sd15-infer --compile    # ... both compiled, and ours compiled against theirs eager
+    python tools/bench.py sd15-train          # a training step from latents against diffusers'
+    python tools/bench.py sdxl-infer          # as sd15-infer, 1024 pixels
 
 Each line: {"name", "ours", "peer", "ratio", "low", "high", "unit", "pairs", ...}: medians of both, the median of the pairs' ratios
 and its 95 % interval (bootstrap). Machines drift; a pair sees the same machine, so the ratio is what to trust.
@@ -30,6 +34,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('names', nargs='+', choices=sorted(BENCHMARKS), help='what to measure')
     parser.add_argument('--pairs', type=int, default=15, help='alternating pairs (default 15)')
+    parser.add_argument('--size', type=int, help='pixels, where 512 (1024 for sdxl) is too much')
+    parser.add_argument('--compile', action='store_true', help='compile both with torch.compile')
     args = parser.parse_args()
     for name in args.names:
         BENCHMARKS[name](args)
@@ -155,7 +161,104 @@ def startup(args: argparse.Namespace) -> None:
     compare('startup --check', process('scepter/run_train.py', '--cfg', 'sd15.yaml', '--check'), process('-c', 'import torch'), args.pairs)
 
 
-BENCHMARKS: dict[str, Callable[[argparse.Namespace], None]] = {'overhead': overhead, 'startup': startup}
+# ------------------------------------------------------------------------------------------------ networks of published size
+def networks(recipe: str) -> tuple[Any, Any, Callable[..., tuple]]:
+    """Our UNet of a shipped recipe and diffusers' of the same weights, in bfloat16 and channels-last, and a maker of their inputs."""
+    import diffusers
+
+    import scepter.components  # noqa: F401
+    from scepter.core.config import Config
+    from scepter.core.env import we
+    from scepter.core.registry import BACKBONES
+    from scepter.models.weights.names import unet_to_diffusers
+    node = Config.load(recipe).SOLVER.MODEL.DIFFUSION_MODEL
+    is_xl = 'xl' in recipe
+    settings = {'block_out_channels': (320, 640, 1280), 'down_block_types': ('DownBlock2D', *['CrossAttnDownBlock2D'] * 2),
+                'up_block_types': (*['CrossAttnUpBlock2D'] * 2, 'UpBlock2D'), 'transformer_layers_per_block': (1, 2, 10),
+                'attention_head_dim': (5, 10, 20), 'cross_attention_dim': 2048, 'use_linear_projection': True,
+                'addition_embed_type': 'text_time', 'addition_time_embed_dim': 256, 'projection_class_embeddings_input_dim': 2816,
+                } if is_xl else {'cross_attention_dim': 768, 'attention_head_dim': 8}
+    kind = torch.bfloat16
+    torch.set_default_dtype(kind)     # so that neither stands in memory in float32 first
+    try:
+        torch.manual_seed(0)
+        ours = BACKBONES.build(node)
+        with torch.device('meta'):
+            peer = diffusers.UNet2DConditionModel(**settings)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for p in ours.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.01)
+    weights = ours.state_dict()
+    names = unet_to_diffusers(weights)
+    shapes = {name: value.shape for name, value in peer.state_dict().items()}
+    peer.load_state_dict({names.get(n, n): w.reshape(shapes[names.get(n, n)]).clone() for n, w in weights.items()}, assign=True)
+    move = {'device': we.device, 'memory_format': torch.channels_last}
+    ours, peer = ours.to(**move), peer.to(**move)
+
+    def inputs(rows: int, side: int) -> tuple:
+        x = torch.randn(rows, 4, side, side, dtype=kind, device=we.device).to(memory_format=torch.channels_last)
+        context = torch.randn(rows, 77, settings['cross_attention_dim'], dtype=kind, device=we.device)
+        pooled, sizes = torch.randn(rows, 1280, dtype=kind, device=we.device), torch.full((rows, 6), 1024.0, device=we.device)
+        from scepter.models.layers import timestep_embedding
+        cond = {'crossattn': context}
+        added = None
+        if is_xl:
+            cond['y'] = torch.cat([pooled, timestep_embedding(sizes, 256).flatten(1).to(kind)], 1)
+            added = {'text_embeds': pooled, 'time_ids': sizes}
+        return x, torch.full((rows,), 500, device=we.device), cond, context, added
+    return ours, peer, inputs
+
+
+def infer(recipe: str, side: int) -> Callable[[argparse.Namespace], None]:
+    def measure(args: argparse.Namespace) -> None:
+        """One guided step: both conditions in one batched call; ours has the context's keys and values from the step before."""
+        ours, peer, inputs = networks(recipe)
+        pixels = args.size or side
+        x, t, cond, context, added = inputs(2, pixels // 8)
+        with torch.inference_mode():
+            known = ours.precompute(cond)
+            mine, theirs = ours(x, t, known), peer(x, t, context, added_cond_kwargs=added).sample
+            difference = float((mine.float() - theirs.float()).norm() / theirs.float().norm())
+            more = {'recipe': recipe, 'pixels': pixels, 'dtype': 'bfloat16', 'relative_difference': round(difference, 5)}
+
+            def eager_peer() -> Any:
+                return peer(x, t, context, added_cond_kwargs=added).sample
+
+            if not args.compile:
+                compare(f'{recipe} step, eager / diffusers eager', lambda: ours(x, t, known), eager_peer, args.pairs, **more)
+                return
+            fast, fast_peer = torch.compile(ours), torch.compile(peer)
+            for name, other in (('diffusers compiled', lambda: fast_peer(x, t, context, added_cond_kwargs=added).sample),
+                                ('diffusers eager', eager_peer)):
+                compare(f'{recipe} step, compiled / {name}', lambda: fast(x, t, known), other, args.pairs, **more)
+    return measure
+
+
+def sd15_train(args: argparse.Namespace) -> None:
+    """Forward, backward and fused AdamW on one latent, weights in bfloat16."""
+    ours, peer, inputs = networks('sd15.yaml')
+    pixels = args.size or 512
+    x, t, cond, context, _ = inputs(1, pixels // 8)
+    target = torch.randn_like(x)
+
+    def step(network: Any, run: Callable[[], Any]) -> Callable[[], None]:
+        optimizer = torch.optim.AdamW(network.train().parameters(), lr=1e-5, fused=True)
+
+        def work() -> None:
+            torch.nn.functional.mse_loss(run().float(), target.float()).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return work
+
+    compare('sd15.yaml training step, eager / diffusers eager', step(ours, lambda: ours(x, t, cond)),
+            step(peer, lambda: peer(x, t, context).sample), args.pairs, pixels=pixels, dtype='bfloat16')
+
+
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], None]] = {
+    'overhead': overhead, 'startup': startup, 'sd15-infer': infer('sd15.yaml', 512), 'sd15-train': sd15_train,
+    'sdxl-infer': infer('sdxl/sdxl_1024.yaml', 1024)}
 
 if __name__ == '__main__':
     main()
