@@ -16,6 +16,7 @@ if not __package__:    # run as a file: Python has put this folder on the path, 
     sys.path[:] = [os.path.dirname(_here), *(p for p in sys.path if os.path.abspath(p) != _here)]
 
 import argparse
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ def command_line() -> argparse.ArgumentParser:
     add('--guide_scale', type=float, help='strength of guidance; 1 for none')
     add('--guide_rescale', type=float, help='share by which guided outputs get back the contrast of unguided ones')
     add('--image_size', type=_size, metavar='N or H,W', help='pixels')
-    add('--image', metavar='FILE', help='a picture to begin with')
+    add('--image', metavar='FILE', help='a picture to begin with; scaled and cut in the middle where a size is asked for')
     add('--denoising_strength', type=float, help='how much of --image is made anew, 0..1 (default 0.75 with --image, 1 with --mask)')
     add('--mask', metavar='FILE', help='white where --image is made anew')
     add('--dtype', choices=('auto', 'float32', 'bfloat16', 'float16'), default='auto', help='auto: float16 on CUDA, else float32')
@@ -125,15 +126,17 @@ def load_model(args: argparse.Namespace, cfg: Config) -> TrainModule:
     from scepter.core.logger import get_logger
     from scepter.core.registry import MODELS
     from scepter.models.restore import restore
-    from scepter.models.weights import load_pretrained
+    from scepter.models.weights import load_into, local_copy, read_weights, weights_for
     logger, path = get_logger(), args.pretrained_model
     if is_checkpoint(path):
         model = restore(path, cfg, use_ema=args.ema == 'on', logger=logger)
     elif path is None:
         model = MODELS.build(cfg.SOLVER.MODEL, logger=logger)
     else:
-        model = MODELS.build(without_weights(cfg.SOLVER.MODEL), logger=logger)    # the file holds the weights of all parts
-        load_pretrained(model, path, cfg.SOLVER.MODEL.get('IGNORE_KEYS', []), use_ema=args.ema == 'on')
+        with local_copy(path) as local:
+            weights = read_weights(local, use_ema=args.ema == 'on')    # first, for a network of published size takes its time to build
+            model = MODELS.build(without_weights(cfg.SOLVER.MODEL), logger=logger)    # the file holds the weights of all parts
+            load_into(model, weights_for(model, weights), cfg.SOLVER.MODEL.get('IGNORE_KEYS', []), source=path)
     kind = {'auto': torch.float16 if we.device.type == 'cuda' else torch.float32}.get(args.dtype) or getattr(torch, args.dtype)
     return model.eval().requires_grad_(False).to(device=we.device, dtype=kind, memory_format=torch.channels_last)
 
@@ -166,14 +169,28 @@ def draw(model: TrainModule, prompts: list[str], batch_size: int, arguments: dic
     from scepter.core import streams
     from scepter.core.config import ConfigError
     seeds = streams.row_seeds(arguments['seed'], len(prompts))
-    for first in range(0, len(prompts), batch_size):
-        rows = slice(first, first + batch_size)
+    for rows in batches(model, prompts, batch_size, arguments.get('n_prompt')):
         count = len(prompts[rows])
-        own = {key: arguments[key].expand(count, -1, -1, -1) for key in ('image', 'mask') if key in arguments}
+        own: dict[str, Any] = {key: arguments[key].expand(count, -1, -1, -1) for key in ('image', 'mask') if key in arguments}
         try:
-            yield first, model.forward_test(prompt=prompts[rows], **{**arguments, **own, 'seed': seeds[rows]})
+            yield rows.start, model.forward_test(prompt=prompts[rows], **{**arguments, **own, 'seed': seeds[rows]})
         except ValueError as error:     # a size, a sampler, a number of steps that cannot be
             raise ConfigError(str(error)) from error
+
+
+def batches(model: TrainModule, prompts: list[str], batch_size: int, n_prompt: str | None) -> Iterator[slice]:
+    """What is drawn at once: contexts of one length, since a prompt of more chunks would lengthen those of the others."""
+    tokenize = getattr(getattr(model, 'cond_stage_model', None), 'tokenize', None)
+    unwanted = getattr(model, 'default_n_prompt', '') if n_prompt is None else n_prompt
+
+    def length(prompt: str) -> int:
+        return tokenize([prompt, unwanted]).shape[-1] if tokenize is not None else 0
+
+    first = 0
+    for _, group in itertools.groupby(prompts, length):
+        end = first + len(list(group))
+        yield from (slice(i, min(i + batch_size, end)) for i in range(first, end, batch_size))
+        first = end
 
 
 def prompts_of(args: argparse.Namespace) -> list[str]:

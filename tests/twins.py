@@ -48,7 +48,7 @@ def twin(recipe: str, file: Path, weights: Path | None = None, images: Path | No
             'WORK_DIR': str(file.parent / 'work'), 'DTYPE': 'float32', 'SAMPLE_ARGS': {'IMAGE_SIZE': 64, 'SAMPLE_STEPS': 2},
             'MODEL': {'PRETRAINED_MODEL': weights and str(weights), 'IMAGE_SIZE': 64, 'DIFFUSION_MODEL': {**UNET, **unet},
                       'FIRST_STAGE_MODEL': {'ENCODER': CODER, 'DECODER': CODER}, 'COND_STAGE_MODEL': text},
-            'TRAIN_DATA': {'DATA_FOLDER': str(images), 'BATCH_SIZE': 2, 'NUM_WORKERS': 0, 'TRANSFORMS': crops}, **solver}})), encoding='utf-8')
+            'TRAIN_DATA': {'DATA_FOLDER': str(images), 'BATCH_SIZE': 2, 'NUM_WORKERS': 0, 'TRANSFORMS': crops}, **solver}})), 'utf-8')
     return Config.load(file)
 
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from scepter.core import streams
 from scepter.core.config import ConfigError
 from scepter.core.env import we
+from scepter.core.errors import CheckpointError, ScepterError
 from scepter.core.registry import BACKBONES, EMBEDDERS, LOSSES, MODELS, SCHEDULES
 from scepter.core.schema import default, param, part
 from scepter.diffusion.process import Diffusion
 from scepter.diffusion.schedules import zero_terminal_snr
 from scepter.models.autoencoder import DiagonalGaussian
-from scepter.models.base import TrainModule
+from scepter.models.base import BaseModel, TrainModule
 
 Seed = int | Sequence[int]
 
@@ -59,6 +60,7 @@ class LatentDiffusion(TrainModule):
         self.cond_stage_model = EMBEDDERS.build(self.COND_STAGE_MODEL, logger=logger) if self.COND_STAGE_MODEL is not None else None
         self.loss = LOSSES.build(self.LOSS, logger=logger) if self.LOSS is not None else None
 
+        self._check_parts()
         self.diffusion = self._build_diffusion()
         self.num_timesteps, self.size_factor, self.scale_factor = self.TIMESTEPS, self.SIZE_FACTOR, self.SCALE_FACTOR
         self.p_zero, self.train_n_prompt, self.default_n_prompt = self.P_ZERO, self.TRAIN_N_PROMPT, self.DEFAULT_N_PROMPT
@@ -69,6 +71,18 @@ class LatentDiffusion(TrainModule):
         for name, parameter in self.named_parameters():
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.FREEZE):
                 parameter.requires_grad_(False)
+
+    def _check_parts(self) -> None:
+        """Refuse parts that cannot work together before anything is computed. Parts that do not tell their widths are left alone."""
+        latent, out = getattr(self.first_stage_model, 'EMBED_DIM', None), getattr(self.model, 'OUT_CHANNELS', None)
+        if None not in (latent, out) and latent != out:
+            raise _misfit(self.first_stage_model, f'the autoencoder gives {latent} channels (EMBED_DIM), but the network predicts {out} '
+                                                  '(OUT_CHANNELS)')
+        towers = getattr(self.cond_stage_model, 'embedders', [self.cond_stage_model])
+        widths, context = [getattr(getattr(t, 'tower', None), 'width', None) for t in towers], getattr(self.model, 'CONTEXT_DIM', None)
+        if None not in (context, *widths) and sum(widths) != context:
+            raise _misfit(self.cond_stage_model, f'the text context is {" + ".join(map(str, widths))} wide, but the network expects '
+                                                 f'{context} (CONTEXT_DIM)')
 
     def _build_diffusion(self) -> Diffusion:
         with torch.device('cpu'):    # numbers, also where the networks are built on the meta device
@@ -99,9 +113,10 @@ class LatentDiffusion(TrainModule):
         return {'loss': loss.mean(), 'probe_data': probe}
 
     @torch.no_grad()
-    def encode_first_stage(self, image: Tensor, **kwargs: Any) -> Tensor:
-        """[B, 3, H, W] in -1..1 -> a latent [B, C, h, w] of variance about 1, drawn from the posterior."""
-        return self.scale_factor * self.first_stage_model.encode(image).latent_dist.sample()
+    def encode_first_stage(self, image: Tensor, is_drawn: bool = True, **batch: Any) -> Tensor:
+        """[B, 3, H, W] in -1..1 -> a latent [B, C, h, w] of variance about 1, drawn from the posterior, or the posterior's mean."""
+        posterior = self.first_stage_model.encode(image).latent_dist
+        return self.scale_factor * (posterior.sample() if is_drawn else posterior.mode())
 
     def tokenizer(self, prompts: list[str]) -> Tensor:
         """Prompts -> int64 [B, L], by the embedder's own tokenizer."""
@@ -146,7 +161,8 @@ class LatentDiffusion(TrainModule):
         if denoising_strength is not None or mask is not None:
             if image is None:
                 raise ValueError('denoising_strength and mask need an image to begin with')
-            start = {'x': self.encode_first_stage(image.to(self.device)), 'denoising_strength': default(denoising_strength, 1.0)}
+            x = self.encode_first_stage(image.to(self.device), is_drawn=False)    # a draw here would obey no seed
+            start = {'x': x, 'denoising_strength': default(denoising_strength, 1.0)}
             if mask is not None:
                 start['mask'] = torch.nn.functional.interpolate(mask.to(self.device).float(), shape[1:], mode='area')
 
@@ -211,3 +227,9 @@ class LatentDiffusion(TrainModule):
 
     def compile_network(self) -> None:
         self.model.compile()
+
+
+def _misfit(part: BaseModel, problem: str) -> ScepterError:
+    """A fault of the file that a part came from, where there is one, else of the config."""
+    file = part.cfg.get('PRETRAINED_MODEL')
+    return CheckpointError(f'{file}: {problem}') if file else ConfigError(problem)
