@@ -126,16 +126,19 @@ def load_model(args: argparse.Namespace, cfg: Config) -> TrainModule:
     from scepter.core.logger import get_logger
     from scepter.core.registry import MODELS
     from scepter.models.restore import restore
+    from scepter.models.unfilled import unfilled
     from scepter.models.weights import load_into, local_copy, read_weights, weights_for
     logger, path = get_logger(), args.pretrained_model
     if is_checkpoint(path):
-        model = restore(path, cfg, use_ema=args.ema == 'on', logger=logger)
+        with unfilled(cfg.SOLVER.MODEL):
+            model = restore(path, cfg, use_ema=args.ema == 'on', logger=logger)
     elif path is None:
         model = MODELS.build(cfg.SOLVER.MODEL, logger=logger)
     else:
         with local_copy(path) as local:
-            weights = read_weights(local, use_ema=args.ema == 'on')    # first, for a network of published size takes its time to build
-            model = MODELS.build(without_weights(cfg.SOLVER.MODEL), logger=logger)    # the file holds the weights of all parts
+            weights = read_weights(local, use_ema=args.ema == 'on')    # first, so that a file that is none is known at once
+            with unfilled(cfg.SOLVER.MODEL):
+                model = MODELS.build(without_weights(cfg.SOLVER.MODEL), logger=logger)    # the file holds the weights of all parts
             load_into(model, weights_for(model, weights), cfg.SOLVER.MODEL.get('IGNORE_KEYS', []), source=path)
     kind = {'auto': torch.float16 if we.device.type == 'cuda' else torch.float32}.get(args.dtype) or getattr(torch, args.dtype)
     return model.eval().requires_grad_(False).to(device=we.device, dtype=kind, memory_format=torch.channels_last)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from scepter.core import checkpoints
 from scepter.core.images import read_settings
+from scepter.models.unfilled import unfilled
 from scepter.run_inference import main
 from tests.models.oracles import randomize
 from tests.twins import EXAMPLES, network, publish, twin
@@ -153,6 +154,27 @@ def test_bfloat16_is_near_float32(other):
 def test_a_published_file_is_drawn_as_the_checkpoint_of_the_same_weights(draw, folder, tmp_path):
     file = draw('--cfg', folder / 'tiny.yaml', '--pretrained_model', folder / 'sd15.safetensors')[0]
     assert difference(file, draw('--ema', 'off', '--save_folder', tmp_path / 'own')[0]) == 0
+
+
+@pytest.mark.parametrize('weights', ['step-00000000', 'sd15.safetensors'])
+def test_no_random_number_is_drawn_for_weights_that_a_file_holds(draw, folder, weights):
+    state = torch.get_rng_state()
+    draw('--pretrained_model', folder / weights, '--cfg', folder / 'tiny.yaml')
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_what_may_be_left_as_it_was_built_is_built_in_full():
+    layers = [network_of(ignored) for ignored in ([], ['out.*'])]
+    assert not layers[0].any() and layers[1].all()
+
+
+def network_of(ignored: list[str]) -> torch.Tensor:
+    """The weight of a layer over memory of zeros, inside what a config with these IGNORE_KEYS is built in."""
+    layer = torch.nn.Linear(4, 4)
+    torch.nn.init.zeros_(layer.weight)
+    with unfilled({'MODEL': [{'IGNORE_KEYS': ignored}]}):
+        layer.reset_parameters()
+    return layer.weight
 
 
 # ---------------------------------------------------------------- a picture to begin with

@@ -18,7 +18,7 @@ from scepter.core.schema import default, param, part
 from scepter.diffusion.process import Diffusion
 from scepter.diffusion.schedules import zero_terminal_snr
 from scepter.models.autoencoder import DiagonalGaussian
-from scepter.models.base import BaseModel, TrainModule
+from scepter.models.base import TrainModule
 
 Seed = int | Sequence[int]
 
@@ -79,7 +79,8 @@ class LatentDiffusion(TrainModule):
             raise _misfit(self.first_stage_model, f'the autoencoder gives {latent} channels (EMBED_DIM), but the network predicts {out} '
                                                   '(OUT_CHANNELS)')
         towers = getattr(self.cond_stage_model, 'embedders', [self.cond_stage_model])
-        widths, context = [getattr(getattr(t, 'tower', None), 'width', None) for t in towers], getattr(self.model, 'CONTEXT_DIM', None)
+        widths: list[Any] = [getattr(getattr(tower, 'tower', None), 'width', None) for tower in towers]
+        context = getattr(self.model, 'CONTEXT_DIM', None)
         if None not in (context, *widths) and sum(widths) != context:
             raise _misfit(self.cond_stage_model, f'the text context is {" + ".join(map(str, widths))} wide, but the network expects '
                                                  f'{context} (CONTEXT_DIM)')
@@ -229,7 +230,7 @@ class LatentDiffusion(TrainModule):
         self.model.compile()
 
 
-def _misfit(part: BaseModel, problem: str) -> ScepterError:
+def _misfit(part: Any, problem: str) -> ScepterError:
     """A fault of the file that a part came from, where there is one, else of the config."""
     file = part.cfg.get('PRETRAINED_MODEL')
     return CheckpointError(f'{file}: {problem}') if file else ConfigError(problem)

@@ -85,3 +85,14 @@ def test_without_a_negative_prompt_too(pair, monkeypatch):
     """SDXL's pipeline then guides away from zeros, the others from the code of an empty text."""
     latents, _ = our_draw(pair[0], monkeypatch, 'ddim', '', {})
     assert relative_error(latents, their_draw(pair[1], monkeypatch, 'DDIMScheduler', None, {})[0]) < 1e-4
+
+
+@pytest.mark.parametrize('recipe', ['sd15/sd15_512_full', 'sdxl/sdxl_1024'])
+def test_chunked_prompts_of_unlike_length_are_guided_in_one_call(recipe, tmp_path):
+    cfg = twin(recipe, tmp_path / 'tiny.yaml')
+    text = 'SOLVER.MODEL.COND_STAGE_MODEL'
+    cfg.override([f'{text}.LONG_PROMPT=chunk'] if 'sd15' in recipe else [f'{text}.EMBEDDERS[{i}].LONG_PROMPT=chunk' for i in range(2)])
+    model, rows = network(cfg), []
+    model.model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    model.forward_test(prompt=['a very long story ' * 30, 'a fox'], n_prompt='blurry', sample_steps=2, image_size=64)
+    assert rows == [4, 4]
