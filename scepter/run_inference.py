@@ -80,18 +80,21 @@ def run(args: argparse.Namespace) -> None:
     arguments = sample_arguments(args, cfg)
     prompts = [p for p in prompts_of(args) for _ in range(args.num_samples)]
     folder, pictures = Path(args.save_folder), []
+    files = {k: getattr(args, k) for k in ('image', 'mask') if getattr(args, k) is not None}    # their names, not their pixels
+    how = {'model': args.pretrained_model or str(cfg.file), **arguments, **files}
+    del how['show_progress']
     for first, results in draw(model, prompts, args.batch_size or min(16, len(prompts)), arguments):
         for i, result in enumerate(results):
-            settings = {'number': first + i, 'model': args.pretrained_model or str(cfg.file), 'size': list(result['image'].shape[-2:]),
-                        **{k: v for k, v in result.items() if k != 'image'},
-                        **{k: v for k, v in arguments.items() if k not in ('image', 'mask', 'n_prompt', 'show_progress')},
-                        'seed': arguments['seed'], 'row_seed': result['seed']}
-            path = save_png(result['image'], folder / file_name(first + i, result['prompt']), settings)
-            print(path)
+            words = {k: v for k, v in result.items() if not k.endswith('image')}
+            settings = {'number': first + i, 'size': list(result['image'].shape[-2:]), **how, **words, 'seed': arguments['seed'],
+                        'row_seed': result['seed']}
+            for key, suffix in (('image', '.png'), ('train_n_image', '-train_n.png')):    # the second with SAMPLE_ARGS.RUN_TRAIN_N
+                if key in result:
+                    print(save_png(result[key], folder / file_name(first + i, result['prompt'], suffix), settings))
             if args.grid:
                 pictures.append(result['image'])
     if args.grid:
-        print(save_png(grid(pictures, args.num_samples), folder / 'grid.png', {'prompts': prompts[::args.num_samples], **arguments}))
+        print(save_png(grid(pictures, args.num_samples), folder / 'grid.png', {'prompts': prompts[::args.num_samples], **how}))
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -123,6 +126,7 @@ def load_model(args: argparse.Namespace, cfg: Config) -> TrainModule:
     import torch
 
     from scepter.core.env import we
+    from scepter.core.errors import CheckpointError
     from scepter.core.logger import get_logger
     from scepter.core.registry import MODELS
     from scepter.models.restore import restore
@@ -139,7 +143,13 @@ def load_model(args: argparse.Namespace, cfg: Config) -> TrainModule:
             weights = read_weights(local, use_ema=args.ema == 'on')    # first, so that a file that is none is known at once
             with unfilled(cfg.SOLVER.MODEL):
                 model = MODELS.build(without_weights(cfg.SOLVER.MODEL), logger=logger)    # the file holds the weights of all parts
-            load_into(model, weights_for(model, weights), cfg.SOLVER.MODEL.get('IGNORE_KEYS', []), source=path)
+            try:
+                load_into(model, weights_for(model, weights), cfg.SOLVER.MODEL.get('IGNORE_KEYS', []), source=path)
+            except CheckpointError as error:
+                if args.cfg is not None:
+                    raise
+                raise CheckpointError(f'{error}\nWithout --cfg it is drawn as Stable Diffusion 1.5: name the recipe of another network, '
+                                      'e.g. --cfg sdxl/sdxl_1024.yaml') from error
     kind = {'auto': torch.float16 if we.device.type == 'cuda' else torch.float32}.get(args.dtype) or getattr(torch, args.dtype)
     return model.eval().requires_grad_(False).to(device=we.device, dtype=kind, memory_format=torch.channels_last)
 

@@ -125,6 +125,14 @@ def test_a_picture_tells_how_to_draw_it_again(draw, folder, tmp_path):
     assert difference(first, again) == 0 and read_settings(again) == told
 
 
+def test_the_picture_with_the_negative_prompt_of_training_stands_beside_it(draw):
+    words = ['SOLVER.SAMPLE_ARGS.RUN_TRAIN_N=true', 'SOLVER.MODEL.TRAIN_N_PROMPT=a grey wall']
+    plain, other = draw(*words)
+    assert other.name == plain.stem + '-train_n.png' and difference(plain, other) > 1
+    assert read_settings(other)['train_n_prompt'] == 'a grey wall'
+    assert difference(other, draw('--n_prompt', 'a grey wall')[0]) == 0
+
+
 def test_a_seed_below_zero_is_another_each_time(draw, tmp_path):
     seeds = [read_settings(draw('--seed', -1, '--save_folder', tmp_path / str(i))[0])['seed'] for i in range(2)]
     assert seeds[0] != seeds[1] and min(seeds) >= 0
@@ -200,10 +208,11 @@ def test_only_what_the_mask_has_white_is_made_anew(draw, folder, tmp_path):
     kept = draw(*photo, '--denoising_strength', 0.0)[0]
     anew = draw(*photo, '--denoising_strength', 1.0, '--save_folder', tmp_path / 'anew')[0]
     assert difference(masked(0), kept) <= 1 and difference(masked(255), anew) <= 1 < difference(kept, anew)
-    half = draw(*photo, '--mask', folder / 'mask.png', '--save_folder', tmp_path / 'half')[0]
+    half, grid = draw(*photo, '--mask', folder / 'mask.png', '--save_folder', tmp_path / 'half', '--grid')
     moved = np.abs(pixels(half) - pixels(kept))    # the autoencoder's attention carries some of it to the other half
     assert moved[:, :32].mean() > 1.2 * moved[:, 32:].mean()
-    assert read_settings(half)['denoising_strength'] == 1.0
+    for told in map(read_settings, (half, grid)):
+        assert (told['denoising_strength'], told['image'], told['mask']) == (1.0, str(folder / 'photo.png'), str(folder / 'mask.png'))
 
 
 def test_an_image_is_not_at_the_mercy_of_the_batch_or_of_torchs_generator(draw, folder, tmp_path):
@@ -253,6 +262,7 @@ REFUSED = {
     'weights that are not there': (4, ['--pretrained_model', 'gone.safetensors'], 'gone.safetensors'),
     'weights of another architecture': (4, ['--pretrained_model', 'sdxl.safetensors', '--cfg', 'tiny.yaml'],
                                         'sdxl.safetensors does not fit LatentDiffusion'),
+    'weights that need a recipe': (4, ['--pretrained_model', 'sdxl.safetensors'], '--cfg sdxl/sdxl_1024.yaml'),
     'a file that is no weights': (4, ['--pretrained_model', 'photo.png', '--cfg', 'tiny.yaml'], 'photo.png'),
     'a context that the text tower does not give': (2, ['SOLVER.MODEL.DIFFUSION_MODEL.CONTEXT_DIM=48', '--cfg', 'tiny.yaml'], '48'),
     'an autoencoder with other channels': (2, [
