@@ -1,6 +1,7 @@
 """The quick start works as written: its Python blocks run unedited, train, and sample; so do its commands."""
 from __future__ import annotations
 
+import random
 import re
 import subprocess
 import sys
@@ -44,13 +45,14 @@ def document():
     assert len(blocks) == 5
     shipped = MODELS.get('LatentDiffusion'), EMBEDDERS.get('FrozenCLIPEmbedder'), SOLVERS.get('LatentDiffusionSolver')
     names: dict = {name: getattr(scepter, name) for name in scepter.__all__}
-    exec('import random, torch\nfrom transformers import CLIPTextModel, CLIPTokenizer', names)
+    from transformers import CLIPTextModel, CLIPTokenizer
+    names |= {'random': random, 'torch': torch, 'CLIPTextModel': CLIPTextModel, 'CLIPTokenizer': CLIPTokenizer}
     names['__name__'] = 'quick_start'
     loose: list[dict] = []
     try:
         for block in blocks:
             before = dict(names)
-            exec(compile(block, 'quick_start.md', 'exec'), names)
+            exec(compile(block, 'quick_start.md', 'exec'), names)  # noqa: S102  the document itself is the test
             loose.append({k: v for k, v in names.items() if before.get(k) is not v and k != '__builtins__'})
         network, embedder, solver = names['LatentDiffusion'], names['FrozenCLIPEmbedder'], names['LatentDiffusionSolver']
         methods = {k: v for found in loose[1:3] for k, v in found.items() if callable(v)}
@@ -66,7 +68,8 @@ def document():
 
 def model_config(clip_folder: Path) -> Config:
     return Config({'NAME': 'LatentDiffusion', 'DIFFUSION_MODEL': UNET, 'FIRST_STAGE_MODEL': VAE, 'P_ZERO': 0.5,
-                   'COND_STAGE_MODEL': {'NAME': 'FrozenCLIPEmbedder', 'PRETRAINED_MODEL': str(clip_folder)}, 'LOSS': {'NAME': 'ReconstructLoss'}})
+                   'COND_STAGE_MODEL': {'NAME': 'FrozenCLIPEmbedder', 'PRETRAINED_MODEL': str(clip_folder)},
+                   'LOSS': {'NAME': 'ReconstructLoss'}})
 
 
 def test_the_documents_network_trains_two_steps_and_samples(document, clip_folder):
@@ -133,7 +136,8 @@ def trained(tmp_path_factory, clip_folder) -> Path:
 
 
 def command(script: str, *words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, '-W', 'ignore', f'scepter/{script}', *words], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    return subprocess.run([sys.executable, '-W', 'ignore', f'scepter/{script}', *words], cwd=ROOT, capture_output=True, text=True,
+                          timeout=240)
 
 
 def test_the_training_command_leaves_a_checkpoint_of_what_was_trained(trained):

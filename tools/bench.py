@@ -131,7 +131,7 @@ def bare_loop(model: Any, dataset: Any, cfg: Any, steps: int, autocast: Callable
     def loop() -> None:
         for _ in range(steps):
             batch = next(batches)
-            image = batch['image'].to(device, memory_format=torch.channels_last)
+            image = batch['image'].to(device)
             with autocast():
                 with torch.no_grad():
                     x0 = model.first_stage_model.encode(image).latent_dist.sample().float()

@@ -2,13 +2,10 @@
 from __future__ import annotations
 
 import math
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-M = TypeVar('M', bound=nn.Module)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -125,10 +122,3 @@ def _upsample_conv_at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     taps = x.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=weight.dtype)
     kernel = torch.einsum('ay,oiyx,bx->ioab', taps, weight, taps)    # [C, D, 4, 4]
     return F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)
-
-
-def zero(module: M) -> M:
-    """The module with all its parameters set to zero: a branch that begins as nothing."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from scepter.core.registry import BACKBONES
 from scepter.core.schema import param
 from scepter.models.base import BaseModel
-from scepter.models.layers import GroupNorm32, SiLU, attention, timestep_embedding, to_image, to_tokens, upsample_conv, zero
+from scepter.models.layers import GroupNorm32, SiLU, attention, timestep_embedding, to_image, to_tokens, upsample_conv
 
 
 @BACKBONES.register_class()
@@ -109,7 +109,7 @@ class DiffusionUNet(BaseModel):
                     stage.append(res_block(channels, channels, 'up') if self.RESBLOCK_UPDOWN else Upsample(channels, self.CONV_RESAMPLE))
                 self.output_blocks.append(Stage(*stage))
 
-        self.out = nn.Sequential(GroupNorm32(channels), SiLU(), zero(nn.Conv2d(channels, self.OUT_CHANNELS, 3, padding=1)))
+        self.out = nn.Sequential(GroupNorm32(channels), SiLU(), nn.Conv2d(channels, self.OUT_CHANNELS, 3, padding=1))
         self._share_context()
         for module in self.modules():
             if isinstance(module, ResBlock):
@@ -242,7 +242,7 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(GroupNorm32(in_channels), SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_channels, 2 * out_channels if scale_shift else out_channels))
         self.out_layers = nn.Sequential(GroupNorm32(out_channels), SiLU(), nn.Dropout(dropout),
-                                        zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
+                                        nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -280,7 +280,8 @@ class SpatialTransformer(nn.Module):
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, heads, context_dim, dropout, cross_only) for _ in range(depth))
-        self.proj_out = zero(nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1))
+        # not zero at first: from zero, a short run learns pictures long before it learns to read (docs/benchmarks.md)
+        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor | KeysValues | None) -> Tensor:
         size = (x.shape[2], x.shape[3])
