@@ -6,6 +6,7 @@
     python tools/bench.py sd15-infer --compile    # ... both compiled, and ours compiled against theirs eager
     python tools/bench.py sd15-train          # a training step from latents against diffusers'
     python tools/bench.py sdxl-infer          # as sd15-infer, 1024 pixels
+    python tools/bench.py checkpointing       # what each level of CHECKPOINTING keeps for the backward pass, and what it costs
 
 Each line: {"name", "ours", "peer", "ratio", "low", "high", "unit", "pairs", ...}: medians of both, the median of the pairs' ratios
 and its 95 % interval (bootstrap). Machines drift; a pair sees the same machine, so the ratio is what to trust.
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -256,9 +258,65 @@ def sd15_train(args: argparse.Namespace) -> None:
             step(peer, lambda: peer(x, t, context).sample), args.pairs, pixels=pixels, dtype='bfloat16')
 
 
+def checkpointing(args: argparse.Namespace) -> None:
+    """Stable Diffusion 1.5 in bfloat16, one picture: gigabytes kept for the backward pass against level 0, and the time of both passes."""
+    import scepter.components  # noqa: F401
+    from scepter.core.config import Config
+    from scepter.core.registry import BACKBONES, MODELS
+    cfg = Config.load('sd15.yaml').SOLVER.MODEL
+    pixels, kind = args.size or 512, torch.bfloat16
+
+    def unet(level: int) -> tuple[Any, Callable[[Any], torch.Tensor]]:
+        network = BACKBONES.build({**cfg.DIFFUSION_MODEL, 'CHECKPOINTING': level}).to(kind)
+        x, context = torch.randn(1, 4, pixels // 8, pixels // 8, dtype=kind), torch.randn(1, 77, 768, dtype=kind)
+        return network, lambda n: n(x, torch.tensor([500]), context).float().square().mean()
+
+    def autoencoder(level: int) -> tuple[Any, Callable[[Any], torch.Tensor]]:
+        parts = {name: {**cfg.FIRST_STAGE_MODEL[name], 'CHECKPOINTING': level} for name in ('ENCODER', 'DECODER')}
+        network = MODELS.build({**cfg.FIRST_STAGE_MODEL, **parts}).to(kind)
+        image = torch.rand(1, 3, pixels // 2, pixels // 2, dtype=kind) * 2 - 1
+        return network, lambda n: n.forward_train(image)['loss']
+
+    for name, build, levels in (('UNet', unet, (0, 1, 2)), (f'autoencoder at {pixels // 2}', autoencoder, (0, 3))):
+        base: tuple[float, float] | None = None
+        for level in levels:
+            network, loss = build(level)
+            network = network.train().to(memory_format=torch.channels_last)
+            gigabytes = kept(network, loss)
+            network.zero_grad()
+            passes = float(np.median([seconds(partial(both_passes, network, loss)) for _ in range(3)]))
+            base = base or (gigabytes, passes)
+            ratio = gigabytes / base[0]
+            report(f'checkpointing {level}, {name}', gigabytes, base[0], ratio, ratio, ratio, 'GB', 1, pixels=pixels,
+                   time_ratio=round(passes / base[1], 3))
+            del network
+
+
+def both_passes(network: Any, loss: Callable[[Any], torch.Tensor]) -> None:
+    loss(network).backward()
+
+
+def kept(network: Any, loss: Callable[[Any], torch.Tensor]) -> float:
+    """Gigabytes of activations that a forward pass keeps; a storage counts once, weights not at all."""
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = loss(network)
+    total = sum(storages.values()) / 1e9
+    del result
+    return total
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], None]] = {
     'overhead': overhead, 'startup': startup, 'sd15-infer': infer('sd15.yaml', 512), 'sd15-train': sd15_train,
-    'sdxl-infer': infer('sdxl/sdxl_1024.yaml', 1024)}
+    'sdxl-infer': infer('sdxl/sdxl_1024.yaml', 1024), 'checkpointing': checkpointing}
 
 if __name__ == '__main__':
     main()
