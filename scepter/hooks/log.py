@@ -60,10 +60,9 @@ class LogHook(Hook):
             self._write(solver, figures(solver.eval_outputs, 'val'))
 
     def after_solve(self, solver: Any) -> None:
-        if getattr(self, 'bar', None) is not None:
-            self.bar.close()
-        if getattr(self, 'file', None) is not None:
-            self.file.close()
+        for opened in (getattr(self, 'bar', None), getattr(self, 'file', None)):
+            if opened is not None:
+                opened.close()
 
     def _write(self, solver: Any, values: dict[str, float]) -> None:
         self.file.write(json.dumps({'step': solver.step, 'time': round(time.time(), 3), **values}) + '\n')
