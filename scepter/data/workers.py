@@ -33,6 +33,7 @@ from scepter.core.errors import DataError
 
 MAX_RESTARTS = 3
 ALIGNMENT = 64    # bytes; vector instructions want it
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)    # sent to the whole group; the trainer needs its batches until it has saved
 
 # A fork has the dataset and the user's registered components without pickling either, and starts in milliseconds. It is safe here:
 # workers neither touch a GPU nor use more than one thread. Elsewhere than on Linux, system libraries do not survive a fork.
@@ -113,15 +114,20 @@ class Workers(Iterator[Any]):
     def _start(self) -> tuple[Any, Connection]:
         ours, theirs = _context.Pipe()
         process = _context.Process(target=_work, args=(theirs, ours, self.read), daemon=True, name='scepter-loader')
-        process.start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)    # inherited, until the worker has learnt to ignore them
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         return process, ours
 
 
 def _work(pipe: Connection, parents_end: Connection, read: Callable[[Any], Any]) -> None:
     """A worker's life: jobs in, answers out, until it is killed or its parent is gone."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)    # sent to the whole group; the trainer needs its batches until it has saved
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     torch.set_num_threads(1)                         # N workers must not start N x cores threads; and threads do not survive a fork
     parents_end.close()
     parent = os.getppid()

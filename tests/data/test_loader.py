@@ -201,15 +201,18 @@ def test_a_worker_that_is_stopped_counts_as_stuck():
     assert_equal(stream(dataset, 6), found)
 
 
-def test_workers_ignore_sigterm():
-    loader = Loader(Numbers({}), seed=7, num_workers=2)
-    next(loader)
-    before = pids(loader)
-    for pid in before:
-        os.kill(pid, signal.SIGTERM)
-    list(islice(loader, 6))
-    assert pids(loader) == before
-    loader.close()
+def test_workers_ignore_sigterm_from_their_first_instruction():
+    for _ in range(10):
+        loader = Loader(Numbers({}), seed=7, num_workers=2)
+        before = pids(loader)
+        for pid in before:
+            os.kill(pid, signal.SIGTERM)    # they have hardly begun
+        list(islice(loader, 6))
+        for pid in before:
+            os.kill(pid, signal.SIGTERM)
+        list(islice(loader, 6))
+        assert pids(loader) == before
+        loader.close()
 
 
 def test_a_closed_or_dropped_loader_leaves_no_process():
