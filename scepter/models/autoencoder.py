@@ -360,7 +360,7 @@ class AttnBlock(nn.Module):
         h = self.norm(x)
         q, k, v = (to_tokens(conv(h)).unsqueeze(2) for conv in (self.q, self.k, self.v))    # [B, H*W, 1, C]
         h = attention(q, k, v).squeeze(2)
-        return self.proj_out(to_image(h, (x.shape[2], x.shape[3]))).add_(x)
+        return self.proj_out(to_image(h, x)).add_(x)
 
 
 class Downsample(nn.Module):

@@ -91,9 +91,14 @@ def to_tokens(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def to_image(tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B, H*W, C] -> [B, C, H, W], channels-last, always a view."""
-    return tokens.unflatten(1, size).permute(0, 3, 1, 2)
+def to_image(tokens: Tensor, like: Tensor) -> Tensor:
+    """[B, H*W, C] -> [B, C, H, W] with the height, width and memory layout of `like`; a view where that is channels-last.
+
+    The layout is kept, or a network fed with contiguous images would be channels-last from its first attention on, where PyTorch's group
+    normalisation is slow on the CPU: [32, 32, 32, 32] in bfloat16, forward and backward, takes 0.7 ms contiguous and 13 ms channels-last.
+    """
+    image = tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+    return image.contiguous() if like.is_contiguous() else image
 
 
 def pointwise(layer: nn.Conv2d | nn.Linear, tokens: Tensor) -> Tensor:

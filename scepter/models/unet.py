@@ -284,13 +284,12 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor | KeysValues | None) -> Tensor:
-        size = (x.shape[2], x.shape[3])
         linear = isinstance(self.proj_in, nn.Linear)
         h = self.norm(x)
         tokens = self.proj_in(to_tokens(h)) if linear else to_tokens(self.proj_in(h))
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
-        h = to_image(self.proj_out(tokens), size) if linear else self.proj_out(to_image(tokens, size))
+        h = to_image(self.proj_out(tokens), x) if linear else self.proj_out(to_image(tokens, x))
         return h.add_(x)
 
 

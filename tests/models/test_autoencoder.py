@@ -128,6 +128,17 @@ def test_bfloat16_and_channels_last_are_near_float32():
     assert relative_error(network.to(torch.bfloat16).decode(z), expected) < 0.05
 
 
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=str)
+@torch.no_grad()
+def test_the_memory_layout_of_the_input_is_kept(layout):
+    network = autoencoder().to(memory_format=layout)
+    posterior = network.encode(image(2, 32, 32).to(memory_format=layout)).latent_dist
+    assert posterior.parameters.is_contiguous(memory_format=layout)
+    z = posterior.sample()
+    assert z.is_contiguous(memory_format=layout)
+    assert network.decode(z).is_contiguous(memory_format=layout)
+
+
 def test_training_makes_reconstructions_better():
     torch.manual_seed(0)
     net = {'CH': 32, 'CH_MULT': [1, 1], 'NUM_RES_BLOCKS': 1}

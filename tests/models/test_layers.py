@@ -87,7 +87,14 @@ def test_silu_overwrites_its_input_only_where_no_gradient_needs_it():
 def test_tokens_of_a_channels_last_image_are_a_view():
     x = torch.randn(2, 8, 3, 5).to(memory_format=torch.channels_last)
     assert to_tokens(x).data_ptr() == x.data_ptr()
-    assert torch.equal(to_image(to_tokens(x), (3, 5)), x)
+    image = to_image(to_tokens(x), x)
+    assert image.data_ptr() == x.data_ptr() and torch.equal(image, x)
+
+
+def test_an_image_of_tokens_lies_in_memory_like_the_one_it_came_from():
+    x = torch.randn(2, 8, 3, 5)
+    image = to_image(to_tokens(x), x)
+    assert image.is_contiguous() and torch.equal(image, x)
 
 
 @pytest.mark.parametrize('shape', [(4, 5, 17, 19), (1, 5, 3, 2)])    # one transposed convolution, and two steps

@@ -183,6 +183,20 @@ def test_channels_last_is_the_same_network():
     assert relative_error(out, expected) < 1e-5
 
 
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('changes', [{}, {'USE_LINEAR_IN_TRANSFORMER': True}], ids=['convolutions', 'linear'])
+@torch.no_grad()
+def test_the_memory_layout_of_the_input_is_kept_throughout(layout, changes):
+    network = unet({**SMALL, **changes}).to(memory_format=layout)
+    x, t, context = inputs(16, 16)
+    for module in network.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.register_forward_hook(lambda m, args, out: seen.append(out.is_contiguous(memory_format=layout)))
+    seen: list[bool] = []
+    assert network(x.to(memory_format=layout), t, context).is_contiguous(memory_format=layout)
+    assert len(seen) > 10 and all(seen)
+
+
 @torch.no_grad()
 def test_bfloat16_is_near_float32_and_gives_back_the_type_of_x():
     network = unet(SMALL)
