@@ -101,7 +101,7 @@ def load_config(args: argparse.Namespace) -> Config:
     """The experiment: of --cfg, else the checkpoint's own, else Stable Diffusion 1.5. Only SOLVER.MODEL and SAMPLE_ARGS are looked at."""
     import scepter.components  # noqa: F401  fills the registries
     from scepter.core.config import Config
-    from scepter.core.experiment import carry_out_imports
+    from scepter.core.experiment import carry_out_imports, not_carried_out
     from scepter.core.registry import MODELS, schema_of
     from scepter.core.schema import check
     from scepter.models.restore import config_of
@@ -113,11 +113,11 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.override(args.overrides)
     else:
         cfg = Config.load(DEFAULT_CONFIG, args.overrides)
-    faults = carry_out_imports(cfg, args.imports)[1]
+    words, faults = carry_out_imports(cfg, args.imports)
     solver = cfg.get('SOLVER') or Config()
     faults += MODELS.faults(solver.get('MODEL'), 'SOLVER.MODEL')
     faults += schema_of(SampleArgs).faults(solver.get('SAMPLE_ARGS') or Config(), 'SOLVER.SAMPLE_ARGS')
-    check(faults, cfg.file or 'the config')
+    check([*faults, *(not_carried_out(cfg, words) if faults else [])], cfg.file or 'the config')
     return cfg
 
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from scepter.core import checkpoints
+from scepter.core.config import Config
 from scepter.core.images import read_settings
 from scepter.models.unfilled import unfilled
 from scepter.run_inference import main
@@ -294,3 +295,11 @@ def test_a_command_line_that_says_nothing_sensible_ends_with_2(words, capsys):
     with pytest.raises(SystemExit, match='2'):
         main(words)
     assert 'usage:' in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_a_users_own_component_says_which_flag_brings_it_in(folder, tmp_path, capsys):
+    cfg = Config.load(folder / 'tiny.yaml', ['IMPORTS=[mine.py]', 'SOLVER.MODEL.DIFFUSION_MODEL={NAME: MyOwnNetwork}'])
+    checkpoints.save(tmp_path, 0, {'model': {'x': torch.zeros(1)}}, {'sources': {}}, cfg.dump())
+    assert main(['--prompt', 'x', '--pretrained_model', str(tmp_path / 'step-00000000')]) == 2
+    told = capsys.readouterr().err
+    assert 'BACKBONES has no MyOwnNetwork' in told and 'name the files with --imports' in told

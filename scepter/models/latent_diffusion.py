@@ -4,6 +4,7 @@ from __future__ import annotations
 import fnmatch
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from scepter.diffusion.process import Diffusion
 from scepter.diffusion.schedules import zero_terminal_snr
 from scepter.models.autoencoder import DiagonalGaussian
 from scepter.models.base import TrainModule
+from scepter.models.unfilled import unfilled
 
 Seed = int | Sequence[int]
 
@@ -55,9 +57,10 @@ class LatentDiffusion(TrainModule):
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
-        self.model = BACKBONES.build(self.DIFFUSION_MODEL, logger=logger)
-        self.first_stage_model = MODELS.build(self.FIRST_STAGE_MODEL, logger=logger)
-        self.cond_stage_model = EMBEDDERS.build(self.COND_STAGE_MODEL, logger=logger) if self.COND_STAGE_MODEL is not None else None
+        with unfilled(self.cfg) if self.PRETRAINED_MODEL is not None else nullcontext():
+            self.model = BACKBONES.build(self.DIFFUSION_MODEL, logger=logger)
+            self.first_stage_model = MODELS.build(self.FIRST_STAGE_MODEL, logger=logger)
+            self.cond_stage_model = EMBEDDERS.build(self.COND_STAGE_MODEL, logger=logger) if self.COND_STAGE_MODEL is not None else None
         self.loss = LOSSES.build(self.LOSS, logger=logger) if self.LOSS is not None else None
 
         self._check_parts()
@@ -84,6 +87,10 @@ class LatentDiffusion(TrainModule):
         if None not in (context, *widths) and sum(widths) != context:
             raise _misfit(self.cond_stage_model, f'the text context is {" + ".join(map(str, widths))} wide, but the network expects '
                                                  f'{context} (CONTEXT_DIM)')
+        vector, taken = getattr(self.cond_stage_model, 'vector_width', None), getattr(self.model, 'ADM_IN_CHANNELS', None)
+        if None not in (vector, taken) and vector != taken:
+            raise _misfit(self.cond_stage_model, f'the vector of the pooled text and the sizes is {vector} wide, but the network expects '
+                                                 f'{taken} (ADM_IN_CHANNELS)')
 
     def _build_diffusion(self) -> Diffusion:
         with torch.device('cpu'):    # numbers, also where the networks are built on the meta device

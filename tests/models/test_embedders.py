@@ -298,6 +298,12 @@ def test_an_empty_prompt_can_be_all_zeros():
     assert (cond['crossattn'][1] != 0).any() and (cond['y'][0, 48:] != 0).any()
 
 
+def test_a_last_tower_without_a_pooled_vector_is_refused():
+    tower = {'NAME': 'FrozenOpenCLIPEmbedder', 'ARCH': 'custom', 'WIDTH': 48, 'DEPTH': 2, 'HEADS': 3}
+    with pytest.raises(ConfigError, match='set its RETURN_POOLED to true'):
+        sdxl(EMBEDDERS=[tower])
+
+
 # ---------------------------------------------------------------- embedders of others
 class Foreign(BaseEmbedder):
     """In the manner of the quick start: a text model and a tokenizer of transformers."""

@@ -144,3 +144,18 @@ def test_a_network_without_prompts_draws_a_number_of_pictures():
     model = network(COND_STAGE_MODEL=None, DIFFUSION_MODEL={**UNET, 'CONTEXT_DIM': None})
     assert len(model.forward_test(num_samples=2, sample_steps=2)) == 2
     assert Config(model.cfg).DIFFUSION_MODEL.CONTEXT_DIM is None
+
+
+@pytest.mark.parametrize(('unet', 'words'), [
+    ({'CONTEXT_DIM': 48}, 'the text context is 32 wide, but the network expects 48'),
+    ({'OUT_CHANNELS': 8}, 'the autoencoder gives 4 channels .* but the network predicts 8')], ids=['context', 'channels'])
+def test_parts_that_do_not_fit_are_refused_before_anything_is_computed(unet, words):
+    with pytest.raises(ConfigError, match=words):
+        network(DIFFUSION_MODEL={**UNET, **unet})
+
+
+def test_a_vector_of_another_width_than_the_network_takes_is_refused():
+    tower = {'NAME': 'FrozenOpenCLIPEmbedder', 'ARCH': 'custom', 'WIDTH': 32, 'DEPTH': 1, 'HEADS': 2, 'RETURN_POOLED': True}
+    unet = {**UNET, 'NUM_CLASSES': 'sequential', 'ADM_IN_CHANNELS': 32 + 5 * 256}
+    with pytest.raises(ConfigError, match=r'1568 wide, but the network expects 1312 \(ADM_IN_CHANNELS\)'):
+        network(DIFFUSION_MODEL=unet, COND_STAGE_MODEL={'NAME': 'GeneralConditioner', 'EMBEDDERS': [tower]})

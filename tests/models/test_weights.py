@@ -146,6 +146,14 @@ def test_a_diffusers_folder_comes_back_bit_for_bit(models, shape, tmp_path):
     assert_same(other, models[shape])
 
 
+def test_a_network_that_a_file_fills_whole_is_built_without_random_numbers(models, tmp_path):
+    export_single(models['sd15'], tmp_path / 'model.safetensors')
+    before = torch.get_rng_state()
+    filled = MODELS.build({**models['sd15'].cfg, 'PRETRAINED_MODEL': str(tmp_path / 'model.safetensors')})
+    assert torch.equal(before, torch.get_rng_state())
+    assert_same(filled, models['sd15'])
+
+
 @pytest.mark.parametrize('shape', SHAPES)
 def test_a_single_file_comes_back_bit_for_bit(models, shape, tmp_path):
     export_single(models[shape], tmp_path / 'model.safetensors')

@@ -35,9 +35,16 @@ class GeneralConditioner(BaseEmbedder):
         if not self.EMBEDDERS:
             raise refuse(self, 'EMBEDDERS', 'expected at least one text tower')
         self.embedders = nn.ModuleList(EMBEDDERS.build(node, logger=logger) for node in self.EMBEDDERS)
+        if not getattr(self.embedders[-1], 'RETURN_POOLED', True):
+            raise refuse(self, 'EMBEDDERS', 'the last tower gives the pooled vector: set its RETURN_POOLED to true')
         lengths = [embedder.MAX_LENGTH for embedder in self.embedders]
         if len(set(lengths)) > 1:
             raise refuse(self, 'EMBEDDERS', f'towers that stand side by side need one MAX_LENGTH, got {lengths}')
+
+    @property
+    def vector_width(self) -> int:
+        """Width of `y`."""
+        return self.embedders[-1].tower.pooled_width + self.SIZE_DIM * sum(NUMBERS[name] for name in self.SIZES)
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """int64 [B, T, L], a row for each tower."""

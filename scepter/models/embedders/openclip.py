@@ -102,6 +102,10 @@ class OpenClipText(Tower):
     def norm(self) -> nn.LayerNorm:
         return self.ln_final
 
+    @property
+    def pooled_width(self) -> int:
+        return super().pooled_width if self.text_projection is None else self.text_projection.shape[1]
+
     def pool(self, x: Tensor, is_end: Tensor) -> Tensor:
         """The normed state at the first end token, projected: [B, L, D], bool [B, L] -> [B, P]."""
         return super().pool(x, is_end) @ self.text_projection

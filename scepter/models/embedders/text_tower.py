@@ -119,6 +119,11 @@ class Tower(nn.Module):
         found[max(wanted)] = x
         return [found[n] for n in wanted]
 
+    @property
+    def pooled_width(self) -> int:
+        """Width of the pooled vector."""
+        return self.norm.normalized_shape[0]
+
     def pool(self, x: Tensor, is_end: Tensor) -> Tensor:
         """The normed state at the first end token: [B, L, D], bool [B, L] -> [B, D]."""
         return self.norm(x)[torch.arange(len(x), device=x.device), is_end.int().argmax(dim=-1)]
