@@ -127,7 +127,9 @@ def bare_loop(model: Any, dataset: Any, cfg: Any, steps: int, autocast: Callable
 
     batches = endless()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=cfg.OPTIMIZER.LEARNING_RATE, betas=tuple(cfg.OPTIMIZER.BETAS), weight_decay=0.0, fused=True)
+    groups = [{'params': list(part.parameters()), 'lr': node.LEARNING_RATE}
+              for part, node in ((model.model, cfg.OPTIMIZER.UNET), (model.cond_stage_model, cfg.OPTIMIZER.TEXT))]
+    optimizer = torch.optim.AdamW(groups, betas=tuple(cfg.OPTIMIZER.UNET.BETAS), weight_decay=0.0, fused=True)
     alphas, sigmas = model.diffusion.alphas.float().to(device), model.diffusion.sigmas.float().to(device)
 
     def loop() -> None:

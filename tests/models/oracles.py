@@ -52,25 +52,26 @@ def autoencoder(**changes: Any) -> nn.Module:
 
 
 def diffusers_unet(ours: nn.Module, **options: Any) -> nn.Module:
-    """diffusers' UNet2DConditionModel of the same architecture, with our weights."""
+    """diffusers' UNet2DConditionModel of the same architecture, on the very memory of our weights: two of SDXL's would not fit."""
     from diffusers import UNet2DConditionModel
     levels = len(ours.CHANNEL_MULT)
     widths = [ours.MODEL_CHANNELS * m for m in ours.CHANNEL_MULT]
     attends = [2 ** i in ours.ATTENTION_RESOLUTIONS for i in range(levels)]
     depth = ours.TRANSFORMER_DEPTH if isinstance(ours.TRANSFORMER_DEPTH, list) else [ours.TRANSFORMER_DEPTH] * levels
-    theirs = UNet2DConditionModel(
-        in_channels=ours.IN_CHANNELS, out_channels=ours.OUT_CHANNELS, block_out_channels=widths, layers_per_block=ours.NUM_RES_BLOCKS,
-        down_block_types=['CrossAttnDownBlock2D' if a else 'DownBlock2D' for a in attends],
-        up_block_types=['CrossAttnUpBlock2D' if a else 'UpBlock2D' for a in reversed(attends)],
-        transformer_layers_per_block=[max(1, d) for d in depth], cross_attention_dim=ours.CONTEXT_DIM,
-        # diffusers calls the number of heads attention_head_dim
-        attention_head_dim=ours.NUM_HEADS or [w // ours.NUM_HEADS_CHANNELS for w in widths],
-        use_linear_projection=ours.USE_LINEAR_IN_TRANSFORMER,
-        class_embed_type='projection' if ours.NUM_CLASSES == 'sequential' else None,
-        num_class_embeds=ours.NUM_CLASSES if isinstance(ours.NUM_CLASSES, int) else None,
-        projection_class_embeddings_input_dim=ours.ADM_IN_CHANNELS if ours.NUM_CLASSES == 'sequential' else None, **options)
+    with torch.device('meta'):
+        theirs = UNet2DConditionModel(
+            in_channels=ours.IN_CHANNELS, out_channels=ours.OUT_CHANNELS, block_out_channels=widths, layers_per_block=ours.NUM_RES_BLOCKS,
+            down_block_types=['CrossAttnDownBlock2D' if a else 'DownBlock2D' for a in attends],
+            up_block_types=['CrossAttnUpBlock2D' if a else 'UpBlock2D' for a in reversed(attends)],
+            transformer_layers_per_block=[max(1, d) for d in depth], cross_attention_dim=ours.CONTEXT_DIM,
+            # diffusers calls the number of heads attention_head_dim
+            attention_head_dim=ours.NUM_HEADS or [w // ours.NUM_HEADS_CHANNELS for w in widths],
+            use_linear_projection=ours.USE_LINEAR_IN_TRANSFORMER,
+            class_embed_type='projection' if ours.NUM_CLASSES == 'sequential' else None,
+            num_class_embeds=ours.NUM_CLASSES if isinstance(ours.NUM_CLASSES, int) else None,
+            projection_class_embeddings_input_dim=ours.ADM_IN_CHANNELS if ours.NUM_CLASSES == 'sequential' else None, **options)
     renamed = {unet_name(name, ours.NUM_RES_BLOCKS): value for name, value in ours.state_dict().items()}
-    theirs.load_state_dict(renamed)
+    theirs.load_state_dict(renamed, assign=True)
     return theirs.eval()
 
 

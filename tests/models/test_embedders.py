@@ -36,8 +36,10 @@ def hf_tower(embedder, kind='CLIPTextModel', act='quick_gelu'):
     """transformers' own tower with the weights of ours."""
     from scepter.models.weights import Weights
     from scepter.models.weights.names import openclip_to_hf
-    config = transformers.CLIPTextConfig(hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2,
-                                         vocab_size=49408, hidden_act=act, projection_dim=32, eos_token_id=49407)
+    width = embedder.tower.width
+    config = transformers.CLIPTextConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=embedder.tower.depth,
+                                         num_attention_heads=embedder.tower.heads, vocab_size=49408, hidden_act=act, projection_dim=width,
+                                         eos_token_id=49407)
     tower = getattr(transformers, kind)(config).eval()
     if act == 'quick_gelu':
         weights = Weights.of(embedder.state_dict()).section('transformer.')
@@ -212,6 +214,31 @@ def test_openclip_and_hugging_face_hold_the_same_tower():
     context, pooled = ours.encode_both(tokens)
     near(context, theirs.last_hidden_state)
     near(pooled, theirs.text_embeds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('arch', 'parameters'), [('ViT-L-14', 123_650_304), ('ViT-H-14', 354_032_640), ('ViT-bigG-14', 694_659_840)])
+def test_an_openclip_tower_of_published_size_is_that_of_hugging_face(arch, parameters):
+    torch.manual_seed(0)
+    ours = EMBEDDERS.build({'NAME': 'FrozenOpenCLIPEmbedder', 'ARCH': arch, 'LAYER': 'last', 'RETURN_POOLED': True})
+    assert sum(p.numel() for p in ours.parameters()) == parameters
+    tokens = ours.tokenize(PROMPTS)
+    with torch.no_grad():
+        theirs = hf_tower(ours, 'CLIPTextModelWithProjection', 'gelu')(input_ids=tokens)
+    context, pooled = ours.encode_both(tokens)
+    near(context, theirs.last_hidden_state)
+    near(pooled, theirs.text_embeds)
+
+
+@pytest.mark.slow
+def test_the_clip_tower_of_published_size_is_that_of_transformers():
+    torch.manual_seed(0)
+    ours = EMBEDDERS.build({'NAME': 'FrozenCLIPEmbedder'})
+    assert sum(p.numel() for p in ours.parameters()) == 123_060_480 and len(ours.state_dict()) == 196
+    tokens = ours.tokenize(PROMPTS)
+    with torch.no_grad():
+        theirs = hf_tower(ours)(input_ids=tokens)
+    near(ours.encode_text(tokens), theirs.last_hidden_state)
 
 
 def test_a_penultimate_openclip_tower_leaves_out_what_it_never_runs():

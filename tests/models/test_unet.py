@@ -60,13 +60,16 @@ def test_scale_shift_and_cross_attention_in_place_of_self_attention_are_those_of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('config', [SD15, SD21], ids=['sd15', 'sd21'])
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize('config', [SD15, SD21, SDXL, REFINER], ids=['sd15', 'sd21', 'sdxl', 'refiner'])
 @torch.no_grad()
 def test_a_network_of_published_size_is_that_of_diffusers(config):
     ours = unet(config)
     x, t, _ = inputs(16, 24)
     context = torch.randn(2, 77, config['CONTEXT_DIM'])
-    assert relative_error(ours(x, t, context), diffusers_unet(ours)(x, t, context).sample) < 1e-5
+    vector = {'y': torch.randn(2, config['ADM_IN_CHANNELS'])} if 'ADM_IN_CHANNELS' in config else {}
+    expected = diffusers_unet(ours)(x, t, context, class_labels=vector.get('y')).sample
+    assert relative_error(ours(x, t, {'crossattn': context, **vector}), expected) < 1e-5
 
 
 @pytest.mark.parametrize('changes', [{}, {'DISABLE_SELF_ATTENTIONS': [True, False]}], ids=['as published', 'cross attention twice'])

@@ -285,6 +285,13 @@ def test_logs_have_the_agreed_names(tmp_path):
     assert list((tmp_path / 'tensorboard').glob('events*'))
 
 
+def test_the_rate_of_each_optimizer_is_logged_as_it_is_and_not_as_a_mean(tmp_path):
+    run(config(tmp_path, steps=4, MODEL={'NAME': 'TwoLosses'}, OPTIMIZER=TWO, TRAIN_HOOKS=[{'NAME': 'LogHook', 'LOG_INTERVAL': 4}],
+               LR_SCHEDULER={'NAME': 'Linear', 'FINAL': 0.2}, WARMUP_STEPS=0))
+    row, = (json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines())
+    assert {k: v for k, v in row.items() if k.startswith('train/lr')} == pytest.approx({'train/lr_first': 0.02, 'train/lr_last': 0.02})
+
+
 def test_bfloat16_weights_train_and_resume(tmp_path):
     settings = {'PARAM_DTYPE': 'bfloat16', 'LR_SCHEDULER': None}
     run(config(tmp_path / 'whole', steps=6, **settings))
