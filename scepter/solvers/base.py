@@ -201,7 +201,7 @@ class BaseSolver(Component, base=True):
             self._update(due, parameters, norm, scalars['grad_norm'])
         for o in due:
             o.zero_grad()
-        rates = {'lr' if o.name == 'main' else f'lr_{o.name}': o.rate for o in self.optimizers}
+        rates = {f'lr_{o.name}' if i else 'lr': o.rate for i, o in enumerate(self.optimizers)}
         return {**{k: v for k, v in outputs.items() if k not in totals}, **scalars, **rates}
 
     def run_eval(self) -> None:
@@ -330,15 +330,18 @@ class BaseSolver(Component, base=True):
         return {key: move(value) for key, value in batch.items()}
 
     def _backward(self, outputs: Outputs, parts: int) -> None:
-        for i, o in enumerate(self.optimizers):
+        followers: dict[str, list[Tensor]] = {}    # one pass for each loss, however many optimizers follow it
+        for o in self.optimizers:
             if o.loss not in outputs:
                 raise ConfigError(f'the optimizer {o.name} follows {o.loss}, but {type(self.model).__name__}.forward_train gave '
                                   f'{", ".join(outputs)}')
-            loss = self.scaler.scale(outputs[o.loss] / parts)
-            if len(self.optimizers) == 1:
+            followers.setdefault(o.loss, []).extend(o.owned.values())
+        for i, (name, owned) in enumerate(followers.items()):
+            loss = self.scaler.scale(outputs[name] / parts)
+            if len(followers) == 1:
                 loss.backward()
-            elif loss.requires_grad:    # each loss reaches only what its own optimizer owns
-                loss.backward(inputs=list(o.owned.values()), retain_graph=i + 1 < len(self.optimizers))
+            elif loss.requires_grad:    # each loss reaches only what its own optimizers own
+                loss.backward(inputs=owned, retain_graph=i + 1 < len(followers))
 
     def _is_finite(self, scalars: dict[str, float]) -> bool:
         losses = [scalars[o.loss] for o in self.optimizers]

@@ -158,6 +158,18 @@ def test_a_named_loss_reaches_only_what_its_own_optimizer_owns(tmp_path):
     assert torch.allclose(last.grad, expected[1])
 
 
+def test_optimizers_that_follow_one_loss_share_one_backward_pass(tmp_path):
+    both = {name: {'NAME': 'SGD', 'LR': 0.1, 'PARAMS': [f'{name}.*']} for name in ('net.0', 'net.3')}
+    solver = SOLVERS.build(config(tmp_path, OPTIMIZER=both).SOLVER)
+    solver.set_up()
+    passes = []
+    outputs = solver.model.forward_train(image=torch.randn(4, 2), number=torch.arange(4))
+    outputs['loss'].register_hook(passes.append)
+    solver._backward(outputs, 1)
+    assert len(passes) == 1
+    assert all(p.grad is not None for p in solver.model.parameters())
+
+
 def test_a_named_optimizer_steps_at_its_own_pace(tmp_path):
     hooks = [{'NAME': 'CheckpointHook', 'INTERVAL': 1}]
     run(config(tmp_path, steps=3, MODEL={'NAME': 'TwoLosses'}, OPTIMIZER=TWO, TRAIN_HOOKS=hooks, LR_SCHEDULER=None))
@@ -289,7 +301,7 @@ def test_the_rate_of_each_optimizer_is_logged_as_it_is_and_not_as_a_mean(tmp_pat
     run(config(tmp_path, steps=4, MODEL={'NAME': 'TwoLosses'}, OPTIMIZER=TWO, TRAIN_HOOKS=[{'NAME': 'LogHook', 'LOG_INTERVAL': 4}],
                LR_SCHEDULER={'NAME': 'Linear', 'FINAL': 0.2}, WARMUP_STEPS=0))
     row, = (json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines())
-    assert {k: v for k, v in row.items() if k.startswith('train/lr')} == pytest.approx({'train/lr_first': 0.02, 'train/lr_last': 0.02})
+    assert {k: v for k, v in row.items() if k.startswith('train/lr')} == pytest.approx({'train/lr': 0.02, 'train/lr_last': 0.02})
 
 
 def test_bfloat16_weights_train_and_resume(tmp_path):
