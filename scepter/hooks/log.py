@@ -49,7 +49,8 @@ class LogHook(Hook):
                 self.bar.set_postfix_str(f'loss {solver.outputs["loss"]:.4f}', refresh=False)
         if solver.step % self.LOG_INTERVAL == 0 or solver.step == solver.max_steps:
             means = {key: value / self.count for key, value in self.sums.items()}
-            means |= {f'train/{key}': float(value) for key, value in solver.outputs.items() if key == 'lr' or key.startswith('lr_')}    # as it is now
+            # the rates as they are now
+            means |= {f'train/{key}': float(value) for key, value in solver.outputs.items() if key == 'lr' or key.startswith('lr_')}
             if self.SHOW_GPU_MEM and we.device.type == 'cuda':
                 means['perf/gpu_gib'] = torch.cuda.max_memory_allocated() / 2 ** 30
             self._write(solver, means)

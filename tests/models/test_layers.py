@@ -40,11 +40,16 @@ def test_attention_in_blocks_is_the_same_attention(block, monkeypatch):
     expected = torch.autograd.grad((by_hand(q, k, v) * weight).sum(), (q, k, v))
     torch.testing.assert_close(layers._attention_in_blocks(q, k, v), by_hand(q, k, v))
     torch.testing.assert_close(ours, expected)
+    with torch.no_grad():    # in memory that is used again for each block
+        torch.testing.assert_close(layers._attention_in_blocks(q, k, v), by_hand(q, k, v))
 
 
-def test_bfloat16_attention_is_as_good_as_bfloat16():
-    q, k, v = qkv(64, 64, dtype=torch.bfloat16)
-    assert relative_error(attention(q, k, v), by_hand(q.double(), k.double(), v.double())) < 2 ** -7
+@pytest.mark.parametrize('recorded', [True, False])
+@pytest.mark.parametrize('dim', [8, 16, 40])
+def test_bfloat16_attention_is_as_good_as_bfloat16(dim, recorded):
+    q, k, v = qkv(64, 64, dim=dim, dtype=torch.bfloat16)
+    with torch.set_grad_enabled(recorded):
+        assert relative_error(attention(q, k, v), by_hand(q.double(), k.double(), v.double())) < 2 ** -7
 
 
 def test_the_timestep_embedding_is_that_of_the_published_weights():
@@ -82,6 +87,13 @@ def test_silu_overwrites_its_input_only_where_no_gradient_needs_it():
     with torch.no_grad():
         SiLU()(x)
     assert torch.equal(x, out)
+
+
+def test_what_compilers_call_is_the_same_attention():
+    q, k, v = (torch.randn(2, 9, 3, 40).bfloat16() for _ in range(3))
+    with torch.no_grad():
+        assert torch.equal(torch.ops.scepter.attention(q, k, v), attention(q, k, v))
+        torch.library.opcheck(torch.ops.scepter.attention.default, (q, k, v))    # its strides too
 
 
 def test_tokens_of_a_channels_last_image_are_a_view():
