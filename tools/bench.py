@@ -45,8 +45,8 @@ def main() -> None:
 
 def compare(name: str, ours: Callable[[], Any], peer: Callable[[], Any], pairs: int, unit: str = 's', share: float = 1.0,
             **more: Any) -> None:
-    """Time both in turn, after one of each that does not count; share: how many units one call holds."""
-    times = [(seconds(ours), seconds(peer)) if i % 2 else (seconds(peer), seconds(ours))[::-1] for i in range(pairs + 1)][1:]
+    """Time both in turn, after two of each that do not count (memory is still new then); share: how many units one call holds."""
+    times = [(seconds(ours), seconds(peer)) if i % 2 else (seconds(peer), seconds(ours))[::-1] for i in range(pairs + 2)][2:]
     a, b = np.array(times).T / share
     low, high = interval(a / b)
     report(name, float(np.median(a)), float(np.median(b)), float(np.median(a / b)), low, high, unit, pairs, **more)

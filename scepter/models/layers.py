@@ -1,7 +1,9 @@
 """What two networks or more are made of: the one attention, the timestep embedding, norms, resampling."""
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -44,24 +46,25 @@ def _attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         v = F.pad(v, (0, -dim % 16))
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))    # [B*H, N, d]
     heads_at_once, rows_at_once = max(1, BLOCK // (n * m)), min(n, max(1, BLOCK // m))
-    out = scores = None
+    whole = scores = None
     if not torch.is_grad_enabled():    # memory that is new for each block would be mapped page by page, which doubles the time of softmax
-        out, scores = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(min(heads_at_once, len(q)) * rows_at_once * m)
-    nothing, parts = q.new_empty(1, 1, 1), []
-    for head in range(0, len(q), heads_at_once):
-        group = slice(head, head + heads_at_once)
-        keys, values = k[group].transpose(1, 2), v[group]
-        for row in range(0, n, rows_at_once):
-            place = (group, slice(row, row + rows_at_once))
-            rows = q[place]
+        whole, scores = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(min(heads_at_once, len(q)) * rows_at_once * m)
+
+    def pieces(x: Tensor | None, size: int, dim: int) -> Iterable[Tensor | None]:    # the gradient of split is a cat, that of a slice a sum
+        return itertools.repeat(None) if x is None else x.split(size, dim)
+
+    nothing, groups = q.new_empty(1, 1, 1), []
+    for qs, ks, vs, outs in zip(*(pieces(x, heads_at_once, 0) for x in (q, k.transpose(1, 2), v, whole))):
+        rows_out = []
+        for rows, out in zip(pieces(qs, rows_at_once, 1), pieces(outs, rows_at_once, 1)):
             block = None if scores is None else scores[:rows.shape[0] * rows.shape[1] * m].view(*rows.shape[:2], m)
             # the scale belongs into the product, whose sum is float32: q * scale would be rounded once more
-            block = torch.softmax(torch.baddbmm(nothing, rows, keys, beta=0, alpha=dim ** -0.5, out=block), -1, out=block)
-            parts.append(torch.bmm(block, values, out=None if out is None else out[place]))
-    if out is None:
-        in_group = -(-n // rows_at_once)
-        out = torch.cat([torch.cat(parts[i:i + in_group], dim=1) for i in range(0, len(parts), in_group)])
-    return out[..., :dim].unflatten(0, (batch, heads)).transpose(1, 2).contiguous()    # [B, N, H, d]
+            block = torch.softmax(torch.baddbmm(nothing, rows, ks, beta=0, alpha=dim ** -0.5, out=block), -1, out=block)
+            rows_out.append(torch.bmm(block, vs, out=out))
+        groups.append(rows_out[0] if len(rows_out) == 1 or whole is not None else torch.cat(rows_out, dim=1))
+    if whole is None:
+        whole = groups[0] if len(groups) == 1 else torch.cat(groups)
+    return whole[..., :dim].unflatten(0, (batch, heads)).transpose(1, 2).contiguous()    # [B, N, H, d]
 
 
 @torch.library.custom_op('scepter::attention', mutates_args=())
