@@ -1,7 +1,7 @@
 """Draw what a prompt asks for.
 
     python scepter/run_inference.py --prompt "a woman" --n_prompt "" --num_samples 4 --pretrained_model path/to/model
-    python scepter/run_inference.py --prompt "the number three" --pretrained_model outputs/digits/diffusion/checkpoints/step-00000300
+    python scepter/run_inference.py --prompt "the number three" --pretrained_model outputs/digits/diffusion/checkpoints/step-00000280
 
 --pretrained_model takes a checkpoint of run_train, a published single file, or a diffusers folder. Without --cfg the network is built
 from the checkpoint's own config, and from examples/sd15 for any other file. A flag that is not given never overrides SAMPLE_ARGS.
