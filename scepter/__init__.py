@@ -13,8 +13,8 @@ __version__ = '0.1.0'
 _REGISTRIES = ('MODELS', 'BACKBONES', 'EMBEDDERS', 'LOSSES', 'SOLVERS', 'HOOKS', 'DATASETS', 'TRANSFORMS', 'METRICS', 'OPTIMIZERS',
                'LR_SCHEDULERS', 'FILE_SYSTEMS', 'SCHEDULES', 'SAMPLERS')
 _HOMES = {
-    'core.registry': (*_REGISTRIES, 'Component', 'Registry', 'need'),
-    'core.schema': ('param', 'part', 'parts', 'REQUIRED', 'dict_to_yaml', 'default'),
+    'core.registry': (*_REGISTRIES, 'Registry', 'need'),
+    'core.schema': ('Component', 'param', 'part', 'parts', 'REQUIRED', 'dict_to_yaml', 'default'),
     'core.config': ('Config', 'ConfigError'),
     'core.errors': ('ScepterError', 'DataError', 'CheckpointError', 'PeerError', 'NonFiniteError'),
     'core.env': ('we',),

@@ -102,8 +102,8 @@ def load_config(args: argparse.Namespace) -> Config:
     import scepter.components  # noqa: F401  fills the registries
     from scepter.core.config import Config
     from scepter.core.experiment import carry_out_imports, not_carried_out
-    from scepter.core.registry import MODELS, schema_of
-    from scepter.core.schema import check
+    from scepter.core.registry import MODELS
+    from scepter.core.schema import check, schema_of
     from scepter.models.restore import config_of
     from scepter.solvers.diffusion import SampleArgs
     if args.cfg is not None:

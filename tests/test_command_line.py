@@ -15,7 +15,7 @@ import pytest
 
 import scepter.components  # noqa: F401
 from scepter import run_train
-from scepter.core.registry import registries
+from scepter.core.schema import registries
 
 ROOT = Path(__file__).resolve().parents[1]
 numbers = itertools.count()
@@ -24,8 +24,8 @@ SOLVER = '''
 import json, os
 from pathlib import Path
 from scepter.core.env import we
-from scepter.core.registry import OPTIMIZERS, SOLVERS, Component
-from scepter.core.schema import param, part
+from scepter.core.registry import OPTIMIZERS, SOLVERS
+from scepter.core.schema import Component, param, part
 
 
 @SOLVERS.register_class()

@@ -23,8 +23,8 @@ import scepter.components  # noqa: E402, F401  fills the registries
 from scepter.core.config import dump, plain  # noqa: E402
 from scepter.core.env import Env  # noqa: E402
 from scepter.core.experiment import Experiment, import_user_code  # noqa: E402
-from scepter.core.registry import Component, Registry, registries, schema_of  # noqa: E402
-from scepter.core.schema import REQUIRED, Param, Schema  # noqa: E402
+from scepter.core.registry import Registry  # noqa: E402
+from scepter.core.schema import REQUIRED, Component, Param, Schema, registries, schema_of  # noqa: E402
 
 PAGE = ROOT / 'docs' / 'components.md'
 HEAD = '''# Components

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from scepter.core.config import Config, ConfigError
 from scepter.core.errors import PeerError, ScepterError
 from scepter.core.logger import get_logger, note_traceback
-from scepter.core.registry import Component
-from scepter.core.schema import param
+from scepter.core.schema import Component, param
 
 if TYPE_CHECKING:
     import torch

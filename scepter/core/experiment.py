@@ -11,8 +11,8 @@ from pathlib import Path
 from scepter.core.config import Config, Fault
 from scepter.core.env import Env
 from scepter.core.logger import get_logger
-from scepter.core.registry import SOLVERS, Component, schema_of
-from scepter.core.schema import check, param, part
+from scepter.core.registry import SOLVERS
+from scepter.core.schema import Component, check, param, part, schema_of
 
 
 class Experiment(Component):

@@ -7,8 +7,7 @@ from typing import Any
 
 from scepter.core.config import NOWHERE, Config, ConfigError, Fault, Origin, did_you_mean, dump, masked, split_path
 from scepter.core.experiment import Experiment
-from scepter.core.registry import registries, schema_of
-from scepter.core.schema import REQUIRED, Param, Schema
+from scepter.core.schema import REQUIRED, Param, Schema, registries, schema_of
 
 
 def explain(cfg: Config, path: str) -> str:

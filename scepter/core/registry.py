@@ -16,57 +16,7 @@ from functools import partial
 from typing import Any
 
 from scepter.core.config import NOWHERE, Config, ConfigError, Fault, Origin, did_you_mean, plain
-from scepter.core.schema import Param, Schema, dict_to_yaml
-
-
-class Component:
-    """Whatever a registry builds from a config node. Its parameters, declared in the class body, are read as self.NAME_OF_KEY.
-
-    `base=True` in the class statement marks a base class of the framework: a subclass that declares nothing of its own is open.
-    """
-    registry_name = 'COMPONENT'
-    is_framework_base = True
-    para_dict: dict[str, dict[str, Any]] = {}
-    cfg: Config
-    logger: Any
-
-    def __init_subclass__(cls, base: bool = False, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.is_framework_base = base
-        for name, entry in vars(cls).get('para_dict', {}).items():    # the documents' older spelling declares too
-            if name not in vars(cls) and isinstance(entry, dict) and 'value' in entry:
-                declared = Param(entry['value'], entry.get('description', ''))
-                setattr(cls, name, declared)
-                declared.__set_name__(cls, name)
-        cls.para_dict = _ParaDict()
-
-    def __init__(self, cfg: dict, logger: Any = None):
-        super().__init__()
-        # straight into __dict__: nn.Module's own __setattr__ looks through all of its tables first
-        self.__dict__['cfg'] = schema_of(type(self)).fill(Config.of(cfg))
-        self.__dict__['logger'] = logger
-
-    @classmethod
-    def get_config_template(cls) -> str:
-        """Commented YAML of this component's parameters, ready to paste."""
-        return dict_to_yaml(cls.registry_name, cls.__name__, cls.para_dict, set_name=True)
-
-
-class _ParaDict(dict):
-    """para_dict is worked out on first use: annotations may name what is imported later."""
-
-    def __get__(self, instance: Any, owner: type) -> dict[str, dict[str, Any]]:
-        return schema_of(owner).para_dict()
-
-
-_schemas: dict[type, Schema] = {}
-
-
-def schema_of(owner: type) -> Schema:
-    """The schema of a component class; worked out once."""
-    if owner not in _schemas:
-        _schemas[owner] = Schema.of_component(owner)
-    return _schemas[owner]
+from scepter.core.schema import Component, Schema, dict_to_yaml, registries, schema_of
 
 
 class Registry:
@@ -81,7 +31,7 @@ class Registry:
         self._entries: dict[str, Any] = {}
         self._libraries: list[Callable[[], dict[str, Any]]] = []
         self._schemas: dict[str, Schema] = {}
-        _registries.append(self)
+        registries().append(self)
 
     # ---------------------------------------------------------------- filling
     def register_class(self, name: str | None = None) -> Callable[[Any], Any]:
@@ -216,14 +166,6 @@ def _place(cfg: Config) -> str:
 def add_note(error: BaseException, note: str) -> None:
     """PEP 678's add_note, also where Python is 3.10."""
     vars(error).setdefault('__notes__', []).append(note)
-
-
-_registries: list[Registry] = []
-
-
-def registries() -> list[Registry]:
-    """All registries, in the order in which they were made."""
-    return _registries
 
 
 def need(module: str, extra: str) -> Any:

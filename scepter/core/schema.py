@@ -56,7 +56,6 @@ class Param:
     @property
     def nested(self) -> Schema | None:
         """The schema of a section without a NAME, where the annotation is a component class itself."""
-        from scepter.core.registry import Component, schema_of
         return schema_of(self.type) if isinstance(self.type, type) and issubclass(self.type, Component) else None
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -93,6 +92,64 @@ def part(registry: Registry, doc: str = '', default: Any = REQUIRED, place: Any 
 def parts(registry: Registry, doc: str = '', default: Any = ()) -> Any:
     """Declare a key that holds a list of component configs."""
     return Param(default if default is REQUIRED else list(default), doc, registry, many=True)
+
+
+class Component:
+    """Whatever a registry builds from a config node. Its parameters, declared in the class body, are read as self.NAME_OF_KEY.
+
+    `base=True` in the class statement marks a base class of the framework: a subclass that declares nothing of its own is open.
+    """
+    registry_name = 'COMPONENT'
+    is_framework_base = True
+    para_dict: dict[str, dict[str, Any]] = {}
+    cfg: Config
+    logger: Any
+
+    def __init_subclass__(cls, base: bool = False, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.is_framework_base = base
+        for name, entry in vars(cls).get('para_dict', {}).items():    # the documents' older spelling declares too
+            if name not in vars(cls) and isinstance(entry, dict) and 'value' in entry:
+                declared = Param(entry['value'], entry.get('description', ''))
+                setattr(cls, name, declared)
+                declared.__set_name__(cls, name)
+        cls.para_dict = _ParaDict()
+
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__()
+        # straight into __dict__: nn.Module's own __setattr__ looks through all of its tables first
+        self.__dict__['cfg'] = schema_of(type(self)).fill(Config.of(cfg))
+        self.__dict__['logger'] = logger
+
+    @classmethod
+    def get_config_template(cls) -> str:
+        """Commented YAML of this component's parameters, ready to paste."""
+        return dict_to_yaml(cls.registry_name, cls.__name__, cls.para_dict, set_name=True)
+
+
+class _ParaDict(dict):
+    """para_dict is worked out on first use: annotations may name what is imported later."""
+
+    def __get__(self, instance: Any, owner: type) -> dict[str, dict[str, Any]]:
+        return schema_of(owner).para_dict()
+
+
+_schemas: dict[type, Schema] = {}
+
+
+def schema_of(owner: type) -> Schema:
+    """The schema of a component class; worked out once."""
+    if owner not in _schemas:
+        _schemas[owner] = Schema.of_component(owner)
+    return _schemas[owner]
+
+
+_registries: list[Registry] = []
+
+
+def registries() -> list[Registry]:
+    """All registries, in the order in which they were made: each one enters itself."""
+    return _registries
 
 
 class Schema(dict):
@@ -203,7 +260,6 @@ def value_faults(value: Any, p: Param, path: str, origin: Any) -> Iterator[Fault
     elif value is None and p.default is None:
         return
     elif p.place is not None and isinstance(value, Config):
-        from scepter.core.registry import schema_of
         is_map = 'NAME' not in value and value and all(isinstance(v, Config) for v in value.values())
         named = {f'{path}.{k}': v for k, v in value.items()} if is_map else {path: value}
         for where, node in named.items():
@@ -220,7 +276,6 @@ def value_faults(value: Any, p: Param, path: str, origin: Any) -> Iterator[Fault
 
 def split_node(node: Any, place: Any) -> tuple[Any, tuple[Schema, Config]]:
     """A node's own keys, and those that belong to the place where it stands (with their schema)."""
-    from scepter.core.registry import schema_of
     schema, own, beside = schema_of(place), Config(), Config()
     if not isinstance(node, Config):
         return node, (schema, beside)
@@ -231,7 +286,6 @@ def split_node(node: Any, place: Any) -> tuple[Any, tuple[Schema, Config]]:
 
 def loose_faults(value: Any, path: str) -> Iterator[Fault]:
     """In an open node, every dict with a NAME that exactly one registry knows is still checked."""
-    from scepter.core.registry import registries
     if isinstance(value, list):
         for i, v in enumerate(value):
             yield from loose_faults(v, f'{path}[{i}]')

@@ -26,8 +26,8 @@ from scepter.core.config import ConfigError
 from scepter.core.errors import DataError
 from scepter.core.files import FS
 from scepter.core.logger import get_logger
-from scepter.core.registry import DATASETS, TRANSFORMS, Component
-from scepter.core.schema import param, parts
+from scepter.core.registry import DATASETS, TRANSFORMS
+from scepter.core.schema import Component, param, parts
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif')
 CAPTION_SUFFIXES = ('.txt', '.caption')

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from scepter.core.errors import DataError
-from scepter.core.registry import TRANSFORMS, Component, need
-from scepter.core.schema import param
+from scepter.core.registry import TRANSFORMS, need
+from scepter.core.schema import Component, param
 
 
 @TRANSFORMS.register_class()

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from scepter.core.registry import Component
+from scepter.core.schema import Component
 
 if TYPE_CHECKING:
     from torch import Tensor

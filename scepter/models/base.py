@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from scepter.core.errors import CheckpointError
 from scepter.core.files import atomic
-from scepter.core.registry import Component
+from scepter.core.schema import Component
 
 
 class BaseModel(Component, nn.Module, base=True):

@@ -6,8 +6,8 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scepter.core.registry import LOSSES, Component
-from scepter.core.schema import param
+from scepter.core.registry import LOSSES
+from scepter.core.schema import Component, param
 
 
 @LOSSES.register_class()

@@ -17,8 +17,8 @@ from scepter.core.env import Stopped, seed_everything, we
 from scepter.core.errors import CheckpointError, DataError, NonFiniteError
 from scepter.core.images import save_results
 from scepter.core.logger import get_logger, set_up_logging
-from scepter.core.registry import DATASETS, HOOKS, LR_SCHEDULERS, METRICS, MODELS, OPTIMIZERS, SOLVERS, Component
-from scepter.core.schema import param, part, parts
+from scepter.core.registry import DATASETS, HOOKS, LR_SCHEDULERS, METRICS, MODELS, OPTIMIZERS, SOLVERS
+from scepter.core.schema import Component, param, part, parts
 from scepter.data.loader import Loader, OrderedLoader
 from scepter.solvers.optim import NamedOptimizer, OptimizerPlace, build_optimizers, rate_function
 from scepter.solvers.parallel import average_gradients

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from scepter.core.registry import SOLVERS, Component
-from scepter.core.schema import param
+from scepter.core.registry import SOLVERS
+from scepter.core.schema import Component, param
 from scepter.solvers.base import BaseSolver
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from scepter.core.env import we
-from scepter.core.registry import BACKBONES, METRICS, Component
-from scepter.core.schema import param, part
+from scepter.core.registry import BACKBONES, METRICS
+from scepter.core.schema import Component, param, part
 
 
 class Metric(Component, base=True):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from scepter.core.config import Config, ConfigError
-from scepter.core.registry import LR_SCHEDULERS, OPTIMIZERS, Component
-from scepter.core.schema import param, split_node
+from scepter.core.registry import LR_SCHEDULERS, OPTIMIZERS
+from scepter.core.schema import Component, param, split_node
 
 for _name, _value in vars(torch.optim).items():
     if isinstance(_value, type) and issubclass(_value, torch.optim.Optimizer) and _value is not torch.optim.Optimizer:

@@ -16,7 +16,7 @@ import scepter.components  # noqa: F401
 from scepter import run_train
 from scepter.core.config import Config, ConfigError
 from scepter.core.experiment import Experiment, check_experiment
-from scepter.core.registry import schema_of
+from scepter.core.schema import schema_of
 
 EXAMPLES = Path(__file__).resolve().parents[2] / 'examples'
 SHIPPED = sorted(p for p in EXAMPLES.glob('*/*.yaml') if not p.parent.name.startswith('_'))

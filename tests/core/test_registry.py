@@ -7,8 +7,8 @@ import pytest
 
 import scepter.components  # noqa: F401
 from scepter.core.config import Config, ConfigError
-from scepter.core.registry import Component, Registry, need, registries
-from scepter.core.schema import param
+from scepter.core.registry import Registry, need
+from scepter.core.schema import Component, param, registries
 
 SHIPPED = [r for r in registries() if not r.name.startswith('TEST_') and list(r)]
 

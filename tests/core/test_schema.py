@@ -6,8 +6,8 @@ from typing import Any, Literal
 import pytest
 
 from scepter.core.config import Config, ConfigError
-from scepter.core.registry import Component, Registry
-from scepter.core.schema import default, dict_to_yaml, param, part, parts
+from scepter.core.registry import Registry
+from scepter.core.schema import Component, default, dict_to_yaml, param, part, parts
 
 PARTS = Registry('TEST_PARTS')
 OPTIONS = Registry('TEST_OPTIONS', given=('x',), aliases={'LEARNING_RATE': 'lr'})

@@ -6,8 +6,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from scepter.core.errors import DataError
-from scepter.core.registry import Component
-from scepter.core.schema import param
+from scepter.core.schema import Component, param
 
 
 class Transient(Exception):
