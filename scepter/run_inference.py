@@ -180,13 +180,15 @@ def sample_arguments(args: argparse.Namespace, cfg: Config) -> dict[str, Any]:
 def draw(model: TrainModule, prompts: list[str], batch_size: int, arguments: dict[str, Any]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """(number of the first, results) of each batch. Picture i is keyed (seed, i), so the batches have no part in what it shows."""
     from scepter.core import streams
+    from scepter.core.calls import accepted
     from scepter.core.config import ConfigError
     seeds = streams.row_seeds(arguments['seed'], len(prompts))
     for rows in batches(model, prompts, batch_size, arguments.get('n_prompt')):
         count = len(prompts[rows])
         own: dict[str, Any] = {key: arguments[key].expand(count, -1, -1, -1) for key in ('image', 'mask') if key in arguments}
         try:
-            yield rows.start, model.forward_test(prompt=prompts[rows], **{**arguments, **own, 'seed': seeds[rows]})
+            how = {**arguments, **own, 'prompt': prompts[rows], 'seed': arguments['seed'] + rows.start, 'row_seeds': seeds[rows]}
+            yield rows.start, model.forward_test(**accepted(model.forward_test, how))
         except ValueError as error:     # a size, a sampler, a number of steps that cannot be
             raise ConfigError(str(error)) from error
 

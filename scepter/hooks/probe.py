@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scepter.core import streams
+from scepter.core.calls import accepted
 from scepter.core.env import we
 from scepter.core.images import grid, save_png, save_results
 from scepter.core.registry import HOOKS
@@ -44,7 +45,8 @@ class ProbeDataHook(Hook):
             # every process draws, so that none waits in a collective that the others never enter; the main one saves
             with solver.ema_weights(), torch.no_grad(), solver.autocast(), streams.current(self.SEED, range(len(self.PROMPTS))):
                 solver.test_mode()
-                results = solver.model.forward_test(prompt=list(self.PROMPTS), **{**solver.test_arguments(), 'seed': self.SEED})
+                how = {**solver.test_arguments(), 'prompt': list(self.PROMPTS), 'seed': self.SEED}
+                results = solver.model.forward_test(**accepted(solver.model.forward_test, how))
                 solver.train_mode()
             if we.is_main:
                 save_png(grid([r['image'] for r in results], self.COLUMNS), folder / 'samples.png', {'prompts': list(self.PROMPTS)})

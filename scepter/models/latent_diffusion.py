@@ -22,8 +22,6 @@ from scepter.models.autoencoder import DiagonalGaussian
 from scepter.models.base import TrainModule
 from scepter.models.unfilled import unfilled
 
-Seed = int | Sequence[int]
-
 
 @MODELS.register_class()
 class LatentDiffusion(TrainModule):
@@ -146,22 +144,23 @@ class LatentDiffusion(TrainModule):
     # ---------------------------------------------------------------- drawing
     @torch.no_grad()
     def forward_test(self, prompt: list[str] | None = None, n_prompt: list[str] | str | None = None, image: Tensor | None = None,
-                     mask: Tensor | None = None, sampler: str = 'ddim', sample_steps: int = 50, seed: Seed = 2023,
-                     guide_scale: float | list[float] | dict[str, float] | None = 7.5, guide_rescale: float = 0.5,
-                     discretization: str = 'trailing', image_size: int | Sequence[int] | None = None,
+                     mask: Tensor | None = None, sampler: str = 'ddim', sample_steps: int = 50, seed: int = 2023,
+                     row_seeds: Sequence[int] | None = None, guide_scale: float | list[float] | dict[str, float] | None = 7.5,
+                     guide_rescale: float = 0.5, discretization: str = 'trailing', image_size: int | Sequence[int] | None = None,
                      denoising_strength: float | None = None, num_samples: int | None = None, run_train_n: bool = False,
-                     show_progress: bool = False, sampler_args: Mapping[str, Any] | None = None, **batch: Any) -> list[dict[str, Any]]:
+                     show_progress: bool = False, sampler_args: Mapping[str, Any] | None = None, original_size: Any = None,
+                     crop_top_left: Any = None, target_size: Any = None, aesthetic_score: Any = None) -> list[dict[str, Any]]:
         """Prompts -> one dict each: prompt, n_prompt, image [3, H, W] in 0..1.
 
-        seed: a number, below 0 for another one each time; picture i of it is keyed (seed, i). Or one seed for each picture.
+        seed: below 0 for another one each time; picture i of it is keyed (seed, i).  row_seeds: the key of each picture instead.
         image [B, 3, H, W] in -1..1: says the size; with a denoising_strength (0..1) or a mask [B, 1, H, W] (1 where the picture is
         made anew) it is also what to begin with. run_train_n: draw each once more with TRAIN_N_PROMPT as the negative prompt.
         sampler_args: the sampler's own options (eta, ...), and clamp, percentile, t_max, ...
+        original_size, crop_top_left, target_size [B, 2], aesthetic_score [B, 1]: what SDXL is told; a whole picture of this size.
         Raises ValueError for a size that the networks cannot make, with the nearest that they can.
         """
         count = len(prompt) if prompt is not None else default(num_samples, 1 if image is None else len(image))
-        seed = random.randrange(2 ** 32) if isinstance(seed, int) and seed < 0 else seed
-        seeds = streams.row_seeds(seed, count)
+        seeds = streams.row_seeds(default(row_seeds, random.randrange(2 ** 32) if seed < 0 else seed), count)
         height, width = self.size_of(default(image_size, self.IMAGE_SIZE if image is None else list(image.shape[-2:])))
         shape = (self.latent_channels, height // self.size_factor, width // self.size_factor)
         noise = streams.normal_rows(seeds, 'start', shape, self.device)
@@ -176,8 +175,12 @@ class LatentDiffusion(TrainModule):
 
         negative = [n_prompt] * count if isinstance(n_prompt, str) else default(n_prompt, [self.default_n_prompt] * count)
 
+        told = {'original_size': original_size, 'crop_top_left': crop_top_left, 'target_size': target_size,
+                'aesthetic_score': aesthetic_score}
+        sizes = self._sizes(count, height, width, {name: value for name, value in told.items() if value is not None})
+
         def draw(negative_prompt: list[str]) -> Tensor:
-            conditions = self._conditions(prompt, negative_prompt, guide_scale, **self._sizes(count, height, width, batch))
+            conditions = self._conditions(prompt, negative_prompt, guide_scale, **sizes)
             guidance = {} if len(conditions) == 1 else {'guide_scale': guide_scale, 'guide_rescale': guide_rescale}
             latents = self.diffusion.sample(
                 noise, self.model, conditions, solver=sampler, steps=sample_steps, discretization=discretization, seed=seeds,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from scepter.core import checkpoints, streams
+from scepter.core.calls import accepted
 from scepter.core.config import Config, ConfigError, masked, plain
 from scepter.core.env import Stopped, seed_everything, we
 from scepter.core.errors import CheckpointError, DataError, NonFiniteError
@@ -242,7 +243,8 @@ class BaseSolver(Component, base=True):
                     losses += float(loss) * len(n)
                     self.outputs['loss'] = float(loss)
                 if with_results:
-                    self.outputs['results'] = self.model.forward_test(**{**self.test_arguments(), **moved})
+                    self.outputs['results'] = self.model.forward_test(
+                        **accepted(self.model.forward_test, {**self.test_arguments(), **moved}))
             count += len(n)
             if mode == 'eval':
                 for metric in self.metrics:

@@ -40,7 +40,7 @@ def model():
 def test_a_picture_does_not_depend_on_the_batch_it_was_drawn_in(model):
     seeds = streams.row_seeds(5, 3)
     together = draw(model, seed=5, sampler='euler_ancestral')
-    alone = torch.cat([draw(model, [p], seed=[s], sampler='euler_ancestral') for p, s in zip('abc', seeds)])
+    alone = torch.cat([draw(model, [p], row_seeds=[s], sampler='euler_ancestral') for p, s in zip('abc', seeds)])
     assert torch.allclose(together, alone, atol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=1e-3)
 
