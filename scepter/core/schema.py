@@ -1,7 +1,7 @@
 """A parameter is declared once; its YAML key, default, check, documentation and did-you-mean all come from that line.
 
     class FrozenCLIPEmbedder(BaseEmbedder):
-        PRETRAINED_MODEL: str | None = param(None, 'Folder, URL or hub id of a Hugging Face CLIP text model.')
+        PRETRAINED_MODEL: str | None = param(None, 'Folder, URL or hf:// address of a Hugging Face CLIP text model.')
         MAX_LENGTH: int = param(77, 'Tokens per prompt; longer ones are cut, shorter ones padded.')
 
 Capitals mean: this comes from the config. A plain function or a foreign class declares by its signature.

@@ -30,9 +30,14 @@ from scepter.core.registry import DATASETS, TRANSFORMS
 from scepter.core.schema import Component, param, parts
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif')
+# what is opened, whatever the name says: a PostScript file called .png would start Ghostscript
+Image.init()
+FORMATS = [name for name in ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'AVIF') if name in Image.OPEN]
 CAPTION_SUFFIXES = ('.txt', '.caption')
 METADATA_FILES = ('metadata.jsonl', 'metadata.csv')
 MAX_PIXELS = 89_478_485      # what Pillow warns at; a header that promises more is a bomb, or a picture to be scaled down first
+FREE_PIXELS = 1 << 24        # up to here a picture may be as small a file as it likes
+MAX_PIXELS_PER_BYTE = 100    # photographs have 1 to 10; a file of 260 kB with 89 million pixels took 2.6 GB
 MAX_CAPTION_BYTES = 65_536   # the longest real captions are a few kB
 
 Record = tuple[str, str | Path | None]    # path of an image below the folder; its caption, or the file that holds it
@@ -233,9 +238,8 @@ def load_image(path: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            with Image.open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise UnreadableError(f'{image.width}x{image.height} pixels, more than the {MAX_PIXELS} that are allowed')
+            with Image.open(path, formats=FORMATS) as image:
+                _refuse_bomb(image, os.path.getsize(path))
                 image.load()
                 image = to_rgb(_upright(image))
     except UnreadableError:
@@ -246,10 +250,18 @@ def load_image(path: str) -> Image.Image:
     return image
 
 
+def _refuse_bomb(image: Image.Image, size: int) -> None:
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise UnreadableError(f'{image.width}x{image.height} pixels, more than the {MAX_PIXELS} that are allowed')
+    if pixels > FREE_PIXELS and pixels > MAX_PIXELS_PER_BYTE * size:
+        raise UnreadableError(f'{image.width}x{image.height} pixels out of {size} bytes: no picture packs so small, this is a bomb')
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any kind of image as 8-bit RGB."""
     if image.mode.startswith('I'):    # 16 bits; Pillow itself would clip all above 255 to white
-        gray = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        gray = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
         return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert('RGB')
     if image.mode == 'F':
         raise UnreadableError('pixels are floating-point numbers of unknown range: save it with 8 or 16 bits')

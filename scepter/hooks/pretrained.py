@@ -12,7 +12,7 @@ from scepter.hooks.base import Hook
 class PretrainedHook(Hook):
     """Loads weights into the network, or into a part of it, before a fresh run; a resumed run has its own."""
 
-    PRETRAINED_MODEL: str = param(doc='File, folder or hub id of the weights.')
+    PRETRAINED_MODEL: str = param(doc='File, folder, URL or hf:// address of the weights.')
     PART: str = param('', "Name of the network's part they belong to, e.g. model; default the whole.")
     IGNORE_KEYS: list[str] = param([], 'Names or globs of keys that may be missing, unexpected or of another shape.')
 

@@ -26,7 +26,7 @@ from scepter.core import checkpoints
 from scepter.core.checkpoints import MANIFEST, is_sound, latest, load, pack, preflight, prune, resolve, save, unpack
 from scepter.core.errors import CheckpointError
 from scepter.core.files import atomic
-from scepter.core.files.tensors import HEADER_LIMIT, TensorFile, write_tensors
+from scepter.core.files.tensors import HEADER_LIMIT, TENSOR_LIMIT, TensorFile, write_tensors
 
 
 def write(root: Path, step: int, value: int | None = None, size: int = 100, keep: int | None = None) -> Path:
@@ -313,6 +313,16 @@ def test_a_mutated_header_is_refused_or_claims_no_more_than_the_file_holds(tmp_p
             assert str(path) in str(error)
             refused += 1
     assert refused > count / 2
+
+
+def test_a_header_of_very_many_tensors_is_refused_before_it_is_parsed(tmp_path):
+    header = {f'{i}': {'dtype': 'U8', 'shape': [0], 'data_offsets': [0, 0]} for i in range(TENSOR_LIMIT + 1)}
+    (tmp_path / 'x.safetensors').write_bytes(hostile(header))
+
+    with pytest.raises(CheckpointError, match=f'lists {TENSOR_LIMIT + 1} tensors; the limit is {TENSOR_LIMIT}'):
+        TensorFile(tmp_path / 'x.safetensors')
+    with pytest.raises(CheckpointError, match='the limits are'):
+        write_tensors(tmp_path / 'y.safetensors', dict.fromkeys(header, torch.empty(0)))
 
 
 def hostile(header: Any, data: bytes = b'', claim: int | None = None) -> bytes:

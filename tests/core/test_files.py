@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 
-from scepter.core.errors import DataError
+from scepter.core.errors import CheckpointError, DataError
 from scepter.core.files import atomic, front, hub
 from scepter.core.files.client import base_name, shown
 from scepter.core.files.front import FileSystem
+from scepter.models.weights import local_copy
 
 BODY = bytes(range(256)) * 3000      # 768,000 bytes
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -501,19 +502,22 @@ def test_a_hostile_listing_writes_nothing_outside_the_cache(fs, memory, monkeypa
 
 # -------------------------------------------------------------------- the hub
 def test_hub_addresses():
-    assert hub.parse('hf://org/model') == ('org/model', None, '') == hub.parse('org/model')
+    assert hub.parse('hf://org/model') == ('org/model', None, '')
     assert hub.parse('hf://org/model:v1.0@vae/model.safetensors') == ('org/model', 'v1.0', 'vae/model.safetensors')
-    for bad in ('hf://model', 'hf://a/b/c', 'hf://a/b@../../x', 'hf://a/b@/etc/passwd', 'hf://a/b@'):
+    for bad in ('org/model', 'hf://model', 'hf://a/b/c', 'hf://a/b@../../x', 'hf://a/b@/etc/passwd', 'hf://a/b@'):
         with pytest.raises(DataError):
             hub.parse(bad)
 
 
-def test_a_bare_hub_id_is_one_only_where_nothing_of_it_is_here(tmp_path, monkeypatch):
+@pytest.mark.parametrize('path', ['outputs/modle', 'openai/clip-vit-large-patch14'])
+def test_a_path_without_a_scheme_is_a_path_and_never_a_strangers_repository(fs, path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'outputs').mkdir()
+    monkeypatch.setattr(hub.HuggingfaceFs, '_hub', lambda self: pytest.fail('the hub was asked'))
 
-    assert front.is_hub_id('openai/clip-vit-large-patch14')
-    assert not any(map(front.is_hub_id, ('outputs/modle', './a/b', '/a/b', 'a', 'a/b/c', '~/b')))
+    for fails in (lambda: fs.get_dir_to_local_dir(path).__enter__(), lambda: local_copy(path).__enter__()):
+        with pytest.raises((DataError, CheckpointError), match=f'{path} does not exist.*the Hugging Face hub is written hf://{path}'):
+            fails()
 
 
 @pytest.fixture
@@ -535,7 +539,7 @@ def offline_hub(tmp_path, monkeypatch) -> Path:
 
 def test_the_hub_is_read_from_its_cache_without_a_network(fs, offline_hub):
     assert fetch(fs, 'hf://org/model@vae/model.bin') == b'weights'
-    for path in ('org/model', 'hf://org/model', 'hf://org/model:main'):
+    for path in ('hf://org/model', 'hf://org/model:main'):
         with fs.get_dir_to_local_dir(path) as local:
             assert (Path(local) / 'vae' / 'model.bin').read_bytes() == b'weights'
     with fs.get_dir_to_local_dir('hf://org/model@vae') as local:
@@ -552,8 +556,8 @@ def test_a_flipped_file_in_the_hub_cache_is_found(fs, offline_hub):
 
 
 def test_a_model_that_the_hub_lacks_keeps_the_cause(fs, offline_hub):
-    with pytest.raises(DataError, match=r'org/other: the Hugging Face hub: .* \(there is no folder org/other here either\)') as error, \
-            fs.get_dir_to_local_dir('org/other'):
+    with pytest.raises(DataError, match=r'hf://org/other: the Hugging Face hub: ') as error, \
+            fs.get_dir_to_local_dir('hf://org/other'):
         pass
     assert error.value.__cause__ is not None
 

@@ -200,6 +200,25 @@ def test_a_bomb_is_refused_without_being_unpacked(data, reason, tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000    # kB
 
 
+def test_a_small_file_of_very_many_pixels_is_refused_and_a_dense_one_is_not(tmp_path):
+    (tmp_path / 'bomb.png').write_bytes(png(9000, 9000, pixels=bytes(9000 * 27001)))
+    assert (tmp_path / 'bomb.png').stat().st_size < 300_000
+    with pytest.raises(UnreadableError, match=r'9000x9000 pixels out of \d+ bytes: .* a bomb'):
+        load_image(str(tmp_path / 'bomb.png'))
+
+    Image.effect_noise((5000, 4000), 60).save(tmp_path / 'photo.jpg', quality=30)
+    assert load_image(str(tmp_path / 'photo.jpg')).size == (5000, 4000)
+
+
+def test_only_the_promised_formats_are_opened_whatever_the_name_says(folder, monkeypatch):
+    from PIL import EpsImagePlugin
+    monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', lambda *_: pytest.fail('Ghostscript was started'))
+    (folder / '0.png').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n')
+
+    with pytest.raises(UnreadableError, match='cannot identify'):
+        load_image(str(folder / '0.png'))
+
+
 def test_half_a_picture_is_refused_even_if_another_library_allows_it(folder):
     whole = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(whole, 'JPEG')

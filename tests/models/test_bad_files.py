@@ -413,7 +413,7 @@ def test_another_architecture_is_refused_by_name(tmp_path):
 
 
 def test_a_path_that_is_not_there_is_named(tmp_path):
-    assert 'no such file' in refusal(MODELS.build(VAE), tmp_path / 'gone.safetensors')
+    assert 'does not exist' in refusal(MODELS.build(VAE), tmp_path / 'gone.safetensors')
 
 
 def test_an_empty_folder_says_what_was_expected(tmp_path):

@@ -32,7 +32,6 @@ from scepter.core.files.generic import FsspecFs
 from scepter.core.logger import get_logger
 from scepter.core.registry import FILE_SYSTEMS
 
-HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
 PIN = '#sha256='
 ORPHAN_AGE = 3600      # seconds; a download that has not been touched for so long is nobody's
 T = TypeVar('T')
@@ -99,9 +98,9 @@ class FileSystem:
         self._ask(path, lambda client, address: client.remove(address))
 
     # ---------------------------------------------------------------- finding the client
-    def _client(self, path: str, is_folder: bool = False) -> FileClient:
-        # only a folder to read can be a bare hub id: 'images/1.png' and 'outputs/x.png' look the same
-        scheme = path.partition('://')[0].lower() if '://' in path else 'hf' if is_folder and is_hub_id(path) else 'file'
+    def _client(self, path: str) -> FileClient:
+        # without a scheme it is a path, also where it looks like org/name: a typo must not fetch a stranger's repository
+        scheme = path.partition('://')[0].lower() if '://' in path else 'file'
         if scheme not in self._clients:
             names = {s: name for name in FILE_SYSTEMS for s in FILE_SYSTEMS.get(name).schemes}
             if scheme not in names and not FsspecFs.serves(scheme):
@@ -120,7 +119,7 @@ class FileSystem:
     # ---------------------------------------------------------------- fetching
     def _local(self, path: str, is_folder: bool, wait: bool) -> Path:
         address, _, pin = path.partition(PIN)
-        client = self._client(address, is_folder)
+        client = self._client(address)
         with _explained(address):
             here = _persist(client, address, lambda: client.here(address, is_folder))
             if here is not None:
@@ -160,11 +159,6 @@ class FileSystem:
 
 
 FS = FileSystem()
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether a path without a scheme is org/name on the hub: nothing of it is here, neither the path nor its first folder."""
-    return bool(HUB_ID.fullmatch(path)) and not Path(path).parent.exists()
 
 
 def _fetch_version(client: FileClient, sources: dict[str, str], pin: str, final: Path) -> None:

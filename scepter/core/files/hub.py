@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: hf://org/model[:revision][@file], or org/model alone."""
+"""Models of the Hugging Face hub: hf://org/model[:revision][@file]."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class HuggingfaceFs(FileClient):
 
 def parse(path: str) -> Address:
     """hf://org/model[:revision][@file]. Raises DataError where it is not of this form, or the file could lead elsewhere."""
-    match = re.fullmatch(r'(?:hf://)?([\w.-]+/[\w.-]+)(?::([\w./-]+))?(?:@(.+))?', path)
+    match = re.fullmatch(r'hf://([\w.-]+/[\w.-]+)(?::([\w./-]+))?(?:@(.+))?', path)
     if not match:
         raise DataError(f'{path}: expected hf://org/model, hf://org/model:revision or hf://org/model@folder/file')
     file = (match[3] or '').rstrip('/')
@@ -107,6 +107,5 @@ def _explain(path: str, work: Callable[[], T]) -> T:
     try:
         return work()
     except Exception as error:      # the library raises its own, httpx's and the standard library's errors, whatever the version
-        hint = '' if path.startswith('hf://') else f' (there is no folder {path} here either)'
         first = str(error).strip().split('\n')[0] or type(error).__name__
-        raise DataError(f'{path}: the Hugging Face hub: {first}{hint}') from error
+        raise DataError(f'{path}: the Hugging Face hub: {first}') from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -11,6 +12,8 @@ from scepter.core.errors import DataError
 from scepter.core.files import atomic
 from scepter.core.files.client import FileClient
 from scepter.core.registry import FILE_SYSTEMS
+
+LIKE_A_REPOSITORY = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*')
 
 
 @FILE_SYSTEMS.register_class()
@@ -26,7 +29,7 @@ class LocalFs(FileClient):
         if not is_folder and local.is_dir():
             raise DataError(f'{local} is a folder, a file is expected here')
         if not local.exists():
-            raise DataError(_missing(local))
+            raise DataError(missing(local))
         return local
 
     def staging(self, path: str, cache: Path) -> Path:
@@ -59,7 +62,9 @@ def local_path(path: str) -> Path:
     return Path(unquote(parts.path))
 
 
-def _missing(path: Path) -> str:
+def missing(path: Path) -> str:
+    """What to say of a path that is not there: the nearest folder, the nearest name in it, and how a hub's repository is written."""
     nearest = next(p for p in path.absolute().parents if p.is_dir())
     step = path.absolute().relative_to(nearest).parts[0]
-    return f'{path} does not exist; the nearest folder that does is {nearest}{did_you_mean(step, [p.name for p in nearest.iterdir()])}'
+    hub = f'. A repository of the Hugging Face hub is written hf://{path}' if LIKE_A_REPOSITORY.fullmatch(str(path)) else ''
+    return f'{path} does not exist; the nearest folder that does is {nearest}{did_you_mean(step, [p.name for p in nearest.iterdir()])}{hub}'

@@ -31,7 +31,7 @@ class FrozenCLIPEmbedder(TextTowerEmbedder):
     weights start as CLIP's own did.
     """
 
-    PRETRAINED_MODEL: str | None = param(None, 'Folder, URL or hub id of a Hugging Face CLIP text model and its tokenizer.')
+    PRETRAINED_MODEL: str | None = param(None, 'Folder, URL or hf:// address of a Hugging Face CLIP text model and its tokenizer.')
     TOKENIZER_PATH: str | None = param(None, 'Another folder for the tokenizer; without both, the vocabulary that open_clip_torch ships.')
     LAYER: Literal['last', 'pooled', 'hidden', 'penultimate'] = param('last', 'Which activation to hand on.')
     LAYER_IDX: int | None = param(None, 'For LAYER: hidden: how many blocks before it; -2 is the last but one.')

@@ -18,6 +18,7 @@ from torch import Tensor
 from scepter.core import checkpoints
 from scepter.core.errors import CheckpointError
 from scepter.core.files import FS
+from scepter.core.files.local import missing
 from scepter.core.files.tensors import TensorFile
 
 PICKLES = ('.ckpt', '.pth', '.pt', '.bin')
@@ -90,22 +91,16 @@ class Weights(Mapping[str, Tensor]):
 
 @contextmanager
 def local_copy(path: str | Path) -> Iterator[Path]:
-    """The file or folder at a path of any store, or at a hub id `org/name`, on this machine."""
-    path = hub_path(str(path))
+    """The file or folder at a path of any store, on this machine."""
+    path = str(path)
     if Path(path).exists():
         yield Path(path)
     elif '://' not in path:
-        raise CheckpointError(f'{path}: no such file or folder of weights')
+        raise CheckpointError(f'no weights: {missing(Path(path))}')
     else:
         fetch = FS.get_from if path.split('?')[0].endswith(FILES) else FS.get_dir_to_local_dir
         with fetch(path, wait_finish=True) as local:
             yield Path(local)
-
-
-def hub_path(path: str) -> str:
-    """`org/name`, as model cards write it, is a repository of the hub unless such a folder is there; any other path stays."""
-    is_id = re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', path) and not path.endswith(FILES)
-    return f'hf://{path}' if is_id and not Path(path).exists() else path
 
 
 def read_weights(path: str | Path, use_ema: bool = False) -> Weights:
