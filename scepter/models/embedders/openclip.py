@@ -26,7 +26,7 @@ class FrozenOpenCLIPEmbedder(TextTowerEmbedder):
     """
 
     ARCH: str = param('ViT-H-14', f'The tower: one of {", ".join(ARCHITECTURES)}, or `custom`, which WIDTH, DEPTH and HEADS describe.')
-    PRETRAINED_MODEL: str | None = param(None, 'Weights of OpenCLIP, Hugging Face or a Stable Diffusion: file, folder, URL or hf:// address.')
+    PRETRAINED_MODEL: str | None = param(None, 'Weights of OpenCLIP, Hugging Face or a Stable Diffusion: file, folder, URL or hf://.')
     TOKENIZER_PATH: str | None = param(None, 'Folder of another tokenizer than the one that open_clip_torch ships.')
     LAYER: Literal['last', 'pooled', 'penultimate'] = param('penultimate', 'Which activation to hand on.')
     USE_FINAL_LAYER_NORM: bool = param(True, 'The final layer norm also on the penultimate activation (SD2); SDXL takes it without.')
