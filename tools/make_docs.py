@@ -24,7 +24,7 @@ from scepter.core.config import dump, plain  # noqa: E402
 from scepter.core.env import Env  # noqa: E402
 from scepter.core.experiment import Experiment, import_user_code  # noqa: E402
 from scepter.core.registry import Registry  # noqa: E402
-from scepter.core.schema import REQUIRED, Component, Param, Schema, registries, schema_of  # noqa: E402
+from scepter.core.schema import NO_BOUNDS, REQUIRED, Bounds, Component, Param, Schema, registries, schema_of  # noqa: E402
 
 PAGE = ROOT / 'docs' / 'components.md'
 HEAD = '''# Components
@@ -198,7 +198,7 @@ def value(p: Param) -> dict[str, Any]:
         one = {'$ref': f'#/$defs/{node_name(p.registry, p.place)}'}
         several = {'type': 'array', 'items': one} if p.many else one
         return several if p.default is not None else {'anyOf': [several, {'type': 'null'}]}
-    return section_schema(p.nested) if p.nested is not None else or_environment(kind(p.type))
+    return section_schema(p.nested) if p.nested is not None else or_environment(kind(p.type, p.bounds))
 
 
 def or_environment(schema: dict[str, Any]) -> dict[str, Any]:
@@ -208,22 +208,30 @@ def or_environment(schema: dict[str, Any]) -> dict[str, Any]:
     return {'anyOf': [*schema.get('anyOf', [schema]), {'type': 'string', 'pattern': r'\$\{\w+\}'}]}
 
 
-def kind(type_: Any) -> dict[str, Any]:
+def kind(type_: Any, bounds: Bounds = NO_BOUNDS) -> dict[str, Any]:
+    """An annotation; the numbers in it within the bounds."""
     origin, args = get_origin(type_), get_args(type_)
     if origin is Literal:
         return {'enum': list(args)}
     if origin in (Union, types.UnionType):
-        return {'anyOf': [kind(a) for a in args]}
+        return {'anyOf': [kind(a, bounds) for a in args]}
     if origin is tuple and Ellipsis not in args:
-        return {'type': 'array', 'prefixItems': [kind(a) for a in args], 'minItems': len(args), 'maxItems': len(args)}
+        return {'type': 'array', 'prefixItems': [kind(a, bounds) for a in args], 'minItems': len(args), 'maxItems': len(args)}
     if origin in (list, tuple):
-        return {'type': 'array', 'items': kind(args[0])}
+        return {'type': 'array', 'items': kind(args[0], bounds)}
     if isinstance(type_, type) and issubclass(type_, Component):
         return section_schema(schema_of(type_))
+    if type_ in (int, float):
+        return {'type': 'integer' if type_ is int else 'number', **limits(bounds)}
     plain_kinds: dict[Any, dict[str, Any]] = {
-        bool: {'type': 'boolean'}, int: {'type': 'integer'}, float: {'type': 'number'}, str: {'type': 'string'}, list: {'type': 'array'},
-        tuple: {'type': 'array'}, dict: {'type': 'object'}, types.NoneType: {'type': 'null'}}
+        bool: {'type': 'boolean'}, str: {'type': 'string'}, list: {'type': 'array'}, tuple: {'type': 'array'}, dict: {'type': 'object'},
+        types.NoneType: {'type': 'null'}}
     return plain_kinds.get(origin or type_, {})
+
+
+def limits(bounds: Bounds) -> dict[str, float]:
+    said = {'minimum': bounds.least, 'maximum': bounds.most, 'exclusiveMinimum': bounds.above, 'exclusiveMaximum': bounds.below}
+    return {word: bound for word, bound in said.items() if bound is not None}
 
 
 if __name__ == '__main__':

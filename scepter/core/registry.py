@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from scepter.core.config import NOWHERE, Config, ConfigError, Fault, Origin, did_you_mean, plain
-from scepter.core.schema import Component, Schema, dict_to_yaml, registries, schema_of
+from scepter.core.schema import Bounds, Component, Schema, dict_to_yaml, registries, schema_of
 
 
 class Registry:
@@ -24,10 +24,14 @@ class Registry:
 
     given: arguments of plain functions and foreign classes that the program passes, so that no config may.
     aliases: the user's words for arguments of foreign classes (LEARNING_RATE -> lr).
+    bounds: the numbers that arguments of foreign classes take, by the argument's name.
+    trial: makes the given arguments for a trial: a check then calls the function, or the foreign class, once with them, and what it
+    says against its arguments (ValueError) is a fault of the config.
     """
 
-    def __init__(self, name: str, given: tuple[str, ...] = (), aliases: dict[str, str] | None = None):
-        self.name, self.given, self.aliases = name, given, aliases or {}
+    def __init__(self, name: str, given: tuple[str, ...] = (), aliases: dict[str, str] | None = None,
+                 bounds: dict[str, Bounds] | None = None, trial: Callable[[], dict[str, Any]] | None = None):
+        self.name, self.given, self.aliases, self.bounds, self.trial = name, given, aliases or {}, bounds or {}, trial
         self._entries: dict[str, Any] = {}
         self._libraries: list[Callable[[], dict[str, Any]]] = []
         self._schemas: dict[str, Schema] = {}
@@ -102,7 +106,7 @@ class Registry:
         if isinstance(obj, type) and issubclass(obj, Component):
             return schema_of(obj)
         if name not in self._schemas:
-            self._schemas[name] = Schema.of_callable(obj, self.given, self.aliases)
+            self._schemas[name] = Schema.of_callable(obj, self.given, self.aliases, self.bounds)
         return self._schemas[name]
 
     def faults(self, cfg: Any, where: str, origin: Origin = NOWHERE, beside: Schema | None = None) -> Iterator[Fault]:
@@ -119,7 +123,20 @@ class Registry:
         except (KeyError, ImportError) as error:    # ImportError: the library that may have this name is not installed
             yield Fault(f'{where}.NAME', str(error.args[0]), Config.of(cfg).origin('NAME'))
             return
-        yield from (schema.joined(beside) if beside is not None else schema).faults(Config.of(cfg), where)
+        node = Config.of(cfg)
+        found = list((schema.joined(beside) if beside is not None else schema).faults(node, where))
+        yield from found or self._trial_faults(node, where, beside or Schema())
+
+    def _trial_faults(self, node: Config, where: str, beside: Schema) -> Iterator[Fault]:
+        """What a foreign class, or a function, says itself against its arguments."""
+        name, obj = node['NAME'], self.get(node['NAME'])
+        if self.trial is None or (isinstance(obj, type) and issubclass(obj, Component)):
+            return
+        own = Config({key: value for key, value in node.items() if key not in beside})
+        try:
+            obj(**self.schema(name).arguments(own), **self.trial())
+        except (ValueError, ArithmeticError) as error:
+            yield Fault(where, f'{name}: {error}', node.origin('NAME'))
 
     # ---------------------------------------------------------------- building
     def build(self, cfg: dict, logger: Any = None, **given: Any) -> Any:

@@ -12,11 +12,11 @@ import inspect
 import math
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from scepter.core.config import Config, ConfigError, Fault, did_you_mean, dump, plain
+from scepter.core.config import NOWHERE, Config, ConfigError, Fault, Origin, did_you_mean, dump, plain, split_path
 from scepter.core.secrets import FromEnv
 
 if TYPE_CHECKING:
@@ -25,6 +25,39 @@ if TYPE_CHECKING:
 REQUIRED: Any = type('REQUIRED', (), {'__repr__': lambda self: 'required', '__bool__': lambda self: False,
                                       '__copy__': lambda self: self, '__deepcopy__': lambda self, memo: self,
                                       '__reduce__': lambda self: 'REQUIRED'})()
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Which numbers a key takes: least and most may be reached, above and below may not; and none is infinite or nan.
+
+    In a class body `param(..., least=1)` says so, in a signature `Annotated[float, Bounds(above=0)]`. Of a list, or a map, each
+    number is meant.
+    """
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def __str__(self) -> str:
+        said = (('at least', self.least), ('above', self.above), ('at most', self.most), ('below', self.below))
+        return ', '.join(f'{words} {bound}' for words, bound in said if bound is not None)
+
+    def admits(self, number: float) -> bool:
+        return (math.isfinite(number) and (self.least is None or number >= self.least) and (self.most is None or number <= self.most)
+                and (self.above is None or number > self.above) and (self.below is None or number < self.below))
+
+    def faults(self, value: Any, path: str, origin: Any) -> Iterator[Fault]:
+        """Every number in the value that is out of these bounds."""
+        if isinstance(value, (list, tuple, dict)):
+            for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from self.faults(entry, f'{path}.{key}' if isinstance(value, dict) else f'{path}[{key}]', origin)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and not self.admits(value):
+            finite = '' if math.isfinite(value) else 'a finite number, '
+            yield Fault(path, f'expected {finite}{self}, got {value}', origin)
+
+
+NO_BOUNDS = Bounds()
 
 
 @dataclass(eq=False)
@@ -39,6 +72,7 @@ class Param:
     hint: Any = Any
     argument: str = ''                  # the argument's own name, where a signature declares
     place: Any = None                   # a Component class of further keys that a node takes in this place; such a part may be named
+    bounds: Bounds = NO_BOUNDS
 
     def __set_name__(self, owner: Any, name: str) -> None:
         if self.owner is None:
@@ -71,14 +105,18 @@ class Param:
 
     def spell(self) -> str:
         if self.registry is None:
-            return spell(self.type)
+            return spell(self.type) + (f', {self.bounds}' if self.bounds != NO_BOUNDS else '')
         kind = f'list of {self.registry.name} components' if self.many else f'{self.registry.name} component'
         return f'{kind}, or a map of named ones' if self.place is not None else kind
 
 
-def param(default: Any = REQUIRED, doc: str = '') -> Any:
-    """Declare a key with its default and one line of documentation; without a default it is required."""
-    return Param(default, doc)
+def param(default: Any = REQUIRED, doc: str = '', *, least: float | None = None, most: float | None = None,
+          above: float | None = None, below: float | None = None) -> Any:
+    """Declare a key with its default and one line of documentation; without a default it is required.
+
+    A number, and each number of a list, is then at least `least` and at most `most`, more than `above` and less than `below`.
+    """
+    return Param(default, doc, bounds=Bounds(least, most, above, below))
 
 
 def part(registry: Registry, doc: str = '', default: Any = REQUIRED, place: Any = None) -> Any:
@@ -122,6 +160,15 @@ class Component:
         self.__dict__['logger'] = logger
 
     @classmethod
+    def check(cls, cfg: Config) -> Iterator[Fault]:
+        """Rules over several keys, found before anything is built: yield Fault(key, what is wrong and what to do) for each broken one.
+
+        cfg holds this component's own keys, all of them, of the declared types and within their bounds; parts stand as written.
+        A subclass with rules of its own begins with `yield from super().check(cfg)`.
+        """
+        yield from ()
+
+    @classmethod
     def get_config_template(cls) -> str:
         """Commented YAML of this component's parameters, ready to paste."""
         return dict_to_yaml(cls.registry_name, cls.__name__, cls.para_dict, set_name=True)
@@ -134,10 +181,10 @@ class _ParaDict(dict):
         return schema_of(owner).para_dict()
 
 
-_schemas: dict[type, Schema] = {}
+_schemas: dict[type[Component], Schema] = {}
 
 
-def schema_of(owner: type) -> Schema:
+def schema_of(owner: type[Component]) -> Schema:
     """The schema of a component class; worked out once."""
     if owner not in _schemas:
         _schemas[owner] = Schema.of_component(owner)
@@ -163,10 +210,11 @@ class Schema(dict):
         self.open = open
         self.spellings = spellings or {}    # how a key may also be spelled: LEARNING_RATE -> LR
         self.any_case = any_case            # a signature declares: betas and BETAS are the same key
+        self.checks: list[Callable[[Config], Iterable[Fault]]] = []    # rules over several keys, on a filled config
 
     # ---------------------------------------------------------------- where a schema comes from
     @classmethod
-    def of_component(cls, owner: type) -> Schema:
+    def of_component(cls, owner: type[Component]) -> Schema:
         """The parameters of a class and its ancestors. Strict when it, or an ancestor other than the framework's bases, declares."""
         params: dict[str, Param] = {}
         strict = False
@@ -174,14 +222,20 @@ class Schema(dict):
             declared = {n: v for n, v in vars(base).items() if isinstance(v, Param)}
             params.update(declared)
             strict |= bool(declared) and not vars(base).get('is_framework_base', False)
-        return cls(params.values(), open=not strict and not vars(owner).get('is_framework_base', False))
+        schema = cls(params.values(), open=not strict and not vars(owner).get('is_framework_base', False))
+        schema.checks.append(owner.check)
+        return schema
 
     @classmethod
-    def of_callable(cls, fn: Callable, given: Iterable[str] = (), aliases: dict[str, str] | None = None) -> Schema:
-        """The signature of a plain function or a foreign class is its schema; what the program itself passes is left out."""
+    def of_callable(cls, fn: Callable, given: Iterable[str] = (), aliases: dict[str, str] | None = None,
+                    bounds: Mapping[str, Bounds] | None = None) -> Schema:
+        """The signature of a plain function or a foreign class is its schema; what the program itself passes is left out.
+
+        bounds: for arguments whose annotation has none.
+        """
         try:
             target: Any = fn
-            hints = get_type_hints(target.__init__ if isinstance(fn, type) else fn)
+            hints = get_type_hints(target.__init__ if isinstance(fn, type) else fn, include_extras=True)
         except (NameError, TypeError, AttributeError):    # a third party's annotations may name what is not there
             hints = {}
         schema, given = cls(any_case=True), {g.lower() for g in given}
@@ -190,7 +244,8 @@ class Schema(dict):
                 schema.open |= p.kind is p.VAR_KEYWORD
             elif name.lower() not in given:
                 default = REQUIRED if p.default is p.empty else p.default
-                schema[name.upper()] = Param(default, name=name.upper(), owner=fn, hint=hints.get(name, Any), argument=name)
+                hint, said = _without_bounds(hints.get(name, Any), (bounds or {}).get(name, NO_BOUNDS))
+                schema[name.upper()] = Param(default, name=name.upper(), owner=fn, hint=hint, argument=name, bounds=said)
         schema.spellings = {alias: name.upper() for alias, name in (aliases or {}).items() if name.upper() in schema}
         return schema
 
@@ -202,27 +257,45 @@ class Schema(dict):
 
     def joined(self, other: Schema) -> Schema:
         """Both schemas' keys as one."""
-        return Schema([*self.values(), *other.values()], self.open, self.spellings, self.any_case)
+        both = Schema([*self.values(), *other.values()], self.open, self.spellings, self.any_case)
+        both.checks = [*self.checks, *other.checks]
+        return both
 
     def faults(self, cfg: Config, where: str) -> Iterator[Fault]:
         """Every fault in cfg and in the component configs below it, each with its place."""
         have: dict[str, str] = {}
+        own: list[Fault] = []
+        below: list[Fault] = []
         for key, value in cfg.items():
             if key == 'NAME':
                 continue
             p, path, origin = self.find(key), f'{where}.{key}' if where else key, cfg.origin(key)
             if p is not None:
                 if have.setdefault(p.name, key) != key:
-                    yield Fault(path, f'says again what {have[p.name]} says', origin)
-                yield from value_faults(value, p, path, origin)
+                    own.append(Fault(path, f'says again what {have[p.name]} says', origin))
+                (own if p.registry is None else below).extend(value_faults(value, p, path, origin))
             elif self.open:
-                yield from loose_faults(value, path)
+                below.extend(loose_faults(value, path))
             else:
-                yield Fault(path, f'no such parameter{did_you_mean(key, [*self, *self.spellings])}', origin)
+                own.append(Fault(path, f'no such parameter{did_you_mean(key, [*self, *self.spellings])}', origin))
         for name, p in self.items():
             if p.default is REQUIRED and name not in have:
                 path = f'{where}.{name}' if where else name
-                yield Fault(path, f'required, but missing{f" ({p.doc})" if p.doc else ""}', cfg.origin('NAME'))
+                own.append(Fault(path, f'required, but missing{f" ({p.doc})" if p.doc else ""}', cfg.origin('NAME')))
+        yield from (*own, *below)
+        if not own:
+            yield from self._broken_rules(cfg, where, bool(below))
+
+    def _broken_rules(self, cfg: Config, where: str, is_faulty_below: bool) -> Iterator[Fault]:
+        """What the component's rules over several keys say."""
+        filled = self.fill(cfg)
+        for rule in self.checks:
+            try:
+                for path, message, origin in rule(filled):
+                    yield Fault('.'.join(filter(None, (where, path))), message, _origin_of(cfg, path) if origin == NOWHERE else origin)
+            except Exception:
+                if not is_faulty_below:    # else it has stumbled over what is reported already
+                    raise
 
     def fill(self, cfg: Config) -> Config:
         """A copy of cfg with every default in place and every value of its parameter's own type."""
@@ -249,6 +322,26 @@ class Schema(dict):
                     'type': p.spell(), 'required': p.default is REQUIRED} for n, p in self.items()}
 
 
+def _without_bounds(hint: Any, bounds: Bounds) -> tuple[Any, Bounds]:
+    """An argument's plain annotation, and the bounds that it carries (else those given)."""
+    if get_origin(hint) is not Annotated:
+        return hint, bounds
+    return get_args(hint)[0], next((extra for extra in get_args(hint)[1:] if isinstance(extra, Bounds)), bounds)
+
+
+def _origin_of(cfg: Config, path: str) -> Origin:
+    """Where the deepest key of a path that is there came from."""
+    origin, node = cfg.origin('NAME'), cfg
+    for step in split_path(path):
+        if isinstance(node, Config) and step in node:
+            origin, node = node.origin(step), node[step]
+        elif isinstance(node, list) and step.isdigit() and int(step) < len(node):
+            node = node[int(step)]
+        else:
+            break
+    return origin
+
+
 def value_faults(value: Any, p: Param, path: str, origin: Any) -> Iterator[Fault]:
     if p.registry is None:
         if p.nested is not None and isinstance(value, dict):
@@ -257,6 +350,8 @@ def value_faults(value: Any, p: Param, path: str, origin: Any) -> Iterator[Fault
             yield from loose_faults(value, path)
         elif not fits(value, p.type):
             yield Fault(path, f'expected {p.spell()}, got {_show(value)}', origin)
+        elif p.bounds != NO_BOUNDS:
+            yield from p.bounds.faults(convert(value, p), path, origin)
     elif value is None and p.default is None:
         return
     elif p.place is not None and isinstance(value, Config):

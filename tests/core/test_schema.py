@@ -1,13 +1,14 @@
 """A parameter is declared once: its key, default, type, check, documentation and suggestion come from one line."""
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 import pytest
 
-from scepter.core.config import Config, ConfigError
+from scepter.core.config import Config, ConfigError, Fault
 from scepter.core.registry import Registry
-from scepter.core.schema import Component, default, dict_to_yaml, param, part, parts
+from scepter.core.schema import Bounds, Component, default, dict_to_yaml, param, part, parts, schema_of
 
 PARTS = Registry('TEST_PARTS')
 OPTIONS = Registry('TEST_OPTIONS', given=('x',), aliases={'LEARNING_RATE': 'lr'})
@@ -221,3 +222,87 @@ def test_dict_to_yaml_takes_the_documents_own_call():
 
 def test_default_is_the_fallback_only_for_none():
     assert default(None, 3) == 3 and default(0, 3) == 0 and default('', 'x') == ''
+
+
+# ------------------------------------------------------------------------------------------------ ranges, and rules over several keys
+@PARTS.register_class()
+class Ranged(Component):
+    """Takes some numbers and not others, and has a rule over two keys."""
+    COUNT: int | None = param(None, 'How many.', least=1)
+    SHARE: float = param(0.5, 'A share.', least=0, most=1)
+    RATE: float = param(0.1, 'A rate.', above=0)
+    BETAS: list[float] = param([0.9], 'Some.', least=0, below=1)
+    SCALES: float | dict = param(1.0, 'One, or one per part.', least=0)
+    LOW: int = param(1, 'The lower end.')
+    HIGH: int = param(2, 'The upper end.')
+    BELOW: dict | None = part(PARTS, 'One below.', default=None)
+
+    @classmethod
+    def check(cls, cfg: Config) -> Iterator[Fault]:
+        yield from super().check(cfg)
+        if cfg.LOW >= cfg.HIGH:
+            yield Fault('LOW', f'is {cfg.LOW}, but HIGH is {cfg.HIGH}')
+        if cfg.BELOW is not None and cfg.BELOW.WIDTH == 13:
+            yield Fault('BELOW.WIDTH', 'brings bad luck')
+
+
+@OPTIONS.register_function()
+def bounded(x: float, power: Annotated[float, Bounds(above=0)] = 1.0) -> float:
+    return x ** power
+
+
+@pytest.mark.parametrize(('key', 'value', 'message'), [
+    ('COUNT', 0, 'expected at least 1, got 0'), ('SHARE', 1.5, 'expected at least 0, at most 1, got 1.5'), ('SHARE', -1, None),
+    ('RATE', 0, 'expected above 0, got 0.0'), ('RATE', float('inf'), 'expected a finite number, above 0, got inf'), ('RATE', 1e-9, ''),
+    ('COUNT', None, ''), ('COUNT', 1, ''), ('SHARE', 0, ''), ('SHARE', 1, ''), ('BETAS', [0, 0.999], ''), ('SCALES', {'A': 2}, ''),
+])
+def test_a_number_out_of_its_range_is_a_fault(key: str, value: object, message: str | None):
+    found = [(f.path, f.message) for f in PARTS.faults(Config({'NAME': 'Ranged', key: value}), 'AT')]
+
+    assert [path for path, _ in found] == ([] if message == '' else [f'AT.{key}'])
+    assert not message or found[0][1] == message
+
+
+def test_each_number_of_a_list_or_map_is_in_the_range():
+    cfg = Config({'NAME': 'Ranged', 'BETAS': [0.9, 1.0, -1], 'SCALES': {'A': 1, 'B': -2, 'C': float('nan')}})
+
+    assert [f.path for f in PARTS.faults(cfg, '')] == ['BETAS[1]', 'BETAS[2]', 'SCALES.B', 'SCALES.C']
+
+
+def test_a_range_holds_for_what_the_environment_says(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv('SCEPTER_COUNT', '0')
+
+    assert [f.path for f in PARTS.faults(Config.parse('{NAME: Ranged, COUNT: "${SCEPTER_COUNT}"}'), '')] == ['COUNT']
+
+
+def test_a_range_stands_in_a_signature_and_in_the_reference():
+    assert [f.path for f in OPTIONS.faults(Config({'NAME': 'bounded', 'POWER': 0}), '')] == ['POWER']
+    assert OPTIONS.schema('bounded')['POWER'].spell() == 'float, above 0'
+    assert Ranged.para_dict['SHARE']['type'] == 'float, at least 0, at most 1'
+    assert OPTIONS.function(Config({'NAME': 'bounded', 'POWER': 2}))(x=3.0) == 9.0
+
+
+def test_a_rule_over_several_keys_is_found_with_its_line_and_the_other_keys_defaults():
+    cfg = Config.parse('NAME: Ranged\nHIGH: 0\nBELOW:\n  NAME: Leaf\n  WIDTH: 13\n')
+
+    assert [(f.path, f.message, f.origin.line) for f in PARTS.faults(cfg, 'AT')] == [
+        ('AT.LOW', 'is 1, but HIGH is 0', 1), ('AT.BELOW.WIDTH', 'brings bad luck', 5)]
+    with pytest.raises(ConfigError, match='LOW: is 1, but HIGH is 0'):
+        PARTS.build(cfg)
+
+
+def test_a_rule_is_not_asked_about_keys_of_its_own_that_are_wrong_nor_fails_over_faults_below():
+    assert [f.path for f in PARTS.faults(Config({'NAME': 'Ranged', 'LOW': 'x'}), '')] == ['LOW']
+    assert [f.path for f in PARTS.faults(Config({'NAME': 'Ranged', 'HIGH': 0, 'BELOW': {'NAME': 'Leaf'}}), '')] == ['BELOW.WIDTH', 'LOW']
+    with pytest.raises(AttributeError):    # its own mistake is not hidden
+        list(PARTS.faults(Config({'NAME': 'Ranged', 'BELOW': {'NAME': 'Open'}}), ''))
+
+
+def test_a_foreign_class_says_itself_what_it_refuses():
+    import torch
+    library = Registry('TEST_TRIED', given=('params',), trial=lambda: {'params': [torch.zeros(2, 2, requires_grad=True)]})
+    library.register_class('SGD')(torch.optim.SGD)
+    node = Config.parse('NAME: SGD\nNESTEROV: true\nEVERY: 2\n')
+
+    assert [(f.path, f.origin.line) for f in library.faults(node, 'AT', beside=schema_of(Place))] == [('AT', 1)]
+    assert not list(library.faults(Config({**node, 'MOMENTUM': 0.9}), 'AT', beside=schema_of(Place)))
