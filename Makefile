@@ -1,5 +1,4 @@
-# make demo     set up, train on the digits, draw them        make demo SEED=2
-# make test     set up, run every fast test                   make test VENV=none    in the current environment
+# `make help` says what there is.
 PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 1
@@ -13,25 +12,32 @@ STAMP := $(VENV)/installed
 endif
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
 
-.PHONY: demo test test-slow test-gpu lint docs
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow test-gpu lint docs
 
-demo: $(STAMP)
+help:            ## this list
+	@echo 'make TARGET [VENV=none: the current environment] [PYTHON=python3.12: another interpreter]'
+	@sed -n 's/^\([a-z-]*\):.*## */  \1	/p' Makefile | expand -t 14
+
+install: $(STAMP)    ## set up .venv with everything that training, drawing and testing need (minutes, 6 GB)
+
+demo: $(STAMP)       ## train on scikit-learn's digits, draw them, read them; SEED=2 for another run
 	$(RUN) examples/digits/demo.py --seed $(SEED)
 
-test: $(STAMP)
+test: $(STAMP)       ## every fast test
 	$(PYTEST) -n 2
 
-test-slow: $(STAMP)
+test-slow: $(STAMP)  ## published sizes and long runs
 	$(PYTEST) -m slow
 
-test-gpu: $(STAMP)
+test-gpu: $(STAMP)   ## what needs CUDA
 	$(PYTEST) -m gpu
 
-lint: $(STAMP)
+lint: $(STAMP)       ## ruff and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-docs: $(STAMP)
+docs: $(STAMP)       ## write docs/components.md from the declarations
 	$(RUN) tools/make_docs.py
 
 # torch and torchvision in one command, or pip may choose builds that do not load together

@@ -32,7 +32,7 @@ from scepter.core.schema import Component, param, parts
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif')
 # what is opened, whatever the name says: a PostScript file called .png would start Ghostscript
 Image.init()
-FORMATS = [name for name in ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'AVIF') if name in Image.OPEN]
+FORMATS = tuple(name for name in ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'AVIF') if name in Image.OPEN)
 CAPTION_SUFFIXES = ('.txt', '.caption')
 METADATA_FILES = ('metadata.jsonl', 'metadata.csv')
 MAX_PIXELS = 89_478_485      # what Pillow warns at; a header that promises more is a bomb, or a picture to be scaled down first
