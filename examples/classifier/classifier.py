@@ -15,9 +15,9 @@ from scepter.models.base import TrainModule
 class Classifier(TrainModule):
     """A small convolutional network.    image [B, 3, H, W] in -1..1, label [B]  ->  loss; logits [classes] per sample"""
 
-    WIDTH: int = param(32, 'Channels of the first layer.')
-    NUM_CLASSES: int = param(10, 'Classes to tell apart.')
-    DROPOUT: float = param(0.2, 'Share of features dropped in training.')
+    WIDTH: int = param(32, 'Channels of the first layer.', least=1)
+    NUM_CLASSES: int = param(10, 'Classes to tell apart.', least=2)
+    DROPOUT: float = param(0.2, 'Share of features dropped in training.', least=0, below=1)
     LOSS: dict = part(LOSSES, 'Error of the logits.', default={'NAME': 'CrossEntropy'})
 
     def __init__(self, cfg: dict, logger: Any = None):

@@ -19,7 +19,7 @@ class DigitsDataset(BaseDataset):
     """Digits in 32x32 RGB.    image [3, 32, 32] in -1..1, prompt in one of several wordings, label 0..9"""
 
     SPLIT: Literal['train', 'test', 'all'] = param('train', 'train leaves out every fifth digit, test is those.')
-    IMAGE_SIZE: int = param(32, 'Side of the picture; the originals are 8x8.')
+    IMAGE_SIZE: int = param(32, 'Side of the picture; the originals are 8x8.', least=1)
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
@@ -38,7 +38,7 @@ class DigitsDataset(BaseDataset):
 class DigitPromptsDataset(BaseDataset):
     """Each digit in each wording, COPIES times, to draw.    prompt, label 0..9"""
 
-    COPIES: int = param(15, 'Pictures of each digit in each wording.')
+    COPIES: int = param(15, 'Pictures of each digit in each wording.', least=1)
 
     def __len__(self) -> int:
         return len(WORDS) * len(WORDINGS) * self.COPIES

@@ -19,11 +19,11 @@ class TinyMixer(BaseModel):
     x [B, C, H, W], t [B], cond [B, L, D]  ->  [B, C, H, W]
     """
 
-    CHANNELS: int = param(4, 'Channels of x.')
-    SIZE: int = param(8, 'Side of x.')
-    WIDTH: int = param(192, 'Channels inside.')
-    DEPTH: int = param(4, 'Blocks.')
-    CONTEXT_DIM: int = param(128, 'Width of the text context.')
+    CHANNELS: int = param(4, 'Channels of x.', least=1)
+    SIZE: int = param(8, 'Side of x.', least=1)
+    WIDTH: int = param(192, 'Channels inside.', least=1)
+    DEPTH: int = param(4, 'Blocks.', least=1)
+    CONTEXT_DIM: int = param(128, 'Width of the text context.', least=1)
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)

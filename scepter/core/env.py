@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 class Env(Component):
     """The section ENV of a config: what differs between machines."""
 
-    SEED: int = param(2023, 'Every random draw of training is a function of this seed and the number of the sample.')
+    SEED: int = param(2023, 'Every random draw of training is a function of this seed and the number of the sample.', least=0)
     DEVICE: Literal['auto', 'cuda', 'mps', 'cpu'] = param('auto', 'Where to compute; auto takes CUDA, else MPS, else the CPU.')
-    NPROC: int | None = param(None, 'Processes on this machine in spawn mode; default one per visible GPU, else one.')
+    NPROC: int | None = param(None, 'Processes on this machine in spawn mode; default one per visible GPU, else one.', least=1)
     BACKEND: Literal['nccl', 'gloo'] | None = param(None, 'How processes talk; default nccl with CUDA, else gloo.')
-    TIMEOUT: float = param(300.0, 'Seconds after which a process that does not answer is taken for lost.')
+    TIMEOUT: float = param(300.0, 'Seconds after which a process that does not answer is taken for lost.', above=0)
     DETERMINISTIC: bool = param(False, 'Only algorithms that give the same bits on each run; slower on CUDA.')
     ALLOW_TF32: bool = param(True, 'Let CUDA use TF32 for float32 matrix products and convolutions.')
-    THREADS: int | None = param(None, 'Threads for work within one operation on the CPU; default cores / processes.')
+    THREADS: int | None = param(None, 'Threads for work within one operation on the CPU; default cores / processes.', least=1)
 
 
 class WorkEnv:

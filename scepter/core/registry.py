@@ -18,6 +18,8 @@ from typing import Any
 from scepter.core.config import NOWHERE, Config, ConfigError, Fault, Origin, did_you_mean, plain
 from scepter.core.schema import Bounds, Component, Schema, dict_to_yaml, registries, schema_of
 
+LIBRARIES = ('torch', 'torchvision')    # whose classes are offered under their own names
+
 
 class Registry:
     """Names of components, and the way to build one from its config.
@@ -25,8 +27,8 @@ class Registry:
     given: arguments of plain functions and foreign classes that the program passes, so that no config may.
     aliases: the user's words for arguments of foreign classes (LEARNING_RATE -> lr).
     bounds: the numbers that arguments of foreign classes take, by the argument's name.
-    trial: makes the given arguments for a trial: a check then calls the function, or the foreign class, once with them, and what it
-    says against its arguments (ValueError) is a fault of the config.
+    trial: makes stand-ins for the given arguments: a check then calls a library's class once with them, and what its constructor
+    says against its arguments is a fault of the config.
     """
 
     def __init__(self, name: str, given: tuple[str, ...] = (), aliases: dict[str, str] | None = None,
@@ -128,14 +130,14 @@ class Registry:
         yield from found or self._trial_faults(node, where, beside or Schema())
 
     def _trial_faults(self, node: Config, where: str, beside: Schema) -> Iterator[Fault]:
-        """What a foreign class, or a function, says itself against its arguments."""
+        """What a library's class says itself against its arguments. A user's own is not built before its time."""
         name, obj = node['NAME'], self.get(node['NAME'])
-        if self.trial is None or (isinstance(obj, type) and issubclass(obj, Component)):
+        if self.trial is None or _home(obj) not in LIBRARIES:
             return
         own = Config({key: value for key, value in node.items() if key not in beside})
         try:
             obj(**self.schema(name).arguments(own), **self.trial())
-        except (ValueError, ArithmeticError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             yield Fault(where, f'{name}: {error}', node.origin('NAME'))
 
     # ---------------------------------------------------------------- building
@@ -172,7 +174,11 @@ class Registry:
 
 
 def _is_shipped(obj: Any) -> bool:
-    return obj.__module__.split('.')[0] in ('scepter', 'torch', 'torchvision') and not obj.__module__.startswith('scepter.examples.')
+    return _home(obj) in ('scepter', *LIBRARIES) and not obj.__module__.startswith('scepter.examples.')
+
+
+def _home(obj: Any) -> str:
+    return obj.__module__.split('.')[0]
 
 
 def _place(cfg: Config) -> str:
@@ -202,9 +208,11 @@ LOSSES = Registry('LOSSES')
 SOLVERS = Registry('SOLVERS')
 HOOKS = Registry('HOOKS')
 DATASETS = Registry('DATASETS')
-TRANSFORMS = Registry('TRANSFORMS')
+TRANSFORMS = Registry('TRANSFORMS', trial=dict)
 METRICS = Registry('METRICS')
-OPTIMIZERS = Registry('OPTIMIZERS', given=('params',), aliases={'LEARNING_RATE': 'lr'})
+OPTIMIZERS = Registry('OPTIMIZERS', given=('params',), aliases={'LEARNING_RATE': 'lr'}, bounds={
+    'lr': Bounds(least=0), 'eps': Bounds(least=0), 'weight_decay': Bounds(least=0), 'betas': Bounds(least=0, below=1),
+    'momentum': Bounds(least=0, below=1), 'rho': Bounds(least=0, most=1), 'lr_decay': Bounds(least=0), 'lambd': Bounds(least=0)})
 LR_SCHEDULERS = Registry('LR_SCHEDULERS', given=('step', 'max_steps'))
 FILE_SYSTEMS = Registry('FILE_SYSTEMS')
 SCHEDULES = Registry('SCHEDULES', given=('n',))

@@ -50,12 +50,12 @@ class UnreadableError(Exception):
 class BaseDataset(Component, base=True):
     """What every dataset is built on: the loader's settings, and the order of a sample's last steps."""
 
-    BATCH_SIZE: int = param(4, 'Samples of one batch, per process.')
-    NUM_WORKERS: int = param(0, 'Processes that read ahead; 0 reads in the main process. Samples are the same, to the bit.')
-    PREFETCH: int = param(2, 'Batches that each worker reads ahead.')
+    BATCH_SIZE: int = param(4, 'Samples of one batch, per process.', least=1)
+    NUM_WORKERS: int = param(0, 'Processes that read ahead; 0 reads in the main process. Samples are the same, to the bit.', least=0)
+    PREFETCH: int = param(2, 'Batches that each worker reads ahead.', least=1)
     PIN_MEMORY: bool = param(False, 'Hand batches over in page-locked memory, which a GPU copies faster.')
-    TIMEOUT: float = param(120.0, 'Seconds to wait for one batch before its worker counts as stuck and is replaced.')
-    MAX_BAD_FRACTION: float = param(0.01, 'Share of the files that may be unreadable (two always may); 0: none may.')
+    TIMEOUT: float = param(120.0, 'Seconds to wait for one batch before its worker counts as stuck and is replaced.', above=0)
+    MAX_BAD_FRACTION: float = param(0.01, 'Share of the files that may be unreadable (two always may); 0: none may.', least=0, most=1)
 
     def __len__(self) -> int:
         raise NotImplementedError(f'{type(self).__name__} has no __len__: return the number of samples of one epoch')
@@ -95,14 +95,12 @@ class ImageTextFolderDataset(BaseDataset):
 
     DATA_FOLDER: str = param(doc='Folder of the images, local or in any store.')
     PROMPT_PREFIX: str = param('', 'Put before every caption.')
-    REPEATS: int = param(1, 'How often each image is seen in one epoch.')
+    REPEATS: int = param(1, 'How often each image is seen in one epoch.', least=1)
     TRANSFORMS: list = parts(TRANSFORMS, 'What is done to a sample, in this order; the result must be of one size.')
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
         self.logger = logger or get_logger()
-        if self.REPEATS < 1:
-            raise ConfigError(f'REPEATS is {self.REPEATS}: an image is seen once per epoch or more often')
         self.transforms = [TRANSFORMS.build(t, logger=logger) for t in self.TRANSFORMS]
         with FS.get_dir_to_local_dir(self.DATA_FOLDER, wait_finish=True) as folder:
             self.folder = os.path.abspath(folder)
@@ -176,7 +174,8 @@ class PromptListDataset(BaseDataset):
     PROMPT_FILE: str | None = param(None, 'A file with a prompt per line, or .jsonl with an object per line.')
     N_PROMPT: str | None = param(None, "Negative prompt where a line gives none; null: the network's own.")
     PROMPT_PREFIX: str = param('', 'Put before every prompt.')
-    IMAGE_SIZE: int | tuple[int, int] | None = param(None, "Pixels, or [height, width], where a line gives none; null: the network's own.")
+    IMAGE_SIZE: int | tuple[int, int] | None = param(
+        None, "Pixels, or [height, width], where a line gives none; null: the network's own.", least=1)
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)

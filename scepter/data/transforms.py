@@ -26,9 +26,9 @@ class RecordedCrop(Component):
     transform, crop_top_left, the [top, left] of the cut in the scaled image, and target_size [h, w]. Needs no torchvision.
     """
 
-    SIZE: int | tuple[int, int] = param(doc='Pixels of the result: one number, or [height, width].')
+    SIZE: int | tuple[int, int] = param(doc='Pixels of the result: one number, or [height, width].', least=1)
     RANDOM: bool = param(False, 'Cut at a random place instead of the middle.')
-    FLIP: float = param(0.0, 'Probability of a mirrored image.')
+    FLIP: float = param(0.0, 'Probability of a mirrored image.', least=0, most=1)
     INTERPOLATION: Literal['bilinear', 'bicubic', 'lanczos'] = param('bicubic', 'How the image is scaled; a mask takes the nearest pixel.')
 
     def __init__(self, cfg: dict, logger: Any = None):

@@ -14,21 +14,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Annotated
 
 import numpy as np
 from torch import Tensor
 
 from scepter.core.registry import SAMPLERS
+from scepter.core.schema import Bounds
 from scepter.diffusion.process import Level
 
 Denoise = Callable[[Tensor, Level], tuple[Tensor, Tensor]]
 Fresh = Callable[[Tensor], Tensor]
 Between = Callable[[Level, Level, float], Level]
+Share = Annotated[float, Bounds(least=0)]    # how much of the noise of the full stochastic step is added
+Order = Annotated[int, Bounds(least=1, most=8)]
 
 
 # ---------------------------------------------------------------- one evaluation a step, first order
 @SAMPLERS.register_function()
-def ddim(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fresh, between: Between, eta: float = 0.0) -> Tensor:
+def ddim(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fresh, between: Between, eta: Share = 0.0) -> Tensor:
     """DDIM (arXiv:2010.02502, equation 12). eta 0 is Euler's method for every process; eta 1 is DDPM."""
     for now, then in pairwise(levels):
         x0, eps = denoise(x, now)
@@ -46,7 +50,7 @@ def euler(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fresh, bet
 
 
 @SAMPLERS.register_function()
-def euler_ancestral(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fresh, between: Between, eta: float = 1.0) -> Tensor:
+def euler_ancestral(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fresh, between: Between, eta: Share = 1.0) -> Tensor:
     """Euler's method to below the next level, and noise back up to it."""
     return ddim(denoise, x, levels, fresh=fresh, between=between, eta=eta)
 
@@ -86,7 +90,7 @@ def dpm2(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fresh, betw
 
 
 @SAMPLERS.register_function()
-def dpm2_ancestral(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fresh, between: Between, eta: float = 1.0) -> Tensor:
+def dpm2_ancestral(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fresh, between: Between, eta: Share = 1.0) -> Tensor:
     """`dpm2` to below the next level, and noise back up to it."""
     for now, then in pairwise(levels):
         x0, eps = denoise(x, now)
@@ -105,7 +109,7 @@ def dpm2_ancestral(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: F
 
 
 @SAMPLERS.register_function()
-def dpmpp_2s_ancestral(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fresh, between: Between, eta: float = 1.0) -> Tensor:
+def dpmpp_2s_ancestral(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fresh, between: Between, eta: Share = 1.0) -> Tensor:
     """DPM-Solver++(2S), the midpoint (arXiv:2211.01095, algorithm 1), to below the next level, and noise back up to it."""
     for now, then in pairwise(levels):
         x0, _ = denoise(x, now)
@@ -122,7 +126,7 @@ def dpmpp_2s_ancestral(denoise: Denoise, x: Tensor, levels: list[Level], *, fres
 
 @SAMPLERS.register_function()
 def dpmpp_sde(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fresh, between: Between,
-              eta: float = 1.0, r: float = 0.5) -> Tensor:
+              eta: Share = 1.0, r: Annotated[float, Bounds(above=0, most=1)] = 0.5) -> Tensor:
     """DPM-Solver++ for the reverse SDE, single-step of second order (arXiv:2211.01095, algorithm 1 with noise), midpoint at r.
 
     The noise of the half step and that of the whole step belong to one Brownian path, so they are correlated.
@@ -159,7 +163,7 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fresh, 
 
 
 @SAMPLERS.register_function()
-def dpmpp_2m_sde(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fresh, between: Between, eta: float = 1.0) -> Tensor:
+def dpmpp_2m_sde(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fresh, between: Between, eta: Share = 1.0) -> Tensor:
     """DPM-Solver++(2M) for the reverse SDE of strength eta, by the midpoint; eta 0 is `dpmpp_2m`."""
     before, h_before = None, math.inf
     for now, then in pairwise(levels):
@@ -174,7 +178,7 @@ def dpmpp_2m_sde(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fre
 
 
 @SAMPLERS.register_function()
-def dpmpp_3m_sde(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fresh, between: Between, eta: float = 1.0) -> Tensor:
+def dpmpp_3m_sde(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fresh, between: Between, eta: Share = 1.0) -> Tensor:
     """DPM-Solver++ for the reverse SDE of strength eta, multistep of third order: x0 is a parabola in lambda (Crowson 2023)."""
     past: list[tuple[Tensor, float]] = []    # (x0, lambda) of the levels before, the latest first
     for now, then in pairwise(levels):
@@ -201,7 +205,7 @@ def dpmpp_3m_sde(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fre
 
 
 @SAMPLERS.register_function()
-def unipc(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fresh, between: Between, order: int = 2) -> Tensor:
+def unipc(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fresh, between: Between, order: Order = 2) -> Tensor:
     """UniPC, a predictor of `order` and a corrector one higher that needs no evaluation of its own (arXiv:2302.04867, B2(h)).
 
     The corrector goes back over the step just made, now that x0 at its end is known.
@@ -232,7 +236,7 @@ def unipc(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fresh, bet
 
 
 @SAMPLERS.register_function()
-def lms(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fresh, between: Between, order: int = 4) -> Tensor:
+def lms(denoise: Denoise, x: Tensor, levels: list[Level], *, fresh: Fresh, between: Between, order: Order = 4) -> Tensor:
     """Linear multistep (Adams and Bashforth) in sigma/alpha: the integral of the polynomial through the last `order` slopes."""
     past: list[tuple[Tensor, float]] = []    # (eps, sigma/alpha), the latest first
     for now, then in pairwise(levels):

@@ -7,67 +7,71 @@ sees the state.
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from scepter.core.registry import SCHEDULES
+from scepter.core.schema import Bounds
 
 Schedule = tuple[Tensor, Tensor]
+Beta = Annotated[float, Bounds(above=0, below=1)]    # the share of the signal's variance that one step replaces by noise
+Positive = Annotated[float, Bounds(above=0)]
 
 
 @SCHEDULES.register_function()
-def linear(n: int, *, beta_min: float = 1e-4, beta_max: float = 0.02) -> Schedule:
+def linear(n: int, *, beta_min: Beta = 1e-4, beta_max: Beta = 0.02) -> Schedule:
     """beta rises linearly (DDPM, arXiv:2006.11239)."""
     return from_betas(_line(beta_min, beta_max, n))
 
 
 @SCHEDULES.register_function()
-def scaled_linear(n: int, *, beta_min: float = 0.00085, beta_max: float = 0.012) -> Schedule:
+def scaled_linear(n: int, *, beta_min: Beta = 0.00085, beta_max: Beta = 0.012) -> Schedule:
     """The root of beta rises linearly (latent diffusion, arXiv:2112.10752); the defaults are Stable Diffusion's."""
     return from_betas(_line(math.sqrt(beta_min), math.sqrt(beta_max), n) ** 2)
 
 
 @SCHEDULES.register_function()
-def quadratic(n: int, *, init_beta: float = 0.00085, last_beta: float = 0.012) -> Schedule:
+def quadratic(n: int, *, init_beta: Beta = 0.00085, last_beta: Beta = 0.012) -> Schedule:
     """`scaled_linear` under its older name and arguments."""
     return scaled_linear(n, beta_min=init_beta, beta_max=last_beta)
 
 
 @SCHEDULES.register_function()
-def cosine(n: int, *, cosine_s: float = 0.008, beta_max: float = 0.999) -> Schedule:
+def cosine(n: int, *, cosine_s: Annotated[float, Bounds(least=0)] = 0.008, beta_max: Beta = 0.999) -> Schedule:
     """alpha^2 falls like a squared cosine (arXiv:2102.09672, equation 17), each beta at most beta_max."""
     alpha_bar = torch.cos((_line(0, 1, n + 1) + cosine_s) / (1 + cosine_s) * math.pi / 2) ** 2
     return from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=beta_max))
 
 
 @SCHEDULES.register_function()
-def sigmoid(n: int, *, beta_min: float = 1e-4, beta_max: float = 0.02) -> Schedule:
+def sigmoid(n: int, *, beta_min: Beta = 1e-4, beta_max: Beta = 0.02) -> Schedule:
     """beta rises like a sigmoid over -6 .. 6 (GeoDiff, arXiv:2203.02923)."""
     return from_betas(torch.sigmoid(_line(-6, 6, n)) * (beta_max - beta_min) + beta_min)
 
 
 @SCHEDULES.register_function()
-def karras(n: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Schedule:
+def karras(n: int, *, sigma_min: Positive = 0.002, sigma_max: Positive = 80.0, rho: Positive = 7.0) -> Schedule:
     """sigma/alpha is a line in its rho-th root (EDM, arXiv:2206.00364, equation 5), scaled to preserve variance."""
     return from_noise_ratios(_line(sigma_min ** (1 / rho), sigma_max ** (1 / rho), n) ** rho)
 
 
 @SCHEDULES.register_function()
-def exponential(n: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Schedule:
+def exponential(n: int, *, sigma_min: Positive = 0.002, sigma_max: Positive = 80.0) -> Schedule:
     """log(sigma/alpha) is a line, scaled to preserve variance."""
     return polyexponential(n, sigma_min=sigma_min, sigma_max=sigma_max)
 
 
 @SCHEDULES.register_function()
-def polyexponential(n: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 1.0) -> Schedule:
+def polyexponential(n: int, *, sigma_min: Positive = 0.002, sigma_max: Positive = 80.0, rho: Positive = 1.0) -> Schedule:
     """log(sigma/alpha) goes like a power rho of time; rho 1 is `exponential`."""
     ramp = _line(0, 1, n) ** rho
     return from_noise_ratios(torch.exp(ramp * math.log(sigma_max / sigma_min) + math.log(sigma_min)))
 
 
 @SCHEDULES.register_function()
-def vp(n: int, *, beta_d: float = 19.9, beta_min: float = 0.1, eps_s: float = 1e-3) -> Schedule:
+def vp(n: int, *, beta_d: Positive = 19.9, beta_min: Annotated[float, Bounds(least=0)] = 0.1, eps_s: Positive = 1e-3) -> Schedule:
     """The continuous variance-preserving process (arXiv:2011.13456) from time eps_s to 1."""
     t = _line(eps_s, 1, n)
     return from_noise_ratios(torch.sqrt(torch.expm1(beta_d * t ** 2 / 2 + beta_min * t)))
@@ -80,21 +84,21 @@ def logsnr_cosine(n: int, *, logsnr_min: float = -15.0, logsnr_max: float = 15.0
 
 
 @SCHEDULES.register_function()
-def logsnr_cosine_shifted(n: int, *, logsnr_min: float = -15.0, logsnr_max: float = 15.0, scale: float = 2.0) -> Schedule:
+def logsnr_cosine_shifted(n: int, *, logsnr_min: float = -15.0, logsnr_max: float = 15.0, scale: Positive = 2.0) -> Schedule:
     """`logsnr_cosine` with `scale` times the noise, for larger pictures (simple diffusion, arXiv:2301.11093, section 3.1)."""
     return from_log_snr(_cosine_log_snr(n, logsnr_min, logsnr_max) - 2 * math.log(scale))
 
 
 @SCHEDULES.register_function()
 def logsnr_cosine_interp(n: int, *, logsnr_min: float = -15.0, logsnr_max: float = 15.0,
-                         scale_min: float = 2.0, scale_max: float = 4.0) -> Schedule:
+                         scale_min: Positive = 2.0, scale_max: Positive = 4.0) -> Schedule:
     """`logsnr_cosine` shifted by scale_min where it is clean, going over to scale_max where it is noise (arXiv:2301.11093)."""
     shift = _line(2 * math.log(scale_min), 2 * math.log(scale_max), n)
     return from_log_snr(_cosine_log_snr(n, logsnr_min, logsnr_max) - shift)
 
 
 @SCHEDULES.register_function()
-def shifted(n: int, *, shift: float = 3.0) -> Schedule:
+def shifted(n: int, *, shift: Positive = 3.0) -> Schedule:
     """Rectified flow, sigma = s*t / (1 + (s-1)*t) and alpha = 1 - sigma, t = 1/n .. 1 (SD3, arXiv:2403.03206, equation 23).
 
     shift 1 is plain flow matching. Networks are usually told 1000*sigma: Diffusion(..., times=1000 * sigmas).

@@ -14,7 +14,7 @@ from scepter.hooks.base import Hook
 class CheckpointHook(Hook):
     """Asks for a checkpoint every INTERVAL steps, at the end, and when a figure of the evaluation is the best so far."""
 
-    INTERVAL: int = param(1000, 'Steps between checkpoints; 0 for none but the last.')
+    INTERVAL: int = param(1000, 'Steps between checkpoints; 0 for none but the last.', least=0)
     SAVE_LAST: bool = param(True, 'Save when the run is done.')
     SAVE_BEST_BY: str | None = param(None, "Keep the checkpoint with the best of this figure: '+accuracy' the highest, '-loss' the lowest.")
 

@@ -23,9 +23,9 @@ class ModelEmaHook(Hook):
 
     group = 'ema'     # ema.safetensors, under the network's own names
 
-    BETA: float = param(0.9999, 'How much of the average stays at each step.')
+    BETA: float = param(0.9999, 'How much of the average stays at each step.', least=0, below=1)
     WARMUP: bool = param(True, 'Let the average follow quickly at first.')
-    EVERY: int = param(1, 'Average once in so many steps; BETA is per averaging.')
+    EVERY: int = param(1, 'Average once in so many steps; BETA is per averaging.', least=1)
     DEVICE: Literal['model', 'cpu'] = param('model', 'Where the average is kept; cpu saves memory of the GPU.')
 
     def before_solve(self, solver: Any) -> None:

@@ -24,7 +24,7 @@ def figures(outputs: dict[str, Any], prefix: str = 'train') -> dict[str, float]:
 class LogHook(Hook):
     """A progress bar, a line every LOG_INTERVAL steps with the mean since the last one, and WORK_DIR/log.jsonl, on the main process."""
 
-    LOG_INTERVAL: int = param(10, 'Steps between lines.')
+    LOG_INTERVAL: int = param(10, 'Steps between lines.', least=1)
     PROGRESS: bool = param(True, 'Show a progress bar where the terminal can.')
     SHOW_GPU_MEM: bool = param(False, 'Add the peak of the GPU memory.')
 
@@ -77,7 +77,7 @@ class TensorboardLogHook(Hook):
     """Scalars for TensorBoard, in WORK_DIR/tensorboard."""
 
     LOG_DIR: str | None = param(None, 'Folder; default WORK_DIR/tensorboard.')
-    LOG_INTERVAL: int = param(10, 'Steps between points.')
+    LOG_INTERVAL: int = param(10, 'Steps between points.', least=1)
 
     def before_all_iter(self, solver: Any) -> None:
         if we.is_main:

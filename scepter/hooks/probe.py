@@ -25,10 +25,10 @@ class ProbeDataHook(Hook):
     results of the evaluation, in WORK_DIR/eval_images/step-<step>/.
     """
 
-    INTERVAL: int = param(1000, 'Steps between probes.')
+    INTERVAL: int = param(1000, 'Steps between probes.', least=1)
     PROMPTS: list[str] = param([], 'Prompts to draw.')
     SEED: int = param(2023, 'Seed of the drawn pictures, the same at each probe.')
-    COLUMNS: int = param(8, 'Pictures in a row.')
+    COLUMNS: int = param(8, 'Pictures in a row.', least=1)
 
     def after_iter(self, solver: Any) -> None:
         if solver.mode == 'train' and solver.step % self.INTERVAL == 0:

@@ -13,8 +13,8 @@ from scepter.hooks.base import Hook
 class ProfileHook(Hook):
     """Records a few steps with torch.profiler: WORK_DIR/profile/trace.json (for chrome://tracing or Perfetto) and a table in the log."""
 
-    START: int = param(10, 'Step at which to begin; the ones before it warm up.')
-    STEPS: int = param(3, 'Steps to record.')
+    START: int = param(10, 'Step at which to begin; the ones before it warm up.', least=0)
+    STEPS: int = param(3, 'Steps to record.', least=1)
 
     def before_iter(self, solver: Any) -> None:
         if we.is_main and solver.mode == 'train' and solver.step == self.START:

@@ -30,16 +30,19 @@ class AutoencoderKL(TrainModule):
 
     ENCODER: dict = part(BACKBONES, 'The network from image to moments.')
     DECODER: dict = part(BACKBONES, 'The network from latent to image.')
-    EMBED_DIM: int = param(4, 'Channels of the latent.')
+    EMBED_DIM: int = param(4, 'Channels of the latent.', least=1)
     USE_CONV: bool = param(True, 'A 1x1 convolution between each network and the latent (Stable Diffusion); false: none.')
     REC_LOSS: dict = part(LOSSES, 'Error of the reconstruction.', default={'NAME': 'ReconstructLoss', 'LOSS_TYPE': 'l1'})
-    KL_WEIGHT: float = param(1e-6, 'Weight of the KL divergence to the standard normal, a mean over latent values as that is over pixels.')
+    KL_WEIGHT: float = param(
+        1e-6, 'Weight of the KL divergence to the standard normal, a mean over latent values as that is over pixels.', least=0)
     DISCRIMINATOR: dict | None = part(BACKBONES, 'A network that tells images from reconstructions, trained by an optimizer of its own '
                                                  'that owns discriminator.* and follows disc_loss.', default=None)
-    DISC_WEIGHT: float = param(0.5, "Weight of the discriminator's verdict, relative to the reconstruction's pull on the last layer.")
-    DISC_START: int = param(0, 'Training batches that pass before the discriminator learns and is heard.')
-    BATCH_SIZE: int | None = param(16, 'Images that are encoded or decoded at once where no gradient is needed; null: all.')
-    TILE_SIZE: int | None = param(None, 'Larger images are encoded and decoded in overlapping tiles of so many pixels; null: never.')
+    DISC_WEIGHT: float = param(
+        0.5, "Weight of the discriminator's verdict, relative to the reconstruction's pull on the last layer.", least=0)
+    DISC_START: int = param(0, 'Training batches that pass before the discriminator learns and is heard.', least=0)
+    BATCH_SIZE: int | None = param(16, 'Images that are encoded or decoded at once where no gradient is needed; null: all.', least=1)
+    TILE_SIZE: int | None = param(
+        None, 'Larger images are encoded and decoded in overlapping tiles of so many pixels; null: never.', least=1)
     PRETRAINED_MODEL: str | None = param(None, 'Weights to start from.')
     IGNORE_KEYS: list[str] = param([], 'Names or globs of weights that may be missing, left over or of another shape.')
 
@@ -197,16 +200,17 @@ class DiagonalGaussian:
 class Encoder(BaseModel):
     """Image to the moments of its latent.    [B, IN_CHANNELS, H, W]  ->  [B, 2 * Z_CHANNELS, h, w]"""
 
-    CH: int = param(128, 'Channels of the first level; a multiple of 32.')
-    CH_MULT: list[int] = param([1, 2, 4, 4], 'Channels of each level, in multiples of CH; each level but the last halves the size.')
-    NUM_RES_BLOCKS: int = param(2, 'Residual blocks per level.')
-    ATTN_RESOLUTIONS: list[int] = param([], 'Downsampling factors (1, 2, 4, ...) whose levels have attention.')
-    IN_CHANNELS: int = param(3, 'Channels of the image.')
-    Z_CHANNELS: int = param(4, 'Channels of the latent.')
+    CH: int = param(128, 'Channels of the first level; a multiple of 32.', least=1)
+    CH_MULT: list[int] = param(
+        [1, 2, 4, 4], 'Channels of each level, in multiples of CH; each level but the last halves the size.', least=1)
+    NUM_RES_BLOCKS: int = param(2, 'Residual blocks per level.', least=1)
+    ATTN_RESOLUTIONS: list[int] = param([], 'Downsampling factors (1, 2, 4, ...) whose levels have attention.', least=1)
+    IN_CHANNELS: int = param(3, 'Channels of the image.', least=1)
+    Z_CHANNELS: int = param(4, 'Channels of the latent.', least=1)
     DOUBLE_Z: bool = param(True, 'Give means and log-variances; false: one value per latent.')
-    DROPOUT: float = param(0.0, 'Share of activations dropped before the second convolution of residual blocks.')
+    DROPOUT: float = param(0.0, 'Share of activations dropped before the second convolution of residual blocks.', least=0, below=1)
     RESAMP_WITH_CONV: bool = param(True, 'Halve the size by convolutions; false: by means.')
-    CHECKPOINTING: int = param(0, 'From 3 on, residual blocks are recomputed in the backward pass, to save memory.')
+    CHECKPOINTING: int = param(0, 'From 3 on, residual blocks are recomputed in the backward pass, to save memory.', least=0)
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
@@ -236,15 +240,15 @@ class Encoder(BaseModel):
 class Decoder(BaseModel):
     """Latent to image.    [B, Z_CHANNELS, h, w]  ->  [B, OUT_CH, H, W]"""
 
-    CH: int = param(128, 'Channels of the last level; a multiple of 32.')
-    CH_MULT: list[int] = param([1, 2, 4, 4], 'Channels of each level, as in the encoder, so the decoder begins with the last.')
-    NUM_RES_BLOCKS: int = param(2, 'Residual blocks per level of the encoder; here there is one more.')
-    ATTN_RESOLUTIONS: list[int] = param([], 'Downsampling factors (1, 2, 4, ...) whose levels have attention.')
-    OUT_CH: int = param(3, 'Channels of the image.')
-    Z_CHANNELS: int = param(4, 'Channels of the latent.')
-    DROPOUT: float = param(0.0, 'Share of activations dropped before the second convolution of residual blocks.')
+    CH: int = param(128, 'Channels of the last level; a multiple of 32.', least=1)
+    CH_MULT: list[int] = param([1, 2, 4, 4], 'Channels of each level, as in the encoder, so the decoder begins with the last.', least=1)
+    NUM_RES_BLOCKS: int = param(2, 'Residual blocks per level of the encoder; here there is one more.', least=1)
+    ATTN_RESOLUTIONS: list[int] = param([], 'Downsampling factors (1, 2, 4, ...) whose levels have attention.', least=1)
+    OUT_CH: int = param(3, 'Channels of the image.', least=1)
+    Z_CHANNELS: int = param(4, 'Channels of the latent.', least=1)
+    DROPOUT: float = param(0.0, 'Share of activations dropped before the second convolution of residual blocks.', least=0, below=1)
     RESAMP_WITH_CONV: bool = param(True, 'Convolve after each enlargement.')
-    CHECKPOINTING: int = param(0, 'From 3 on, residual blocks are recomputed in the backward pass, to save memory.')
+    CHECKPOINTING: int = param(0, 'From 3 on, residual blocks are recomputed in the backward pass, to save memory.', least=0)
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
@@ -274,9 +278,9 @@ class Decoder(BaseModel):
 class PatchDiscriminator(BaseModel):
     """Whether each patch is of a real image: positive yes, negative no (Isola et al. 2017, arXiv 1611.07004).    -> [B, 1, h, w]"""
 
-    IN_CHANNELS: int = param(3, 'Channels of the image.')
-    CH: int = param(64, 'Channels of the first layer, doubled by each up to 8 times; a multiple of 32.')
-    NUM_LAYERS: int = param(3, 'Layers that halve the size; 3 judge patches of 70x70.')
+    IN_CHANNELS: int = param(3, 'Channels of the image.', least=1)
+    CH: int = param(64, 'Channels of the first layer, doubled by each up to 8 times; a multiple of 32.', least=1)
+    NUM_LAYERS: int = param(3, 'Layers that halve the size; 3 judge patches of 70x70.', least=1)
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)

@@ -1,7 +1,7 @@
 """Errors of single values, for networks to weigh and average."""
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ class ReconstructLoss(Component, nn.Module):
 
     LOSS_TYPE: Literal['l1', 'l2', 'huber'] = param(
         'l2', 'l1 = |e|; l2 = e^2; huber = e^2 / 2 up to HUBER_DELTA and HUBER_DELTA * (|e| - HUBER_DELTA / 2) beyond.')
-    HUBER_DELTA: float = param(1.0, 'The error at which huber turns from a square into a line.')
+    HUBER_DELTA: float = param(1.0, 'The error at which huber turns from a square into a line.', above=0)
 
     def forward(self, out: Tensor, target: Tensor) -> Tensor:
         if self.LOSS_TYPE == 'l1':
@@ -30,12 +30,7 @@ class ReconstructLoss(Component, nn.Module):
 class CrossEntropy(Component, nn.Module):
     """Surprise at the right class, in nats.    logits [B, C], labels [B] int64  ->  [B]"""
 
-    LABEL_SMOOTHING: float = param(0.0, 'Share of the target spread evenly over all classes.')
-
-    def __init__(self, cfg: dict, logger: Any = None):
-        super().__init__(cfg, logger=logger)
-        if not 0 <= self.LABEL_SMOOTHING < 1:
-            raise ValueError(f'LABEL_SMOOTHING is {self.LABEL_SMOOTHING}: a share from 0 up to, but not including, 1')
+    LABEL_SMOOTHING: float = param(0.0, 'Share of the target spread evenly over all classes.', least=0, below=1)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, reduction='none', label_smoothing=self.LABEL_SMOOTHING)

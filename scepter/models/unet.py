@@ -27,28 +27,31 @@ from scepter.models.layers import GroupNorm32, SiLU, attention, timestep_embeddi
 class DiffusionUNet(BaseModel):
     """What a noisy latent, its time and a condition say about the clean one.    x [B, C, H, W], t [B]  ->  [B, OUT_CHANNELS, H, W]"""
 
-    IN_CHANNELS: int = param(doc='Channels of x; with a `concat` condition, those of both together.')
-    OUT_CHANNELS: int = param(doc='Channels of the prediction.')
-    MODEL_CHANNELS: int = param(doc='Channels of the first level; a multiple of 32.')
-    NUM_RES_BLOCKS: int | list[int] = param(doc='Residual blocks per level on the way down; one more on the way up.')
-    ATTENTION_RESOLUTIONS: list[int] = param(doc='Downsampling factors (1, 2, 4, ...) whose levels have transformers.')
-    CONTEXT_DIM: int | None = param(doc='Width of the text context; null for a network without cross attention.')
-    CHANNEL_MULT: list[int] = param([1, 2, 4, 4], 'Channels of each level, in multiples of MODEL_CHANNELS.')
-    NUM_HEADS: int | None = param(None, 'Attention heads of every transformer; give this or NUM_HEADS_CHANNELS.')
-    NUM_HEADS_CHANNELS: int | None = param(None, 'Channels of an attention head.')
-    TRANSFORMER_DEPTH: int | list[int] = param(1, 'Transformer blocks after each residual block; one number, or one per level.')
-    TRANSFORMER_DEPTH_MIDDLE: int | None = param(None, 'Transformer blocks in the middle; null means as in the last level.')
+    IN_CHANNELS: int = param(doc='Channels of x; with a `concat` condition, those of both together.', least=1)
+    OUT_CHANNELS: int = param(doc='Channels of the prediction.', least=1)
+    MODEL_CHANNELS: int = param(doc='Channels of the first level; a multiple of 32.', least=1)
+    NUM_RES_BLOCKS: int | list[int] = param(doc='Residual blocks per level on the way down; one more on the way up.', least=1)
+    ATTENTION_RESOLUTIONS: list[int] = param(doc='Downsampling factors (1, 2, 4, ...) whose levels have transformers.', least=1)
+    CONTEXT_DIM: int | None = param(doc='Width of the text context; null for a network without cross attention.', least=1)
+    CHANNEL_MULT: list[int] = param([1, 2, 4, 4], 'Channels of each level, in multiples of MODEL_CHANNELS.', least=1)
+    NUM_HEADS: int | None = param(None, 'Attention heads of every transformer; give this or NUM_HEADS_CHANNELS.', least=1)
+    NUM_HEADS_CHANNELS: int | None = param(None, 'Channels of an attention head.', least=1)
+    TRANSFORMER_DEPTH: int | list[int] = param(1, 'Transformer blocks after each residual block; one number, or one per level.', least=0)
+    TRANSFORMER_DEPTH_MIDDLE: int | None = param(None, 'Transformer blocks in the middle; null means as in the last level.', least=0)
     USE_LINEAR_IN_TRANSFORMER: bool = param(False, 'Enter and leave transformers by linear layers (SD2, SDXL), not 1x1 convolutions (SD1).')
     DISABLE_SELF_ATTENTIONS: list[bool] | None = param(None, 'One per level: whether its first attention reads the context too.')
     DISABLE_MIDDLE_SELF_ATTN: bool = param(False, 'The same for the middle.')
     NUM_CLASSES: int | Literal['continuous', 'sequential'] | None = param(
-        None, 'What y is: null, none; the number of classes, [B]; continuous, [B, 1]; sequential, vectors [B, ADM_IN_CHANNELS] (SDXL).')
-    ADM_IN_CHANNELS: int | None = param(None, 'Width of y where NUM_CLASSES is sequential.')
-    DROPOUT: float = param(0.0, 'Share of activations dropped before the second convolution of residual blocks and in transformers.')
+        None, 'What y is: null, none; the number of classes, [B]; continuous, [B, 1]; sequential, vectors [B, ADM_IN_CHANNELS] (SDXL).',
+        least=1)
+    ADM_IN_CHANNELS: int | None = param(None, 'Width of y where NUM_CLASSES is sequential.', least=1)
+    DROPOUT: float = param(
+        0.0, 'Share of activations dropped before the second convolution of residual blocks and in transformers.', least=0, below=1)
     CONV_RESAMPLE: bool = param(True, 'Change the size by convolutions; false: by mean and nearest neighbour alone.')
     USE_SCALE_SHIFT_NORM: bool = param(False, 'Let the time scale and shift the second norm of residual blocks, instead of being added.')
     RESBLOCK_UPDOWN: bool = param(False, 'Change the size inside residual blocks.')
-    CHECKPOINTING: int = param(0, 'Recompute in the backward pass, to save memory: 0 nothing, 1 transformer blocks, 2 residual blocks too.')
+    CHECKPOINTING: int = param(
+        0, 'Recompute in the backward pass, to save memory: 0 nothing, 1 transformer blocks, 2 residual blocks too.', least=0)
     PRETRAINED_MODEL: str | None = param(None, 'Weights to start from.')
     IGNORE_KEYS: list[str] = param([], 'Names or globs of weights that may be missing, left over or of another shape.')
 

@@ -41,14 +41,14 @@ class BaseSolver(Component, base=True):
     EVAL_DATA: dict | None = part(DATASETS, 'What to evaluate on during training.', default=None)
     TEST_DATA: dict | None = part(DATASETS, 'What to draw or predict after training, or alone.', default=None)
 
-    MAX_STEPS: int | None = param(None, 'Steps of the optimizer in all.')
-    MAX_EPOCHS: float | None = param(None, 'A second way to say MAX_STEPS: how often each sample is seen.')
-    ACCU_STEP: int = param(1, 'Batches of each process that make one step of the optimizer.')
-    GLOBAL_BATCH_SIZE: int | None = param(None, 'Samples of one step over all processes; wins over BATCH_SIZE and ACCU_STEP.')
+    MAX_STEPS: int | None = param(None, 'Steps of the optimizer in all.', least=1)
+    MAX_EPOCHS: float | None = param(None, 'A second way to say MAX_STEPS: how often each sample is seen.', above=0)
+    ACCU_STEP: int = param(1, 'Batches of each process that make one step of the optimizer.', least=1)
+    GLOBAL_BATCH_SIZE: int | None = param(None, 'Samples of one step over all processes; wins over BATCH_SIZE and ACCU_STEP.', least=1)
     OPTIMIZER: dict | None = part(OPTIMIZERS, 'One optimizer, or a map of named ones.', default=None, place=OptimizerPlace)
     LR_SCHEDULER: dict | None = part(LR_SCHEDULERS, 'How the rate changes over the run; default constant.', default=None)
-    WARMUP_STEPS: int = param(0, 'Steps over which the rate rises from nothing.')
-    GRADIENT_CLIP: float | None = param(None, 'Largest global norm of the gradient.')
+    WARMUP_STEPS: int = param(0, 'Steps over which the rate rises from nothing.', least=0)
+    GRADIENT_CLIP: float | None = param(None, 'Largest global norm of the gradient.', above=0)
 
     DTYPE: Literal['float32', 'bfloat16', 'float16', 'auto'] = param(
         'float32', 'Type of the arithmetic (autocast); auto: bfloat16 where the processor computes in it.')
@@ -56,14 +56,14 @@ class BaseSolver(Component, base=True):
     CHANNELS_LAST: bool = param(False, 'Lay images out with channels last, which convolutions like.')
     COMPILE: bool = param(False, 'Compile the network with torch.compile.')
 
-    EVAL_INTERVAL: int = param(0, 'Steps between evaluations; 0 for none.')
+    EVAL_INTERVAL: int = param(0, 'Steps between evaluations; 0 for none.', least=0)
     EVAL_LOSS: bool = param(True, 'In an evaluation, also compute the loss, at fixed levels and noise.')
     METRICS: list = parts(METRICS, 'What an evaluation measures.')
     TRAIN_HOOKS: list = parts(HOOKS, 'Side concerns of training.')
     EVAL_HOOKS: list = parts(HOOKS, 'Side concerns of evaluation.')
     TEST_HOOKS: list = parts(HOOKS, 'Side concerns of testing.')
     RESUME_FROM: str | None = param(None, 'Absent: a fresh run. auto: the newest checkpoint, else fresh. latest: the newest. A path: that.')
-    KEEP_CHECKPOINTS: int | None = param(None, 'How many of the newest checkpoints to keep; default all.')
+    KEEP_CHECKPOINTS: int | None = param(None, 'How many of the newest checkpoints to keep; default all.', least=1)
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger or get_logger())

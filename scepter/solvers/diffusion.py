@@ -12,13 +12,14 @@ class SampleArgs(Component):
     """How to draw; what is not given stays as the network's forward_test has it."""
 
     SAMPLER: str | None = param(None, 'Name of the sampler, e.g. ddim, euler, heun, dpmpp_2m, dpmpp_2m_karras.')
-    SAMPLE_STEPS: int | None = param(None, 'Steps of the sampler.')
+    SAMPLE_STEPS: int | None = param(None, 'Steps of the sampler.', least=1)
     SEED: int | None = param(None, 'Picture i is keyed by (SEED, i); below 0 for another one each time.')
-    GUIDE_SCALE: float | list[float] | dict | None = param(None, 'Strength of classifier-free guidance; 1 for none.')
-    GUIDE_RESCALE: float | None = param(None, 'Share by which guided outputs get back the contrast of unguided ones (2305.08891).')
+    GUIDE_SCALE: float | list[float] | dict[str, float] | None = param(None, 'Strength of classifier-free guidance; 1 for none.', least=0)
+    GUIDE_RESCALE: float | None = param(
+        None, 'Share by which guided outputs get back the contrast of unguided ones (2305.08891).', least=0, most=1)
     DISCRETIZATION: Literal['trailing', 'leading', 'linspace', 'karras'] | None = param(None, 'How the steps are spread over the levels.')
-    IMAGE_SIZE: int | list[int] | None = param(None, 'Pixels, or [height, width].')
-    DENOISING_STRENGTH: float | None = param(None, 'How much of a given image is made anew, 0..1.')
+    IMAGE_SIZE: int | tuple[int, int] | None = param(None, 'Pixels, or [height, width].', least=1)
+    DENOISING_STRENGTH: float | None = param(None, 'How much of a given image is made anew, 0..1.', least=0, most=1)
     RUN_TRAIN_N: bool | None = param(None, "Draw once more with the network's TRAIN_N_PROMPT as the negative prompt.")
     SAMPLER_ARGS: dict | None = param(None, "The sampler's own options, e.g. {eta: 1.0}, and clamp, percentile, t_max, ...")
 

@@ -29,7 +29,7 @@ class Metric(Component, base=True):
 class AccuracyMetric(Metric):
     """Share of samples whose label is among the k likeliest.    results: logits [classes]; batch: label [B]"""
 
-    TOPK: list[int] = param([1], 'One figure for each k: accuracy for 1, accuracy_top5 for 5.')
+    TOPK: list[int] = param([1], 'One figure for each k: accuracy for 1, accuracy_top5 for 5.', least=1)
 
     def reset(self) -> None:
         self.hits, self.count = dict.fromkeys(self.TOPK, 0), 0

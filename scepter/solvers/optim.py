@@ -5,23 +5,25 @@ import fnmatch
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from scepter.core.config import Config, ConfigError
 from scepter.core.registry import LR_SCHEDULERS, OPTIMIZERS
-from scepter.core.schema import Component, param, split_node
+from scepter.core.schema import Bounds, Component, param, split_node
 
 for _name, _value in vars(torch.optim).items():
     if isinstance(_value, type) and issubclass(_value, torch.optim.Optimizer) and _value is not torch.optim.Optimizer:
         OPTIMIZERS.register_class(_name)(_value)
+OPTIMIZERS.trial = lambda: {'params': [nn.Parameter(torch.zeros(2, 2))]}
 
 
 # ------------------------------------------------------------------------------------------------ learning rates
 # factor(step, max_steps, ...) -> what the optimizer's rate is multiplied by at this step (counted from 0). Without state, so a changed
 # MAX_STEPS or a resume can never disagree with it.
+Factor = Annotated[float, Bounds(least=0)]
 
 @LR_SCHEDULERS.register_function()
 def Constant(step: int, max_steps: int) -> float:
@@ -30,31 +32,31 @@ def Constant(step: int, max_steps: int) -> float:
 
 
 @LR_SCHEDULERS.register_function()
-def Linear(step: int, max_steps: int, final: float = 0.0) -> float:
+def Linear(step: int, max_steps: int, final: Factor = 0.0) -> float:
     """From 1 straight to `final` at the last step."""
     return 1.0 + (final - 1.0) * _progress(step, max_steps)
 
 
 @LR_SCHEDULERS.register_function()
-def Cosine(step: int, max_steps: int, final: float = 0.0) -> float:
+def Cosine(step: int, max_steps: int, final: Factor = 0.0) -> float:
     """From 1 along half a cosine to `final` at the last step (Loshchilov & Hutter 2016, without restarts)."""
     return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * _progress(step, max_steps)))
 
 
 @LR_SCHEDULERS.register_function()
-def Polynomial(step: int, max_steps: int, power: float = 2.0, final: float = 0.0) -> float:
+def Polynomial(step: int, max_steps: int, power: Annotated[float, Bounds(above=0)] = 2.0, final: Factor = 0.0) -> float:
     """From 1 along (1 - progress) ** power to `final`."""
     return final + (1.0 - final) * (1.0 - _progress(step, max_steps)) ** power
 
 
 @LR_SCHEDULERS.register_function()
-def Step(step: int, max_steps: int, milestones: list[int], gamma: float = 0.1) -> float:
+def Step(step: int, max_steps: int, milestones: Annotated[list[int], Bounds(least=1)], gamma: Factor = 0.1) -> float:
     """Multiplied by gamma at each milestone (a step)."""
     return gamma ** sum(step >= m for m in milestones)
 
 
 @LR_SCHEDULERS.register_function()
-def ConstantThenDecay(step: int, max_steps: int, decay: float = 0.2, final: float = 0.0) -> float:
+def ConstantThenDecay(step: int, max_steps: int, decay: Annotated[float, Bounds(above=0, most=1)] = 0.2, final: Factor = 0.0) -> float:
     """Constant, then 1 - sqrt to `final` over the last share `decay` of the run (Hägele et al. 2024)."""
     begin = max_steps * (1.0 - decay)
     return 1.0 if step < begin else final + (1.0 - final) * (1.0 - math.sqrt((step - begin) / max(1.0, max_steps - begin)))
@@ -70,8 +72,8 @@ class OptimizerPlace(Component):
 
     PARAMS: list[str] = param(['*'], 'Names (globs) of the parameters it owns; each parameter belongs to the first that names it.')
     LOSS: str = param('loss', "The key of the network's outputs that it follows.")
-    EVERY: int = param(1, 'It steps once in so many steps.')
-    LR_SCALE: float = param(1.0, "Multiplies the solver's rate for this optimizer.")
+    EVERY: int = param(1, 'It steps once in so many steps.', least=1)
+    LR_SCALE: float = param(1.0, "Multiplies the solver's rate for this optimizer.", least=0)
 
 
 class NamedOptimizer:

@@ -25,8 +25,8 @@ class FileClient(Component, base=True):
 
     schemes: tuple[str, ...] = ()
 
-    RETRY_TIMES: int = param(5, 'Tries after the first that bring no new byte, before giving up.')
-    RETRY_DELAY: float = param(0.5, 'Seconds before the second try; it doubles with each one, up to 30.')
+    RETRY_TIMES: int = param(5, 'Tries after the first that bring no new byte, before giving up.', least=0)
+    RETRY_DELAY: float = param(0.5, 'Seconds before the second try; it doubles with each one, up to 30.', least=0)
 
     def here(self, path: str, is_folder: bool) -> Path | None:
         """Where the file or folder lies on this machine, for a store that keeps it here itself; None: the front downloads it."""

@@ -29,8 +29,8 @@ class HttpFs(FileClient):
 
     schemes = ('http', 'https')
 
-    TIMEOUT: float = param(30.0, 'Seconds without an answer after which a server counts as stalled.')
-    REDIRECTS: int = param(5, 'Redirects that are followed.')
+    TIMEOUT: float = param(30.0, 'Seconds without an answer after which a server counts as stalled.', above=0)
+    REDIRECTS: int = param(5, 'Redirects that are followed.', least=0)
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)

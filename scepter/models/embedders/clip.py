@@ -35,9 +35,9 @@ class FrozenCLIPEmbedder(TextTowerEmbedder):
     TOKENIZER_PATH: str | None = param(None, 'Another folder for the tokenizer; without both, the vocabulary that open_clip_torch ships.')
     LAYER: Literal['last', 'pooled', 'hidden', 'penultimate'] = param('last', 'Which activation to hand on.')
     LAYER_IDX: int | None = param(None, 'For LAYER: hidden: how many blocks before it; -2 is the last but one.')
-    WIDTH: int = param(768, 'Channels of a tower without PRETRAINED_MODEL.')
-    DEPTH: int = param(12, 'Its transformer blocks.')
-    HEADS: int = param(12, 'Its attention heads.')
+    WIDTH: int = param(768, 'Channels of a tower without PRETRAINED_MODEL.', least=1)
+    DEPTH: int = param(12, 'Its transformer blocks.', least=1)
+    HEADS: int = param(12, 'Its attention heads.', least=1)
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)

@@ -27,7 +27,7 @@ class GeneralConditioner(BaseEmbedder):
     EMBEDDERS: list = parts(EMBEDDERS, 'The text towers; their contexts are joined along the features, the last gives the pooled vector.')
     SIZES: list[Literal['original_size', 'crop_top_left', 'target_size', 'aesthetic_score']] = param(
         ['original_size', 'crop_top_left', 'target_size'], 'Entries of the batch that the network is told, in this order.')
-    SIZE_DIM: int = param(256, 'Features for each of their numbers.')
+    SIZE_DIM: int = param(256, 'Features for each of their numbers.', least=2)
     ZERO_EMPTY: bool = param(False, 'An empty prompt is all zeros, as the published SDXL base was trained, not the code of an empty text.')
 
     def __init__(self, cfg: dict, logger: Any = None):

@@ -31,9 +31,9 @@ class FrozenOpenCLIPEmbedder(TextTowerEmbedder):
     LAYER: Literal['last', 'pooled', 'penultimate'] = param('penultimate', 'Which activation to hand on.')
     USE_FINAL_LAYER_NORM: bool = param(True, 'The final layer norm also on the penultimate activation (SD2); SDXL takes it without.')
     RETURN_POOLED: bool = param(False, 'Be ready to give the projected vector of the whole prompt too (SDXL).')
-    WIDTH: int | None = param(None, 'Channels of a custom tower.')
-    DEPTH: int | None = param(None, 'Its transformer blocks.')
-    HEADS: int | None = param(None, 'Its attention heads.')
+    WIDTH: int | None = param(None, 'Channels of a custom tower.', least=1)
+    DEPTH: int | None = param(None, 'Its transformer blocks.', least=1)
+    HEADS: int | None = param(None, 'Its attention heads.', least=1)
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)

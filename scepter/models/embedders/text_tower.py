@@ -20,7 +20,7 @@ class TextTowerEmbedder(BaseEmbedder, base=True):
     A subclass sets self.tokenizer and self.tower, a module with `states`, `norm` and `pool`.
     """
 
-    MAX_LENGTH: int = param(77, 'Tokens per prompt, begin and end included; shorter ones are padded.')
+    MAX_LENGTH: int = param(77, 'Tokens per prompt, begin and end included; shorter ones are padded.', least=3)
     LONG_PROMPT: Literal['cut', 'chunk'] = param('cut', 'A longer prompt is cut, with a warning, or encoded in chunks that are joined.')
     PROMPT_WEIGHTING: bool = param(False, 'Read (words:1.3) as a weight: the context moves away from that of the empty prompt.')
     FREEZE: bool = param(True, 'Evaluation mode and no gradients in the weights.')
