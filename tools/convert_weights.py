@@ -46,13 +46,13 @@ def run(args: argparse.Namespace) -> None:
     import scepter.components  # noqa: F401  fills the registries
     from scepter.core.config import Config, ConfigError
     from scepter.core.registry import MODELS
-    from scepter.models.weights import describe, load_into, local_copy, read_weights, weights_for
+    from scepter.models.weights import family_of, load_into, local_copy, read_weights, weights_for
     from scepter.run_inference import without_weights
     if args.to is not None and (args.to == 'single') != args.target.endswith('.safetensors'):
         raise ConfigError(f'--to {args.to} does not go with {args.target}: a single file ends in .safetensors, a folder does not')
     with local_copy(args.source) as local:
         weights = read_weights(local, use_ema=args.ema == 'on')
-        kind = describe(weights)
+        kind = family_of(weights)
         file = args.cfg or CONFIGS.get(kind or '')
         if file is None:
             raise ConfigError(f'{args.source} is of {kind or "an unknown network"}: say which by --cfg (those of Stable Diffusion 2 differ '

@@ -15,16 +15,16 @@ from scepter.core.files.tensors import TensorFile, write_tensors
 from scepter.core.registry import BACKBONES, EMBEDDERS, MODELS
 from scepter.models.weights import (
     Weights,
-    describe,
     export_diffusers,
     export_single,
+    family_of,
     latent_diffusion_weights,
     load_into,
     load_pretrained,
     read_weights,
 )
 from scepter.models.weights.files import ema_name
-from scepter.models.weights.loading import BUFFERS
+from scepter.models.weights.layouts import BUFFERS
 from scepter.models.weights.names import unet_from_diffusers, unet_to_diffusers, vae_from_diffusers, vae_to_diffusers
 
 VAE = {'NAME': 'AutoencoderKL', 'EMBED_DIM': 4,
@@ -432,4 +432,4 @@ def test_a_model_on_the_meta_device_takes_its_weights(models):
 
 def test_published_kinds_are_told_by_the_width_of_their_context():
     for width, kind in ((768, 'Stable Diffusion 1'), (1024, 'Stable Diffusion 2'), (2048, 'Stable Diffusion XL'), (99, None)):
-        assert describe(Weights.of({'model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight': torch.zeros(8, width)})) == kind
+        assert family_of(Weights.of({'model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight': torch.zeros(8, width)})) == kind
