@@ -52,6 +52,14 @@ def sigmoid(n: int, *, beta_min: Beta = 1e-4, beta_max: Beta = 0.02) -> Schedule
 
 
 @SCHEDULES.register_function()
+def listed(n: int, *, betas: list[float]) -> Schedule:
+    """Betas one by one, n of them, as a scheduler of diffusers may list them (trained_betas)."""
+    if len(betas) != n:
+        raise ValueError(f'{len(betas)} betas for {n} levels: list one for each')
+    return from_betas(torch.tensor(betas, dtype=torch.float64))
+
+
+@SCHEDULES.register_function()
 def karras(n: int, *, sigma_min: Positive = 0.002, sigma_max: Positive = 80.0, rho: Positive = 7.0) -> Schedule:
     """sigma/alpha is a line in its rho-th root (EDM, arXiv:2206.00364, equation 5), scaled to preserve variance."""
     return from_noise_ratios(_line(sigma_min ** (1 / rho), sigma_max ** (1 / rho), n) ** rho)

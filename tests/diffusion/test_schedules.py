@@ -16,14 +16,14 @@ def log_snr(alphas, sigmas):
 
 
 @pytest.mark.parametrize('n', [2, 25, 1000])
-@pytest.mark.parametrize('name', sorted(SCHEDULES))
+@pytest.mark.parametrize('name', sorted(set(SCHEDULES) - {'listed'}))
 def test_every_schedule_goes_from_clean_to_noise(name, n):
     alphas, sigmas = SCHEDULES.get(name)(n)
     assert alphas.dtype == sigmas.dtype == torch.float64 and alphas.shape == sigmas.shape == (n,)
     Diffusion(alphas, sigmas, 'v')    # its constructor refuses any other
 
 
-@pytest.mark.parametrize('name', sorted(set(SCHEDULES) - {'shifted'}))
+@pytest.mark.parametrize('name', sorted(set(SCHEDULES) - {'shifted', 'listed'}))
 def test_schedules_preserve_variance(name):
     alphas, sigmas = SCHEDULES.get(name)(1000)
     torch.testing.assert_close(alphas ** 2 + sigmas ** 2, torch.ones(1000).double(), rtol=0, atol=1e-14)
@@ -42,6 +42,15 @@ def test_schedules_in_betas_equal_the_reference_library(ours, theirs, ends):
 def test_the_cosines_last_beta_is_cut():
     alphas, _ = SCHEDULES.get('cosine')(1000)
     assert 1 - (alphas[-1] / alphas[-2]).item() ** 2 == pytest.approx(0.999, abs=1e-9)
+
+
+def test_listed_betas_are_those_of_the_schedule_that_they_were_taken_from():
+    alphas, sigmas = SCHEDULES.get('linear')(100)
+    signal = torch.cat([torch.ones(1, dtype=torch.float64), alphas]) ** 2
+    listed = SCHEDULES.get('listed')(100, betas=(1 - signal[1:] / signal[:-1]).tolist())
+    torch.testing.assert_close(torch.stack(listed), torch.stack([alphas, sigmas]), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match='100 betas for 99 levels'):
+        SCHEDULES.get('listed')(99, betas=[0.01] * 100)
 
 
 @pytest.mark.parametrize('name', ['karras', 'exponential', 'polyexponential'])

@@ -1,0 +1,195 @@
+"""What a stranger's model is, found out without a YAML: the config that builds it, and where each value was taken from.
+
+    describe(path: str | Path) -> Description
+        .config   Config {'SOLVER': {'NAME': 'LatentDiffusionSolver', 'MODEL': {...}, 'SAMPLE_ARGS': {...}}}
+                  MODEL.PRETRAINED_MODEL is the path, so MODELS.build(config.SOLVER.MODEL) is the network with its weights; the config
+                  can be saved, and trained from
+        .taken    list of Taken(key, value, source, is_convention); str() of one is the line to print
+
+path: a diffusers folder, or any place of one that FS knows. A checkpoint of ours has a config of its own (models/restore.py).
+Raises CheckpointError: for what is no whole model, with its name and what to do, and for what no network of ours can be, with the key.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scepter.core.config import Config
+from scepter.core.errors import CheckpointError
+from scepter.models.weights import configs
+from scepter.models.weights.configs import Node, Said
+from scepter.models.weights.files import local_copy, read_json
+
+PIPELINES = {f'StableDiffusion{kind}Pipeline': 'XL' in kind for kind in
+             ('', 'Img2Img', 'Inpaint', 'XL', 'XLImg2Img', 'XLInpaint')}    # class of model_index.json -> whether it is SDXL's
+
+
+class Taken(NamedTuple):
+    """One value of a description. is_convention: no file says it; published models of this kind are so."""
+    key: str    # e.g. SOLVER.MODEL.SCALE_FACTOR
+    value: Any
+    source: str
+    is_convention: bool = False
+
+    def __str__(self) -> str:
+        return f'{self.key} = {_short(self.value)}    {self.source}'
+
+
+class Description(NamedTuple):
+    """A model that opens without YAML."""
+    config: Config
+    taken: list[Taken]
+
+
+def describe(path: str | Path) -> Description:
+    """The config of the model at a path, and where each of its values was taken from. Raises CheckpointError; see the top of this file."""
+    with local_copy(path) as local:
+        node = describe_folder(local, str(path))
+    node['SOLVER']['MODEL'] = {'PRETRAINED_MODEL': str(path), **node['SOLVER']['MODEL']}
+    return Description(Config(values_of(node)), list(taken_of(node)))
+
+
+# ---------------------------------------------------------------- a diffusers folder
+def describe_folder(folder: Path, name: str) -> Node:
+    """The node of a diffusers folder. name: what to call it in messages."""
+    if (folder / 'MANIFEST.json').is_file():
+        raise CheckpointError(f'{name} is a checkpoint of ours: its own config.yaml says what it is')
+    index = read_json(folder / 'model_index.json') if (folder / 'model_index.json').is_file() else {}
+    is_xl = _is_xl(index, folder, name)
+    values = {part: read_json(file) for part in ('unet', 'vae', 'text_encoder', 'text_encoder_2')
+              if (file := folder / part / 'config.json').is_file() and index.get(part, [''])[:1] != [None]}
+    lacking = [part for part in ('unet', 'vae', *([] if 'text_encoder_2' in values else ['text_encoder'])) if part not in values]
+    if lacking:
+        raise CheckpointError(f'{name}: no {lacking[0]}/config.json; a folder that opens without YAML has unet, vae and text_encoder')
+    unet, vae = configs.unet(values['unet'], name), configs.vae(values['vae'], name)
+    size_factor = 2 ** (len(vae['ENCODER']['CH_MULT'].value) - 1)
+    model: Node = {
+        'NAME': 'LatentDiffusion', **_process(folder, name),
+        'SCALE_FACTOR': configs.scaling_factor(values['vae'], name),
+        'SIZE_FACTOR': Said(size_factor, 'vae/config.json: block_out_channels'),
+        'IMAGE_SIZE': _image_size(values['unet'], size_factor, is_xl),
+        'DIFFUSION_MODEL': unet, 'FIRST_STAGE_MODEL': vae,
+        'COND_STAGE_MODEL': _conditioner(values, index, unet, name) if is_xl else _with_tokenizer(
+            configs.text_tower(values['text_encoder'], name), folder / 'tokenizer', name)}
+    if is_xl:
+        towers = [part for part in ('text_encoder', 'text_encoder_2') if part in values]
+        for part, tower in zip(towers, model['COND_STAGE_MODEL']['EMBEDDERS']):
+            _with_tokenizer(tower, folder / part.replace('text_encoder', 'tokenizer'), name)
+    check_whole(model, name)
+    return {'SOLVER': {'NAME': 'LatentDiffusionSolver', 'MODEL': model, 'SAMPLE_ARGS': _sample_args(folder, name, index, model, is_xl)}}
+
+
+def _is_xl(index: Mapping[str, Any], folder: Path, name: str) -> bool:
+    pipeline = index.get('_class_name')
+    if pipeline is None:
+        return (folder / 'text_encoder_2').is_dir()
+    if pipeline not in PIPELINES:
+        raise CheckpointError(f'{name} is a {pipeline} of diffusers; those that open here are {", ".join(PIPELINES)}')
+    return PIPELINES[pipeline]
+
+
+def _process(folder: Path, name: str) -> Node:
+    file = folder / configs.SCHEDULER
+    if file.is_file():
+        return configs.process(read_json(file), name)
+    convention = Said('eps', f'no {configs.SCHEDULER}: what most published models predict', True)
+    return {'PARAMETERIZATION': convention}
+
+
+def _image_size(unet: Mapping[str, Any], size_factor: int, is_xl: bool) -> Said:
+    size = unet.get('sample_size')
+    sides = size if isinstance(size, list) else [size, size]
+    if len(sides) == 2 and all(type(side) is int and side > 0 for side in sides):
+        pixels = [side * size_factor for side in sides]
+        return Said(pixels[0] if pixels[0] == pixels[1] else pixels, 'unet/config.json: sample_size')
+    return Said(1024 if is_xl else 512, 'no sample_size in unet/config.json: the usual size', True)
+
+
+def _conditioner(values: Mapping[str, Any], index: Mapping[str, Any], unet: Node, name: str) -> Node:
+    """SDXL's towers side by side; the sizes that the network is told follow from the width of its vector."""
+    parts = [part for part in ('text_encoder', 'text_encoder_2') if part in values]
+    towers = [configs.text_tower(values[part], name, part, 'last' if part == parts[-1] else 'beside') for part in parts]
+    size_dim = values['unet'].get('addition_time_embed_dim')
+    if 'ADM_IN_CHANNELS' not in unet or type(size_dim) is not int or size_dim < 1:
+        raise CheckpointError(f'{name}: unet/config.json has addition_embed_type {values["unet"].get("addition_embed_type")!r} and '
+                              f'addition_time_embed_dim {size_dim!r}, but the UNet of Stable Diffusion XL is told sizes by text_time')
+    return conditioner(towers, unet['ADM_IN_CHANNELS'], Said(size_dim, 'unet/config.json: addition_time_embed_dim'),
+                       Said(bool(index.get('force_zeros_for_empty_prompt', True)), 'model_index.json: force_zeros_for_empty_prompt'), name)
+
+
+def conditioner(towers: list[Node], vector: Said, size_dim: Said, zero_empty: Said, name: str) -> Node:
+    """A GeneralConditioner whose pooled vector and sizes are as wide together as the network's vector."""
+    pooled = towers[-1]['WIDTH'].value
+    sizes = {6: ['original_size', 'crop_top_left', 'target_size'], 5: ['original_size', 'crop_top_left', 'aesthetic_score']}
+    count, rest = divmod(vector.value - pooled, size_dim.value)
+    if rest or count not in sizes:
+        raise CheckpointError(f'{name}: the UNet takes a vector of {vector.value} ({vector.source}); expected the pooled {pooled} and '
+                              f'{size_dim.value} for each of 6 numbers (base) or 5 (refiner)')
+    return {'NAME': 'GeneralConditioner', 'SIZES': Said(sizes[count], vector.source), 'SIZE_DIM': size_dim, 'ZERO_EMPTY': zero_empty,
+            'EMBEDDERS': towers}
+
+
+def _with_tokenizer(tower: Node, folder: Path, name: str) -> Node:
+    """Give a tower the tokenizer of its folder where that is not the one we have anyway."""
+    from scepter.models.embedders.tokenizer import ClipTokenizer
+    if not folder.is_dir():
+        return tower
+    theirs, ours = ClipTokenizer.from_folder(folder), ClipTokenizer.shipped(pad=0 if 'ARCH' in tower else None)
+    if (theirs.vocabulary, theirs.merges, theirs.added, theirs.pad) != (ours.vocabulary, ours.merges, ours.added, ours.pad):
+        if '://' in name:
+            raise CheckpointError(f'{name}: its {folder.name} is not the usual one of CLIP: download the folder and give its path')
+        tower['TOKENIZER_PATH'] = Said(str(Path(name) / folder.name), f'{folder.name}: not the usual vocabulary')
+    return tower
+
+
+def _sample_args(folder: Path, name: str, index: Mapping[str, Any], model: Node, is_xl: bool) -> Node:
+    """What the folder's scheduler and pipeline draw with."""
+    file = folder / configs.SCHEDULER
+    node = configs.sampling(read_json(file), name) if file.is_file() else {}
+    pipeline = f"the default of {index.get('_class_name', 'StableDiffusionXLPipeline' if is_xl else 'StableDiffusionPipeline')}"
+    zero_snr = model.get('ZERO_TERMINAL_SNR', Said(False, '')).value
+    return {**node, 'SAMPLE_STEPS': Said(50, pipeline, True), 'GUIDE_SCALE': Said(5.0 if is_xl else 7.5, pipeline, True),
+            'GUIDE_RESCALE': Said(0.7, 'usual with zero terminal SNR (2305.08891)', True) if zero_snr else Said(0.0, pipeline, True),
+            'IMAGE_SIZE': model['IMAGE_SIZE']}
+
+
+# ---------------------------------------------------------------- bricks
+def check_whole(model: Node, name: str) -> None:
+    """Refuse parts that do not belong together. The network reads the latent alone, or beside it a mask and what the mask leaves."""
+    latent, unet = model['FIRST_STAGE_MODEL']['EMBED_DIM'], model['DIFFUSION_MODEL']
+    takes, gives = unet['IN_CHANNELS'], unet['OUT_CHANNELS']
+    known = {8: 'InstructPix2Pix', 5: 'depth to image', 7: 'the upscaler'}
+    if takes.value not in (latent.value, 2 * latent.value + 1):
+        kind = f' ({known[takes.value]})' if takes.value in known and latent.value == 4 else ''
+        raise CheckpointError(f'{name}: {takes.source} is {takes.value}{kind}, but a latent has {latent.value} channels; networks that '
+                              f'open here take these, or {2 * latent.value + 1} for inpainting')
+    if gives.value != latent.value:
+        raise CheckpointError(f'{name}: {gives.source} is {gives.value}, but a latent has {latent.value} channels')
+
+
+def values_of(node: Any) -> Any:
+    """A node without its sources."""
+    if isinstance(node, Said):
+        return node.value
+    if isinstance(node, dict):
+        return {key: values_of(value) for key, value in node.items()}
+    return [values_of(value) for value in node] if isinstance(node, list) else node
+
+
+def taken_of(node: Any, key: str = '') -> Iterator[Taken]:
+    """The rows of a node, in its order."""
+    if isinstance(node, Said):
+        yield Taken(key, *node)
+    elif isinstance(node, dict):
+        for name, value in node.items():
+            yield from taken_of(value, f'{key}.{name}' if key else name)
+    elif isinstance(node, list):
+        for i, value in enumerate(node):
+            yield from taken_of(value, f'{key}[{i}]')
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 80 else f'{text[:60]} ...'

@@ -1,0 +1,153 @@
+"""A stranger's model without YAML: opened, it draws what diffusers' own pipeline draws, and what it cannot be is named."""
+from __future__ import annotations
+
+import math
+import shutil
+
+import diffusers
+import pytest
+import torch
+
+import scepter.components  # noqa: F401  (registers)
+from scepter.core import streams
+from scepter.core.config import Config
+from scepter.core.errors import CheckpointError
+from scepter.core.registry import MODELS, SCHEDULES
+from scepter.models.weights import describe
+from scepter.solvers.diffusion import SampleArgs
+from tests.models.strangers import pipeline, rewrite
+
+PROMPTS = ['a red fox in the snow', '']
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+    """kind -> (its pipeline, the folder that save_pretrained wrote); made when first asked for."""
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            root = tmp_path_factory.mktemp(kind)
+            made[kind] = pipeline(kind, root), root / 'model'
+            made[kind][0].save_pretrained(made[kind][1])
+        return made[kind]
+    return get
+
+
+@pytest.fixture
+def folder(folders, tmp_path):
+    """A copy of the Stable Diffusion 1.5, whose configs may be changed."""
+    return shutil.copytree(folders('sd15')[1], tmp_path / 'copy')
+
+
+def start(count, pixels=16):
+    return streams.normal_rows(streams.row_seeds(7, count), 'start', (4, pixels // 2, pixels // 2), torch.device('cpu'))
+
+
+@pytest.mark.parametrize('kind', ['sd15', 'sd21', 'sdxl'])
+def test_a_folder_opens_without_yaml_and_draws_what_its_pipeline_draws(folders, kind):
+    pipe, path = folders(kind)
+    config = describe(path).config
+    model = MODELS.build(config.SOLVER.MODEL).eval()
+    how = SampleArgs(config.SOLVER.SAMPLE_ARGS).given() | {'sample_steps': 4}
+    ours = torch.stack([r['image'] for r in model.forward_test(prompt=PROMPTS, n_prompt='blurry', seed=7, **how)])
+    zero_snr = {'guidance_rescale': 0.7} if kind == 'sd21' else {}
+    pipe.scheduler.set_timesteps(4)
+    sigma = float(pipe.scheduler.init_noise_sigma)    # Euler's begins with sigma times the noise, ours with its hypotenuse to 1
+    unit = sigma / math.hypot(sigma, 1) if kind == 'sdxl' else 1
+    theirs = pipe(PROMPTS, negative_prompt=['blurry'] * 2, num_inference_steps=4, latents=start(2) / unit, output_type='pt',
+                  **zero_snr).images
+    if kind == 'sdxl':    # zeros for an empty prompt are for the negative one there; ours are for any
+        ours, theirs = ours[:1], theirs[:1]
+    assert theirs.std() > 0.05
+    assert (ours - theirs).abs().max() < 1e-3
+
+
+def test_the_refiner_opens_without_yaml(folders):
+    _, path = folders('refiner')
+    model = MODELS.build(describe(path).config.SOLVER.MODEL).eval()
+    assert model.cond_stage_model.SIZES == ['original_size', 'crop_top_left', 'aesthetic_score']
+    assert not model.cond_stage_model.ZERO_EMPTY and model.cond_stage_model.vector_width == 48 + 5 * 16
+
+
+def test_each_value_says_where_it_was_taken_from(folders):
+    taken = {row.key: row for row in describe(folders('sd21')[1]).taken}
+    row = taken['SOLVER.MODEL.PARAMETERIZATION']
+    assert (row.value, row.source, row.is_convention) == ('v', 'scheduler/scheduler_config.json: prediction_type', False)
+    assert taken['SOLVER.MODEL.SCALE_FACTOR'].value == 0.5
+    assert taken['SOLVER.MODEL.DIFFUSION_MODEL.NUM_HEADS_CHANNELS'].source == 'unet/config.json: attention_head_dim'
+    assert 'vae/config.json: scaling_factor' in str(taken['SOLVER.MODEL.SCALE_FACTOR'])
+    assert taken['SOLVER.SAMPLE_ARGS.GUIDE_SCALE'].is_convention
+
+
+def test_the_config_can_be_saved_and_loaded(folders, tmp_path):
+    config = describe(folders('sdxl')[1]).config
+    (tmp_path / 'saved.yaml').write_text(str(config))
+    assert Config.load(tmp_path / 'saved.yaml') == config
+
+
+UNET, VAE, TEXT, SCHEDULER = 'unet/config.json', 'vae/config.json', 'text_encoder/config.json', 'scheduler/scheduler_config.json'
+REFUSED = {
+    'norm groups of the UNet': (UNET, {'norm_num_groups': 16}), 'norm groups of the VAE': (VAE, {'norm_num_groups': 16}),
+    'fractions of channels': (UNET, {'block_out_channels': [64, 96]}), 'odd channels': (VAE, {'block_out_channels': [48, 96]}),
+    'text MLP': (TEXT, {'intermediate_size': 96}), 'vocabulary': (TEXT, {'vocab_size': 49409}),
+    'activation': (TEXT, {'hidden_act': 'relu'}),
+    'heads of each level': (UNET, {'attention_head_dim': [2, 2]}), 'nested depths': (UNET, {'transformer_layers_per_block': [[1], [2]]}),
+    'another block': (UNET, {'down_block_types': ['AttnDownBlock2D', 'DownBlock2D']}), 'no middle': (UNET, {'mid_block_type': None}),
+    'another time': (UNET, {'time_cond_proj_dim': 256}), 'instruct': (UNET, {'in_channels': 8}),
+    'learnt variance': (UNET, {'out_channels': 8}),
+    'a shifted latent': (VAE, {'shift_factor': 0.1}), 'quant': (VAE, {'use_quant_conv': False}),
+    'a flow': (SCHEDULER, {'_class_name': 'FlowMatchEulerDiscreteScheduler'}), 'EDM': (SCHEDULER, {'_class_name': 'EDMEulerScheduler'}),
+    'unknown betas': (SCHEDULER, {'beta_schedule': 'laplace'}), 'unknown prediction': (SCHEDULER, {'prediction_type': 'flow_prediction'}),
+    'other pipelines': ('model_index.json', {'_class_name': 'FluxPipeline'}), 'a wrong type': (UNET, {'block_out_channels': 'wide'}),
+    'a wrong number': (UNET, {'layers_per_block': 1.5}), 'nothing to read': (VAE, {'scaling_factor': 'x'})}
+
+
+def test_a_schedule_that_a_folder_lists_is_taken_as_it_stands(folder):
+    betas = [1e-4 * (i + 1) for i in range(100)]
+    rewrite(folder / SCHEDULER, trained_betas=betas, num_train_timesteps=100)
+    model = describe(folder).config.SOLVER.MODEL
+    alphas, _ = SCHEDULES.build(model.SCHEDULE_ARGS, n=model.TIMESTEPS)
+    theirs = diffusers.DDIMScheduler(num_train_timesteps=100, trained_betas=betas).alphas_cumprod
+    assert torch.allclose((alphas ** 2).float(), theirs)
+
+
+def test_a_tokenizer_of_its_own_comes_along(folder):
+    assert 'TOKENIZER_PATH' not in describe(folder).config.SOLVER.MODEL.COND_STAGE_MODEL
+    text = (folder / 'tokenizer' / 'tokenizer.json').read_text()
+    (folder / 'tokenizer' / 'tokenizer.json').write_text(text.replace('"fox</w>"', '"faux</w>"'))
+    assert describe(folder).config.SOLVER.MODEL.COND_STAGE_MODEL.TOKENIZER_PATH == str(folder / 'tokenizer')
+
+
+def test_an_inpainting_folder_has_nine_channels(folder):
+    rewrite(folder / UNET, in_channels=9)
+    rewrite(folder / 'model_index.json', _class_name='StableDiffusionInpaintPipeline')
+    assert describe(folder).config.SOLVER.MODEL.DIFFUSION_MODEL.IN_CHANNELS == 9
+
+
+@pytest.mark.parametrize(('scheduler', 'sampler', 'is_convention'), [
+    ({'_class_name': 'EulerAncestralDiscreteScheduler'}, 'euler_ancestral', False),
+    ({'_class_name': 'DPMSolverMultistepScheduler'}, 'dpmpp_2m', False),
+    ({'_class_name': 'DPMSolverMultistepScheduler', 'algorithm_type': 'sde-dpmsolver++'}, 'dpmpp_2m_sde', False),
+    ({'_class_name': 'DPMSolverMultistepScheduler', 'solver_order': 3}, 'ddim', True),
+    ({'_class_name': 'PNDMScheduler'}, 'ddim', True)])
+def test_the_sampler_is_the_schedulers_or_said_to_be_another(folder, scheduler, sampler, is_convention):
+    rewrite(folder / SCHEDULER, **scheduler)
+    row = next(row for row in describe(folder).taken if row.key == 'SOLVER.SAMPLE_ARGS.SAMPLER')
+    assert (row.value, row.is_convention) == (sampler, is_convention)
+    assert scheduler['_class_name'] in row.source or '_class_name' in row.source
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_what_no_network_of_ours_can_be_is_refused_by_its_key(folder, case):
+    file, change = REFUSED[case]
+    if case == 'heads of each level':    # told apart only where both levels have attention
+        rewrite(folder / UNET, down_block_types=['CrossAttnDownBlock2D'] * 2, up_block_types=['CrossAttnUpBlock2D'] * 2)
+        change = {'attention_head_dim': [2, 8]}
+    rewrite(folder / file, **change)
+    with pytest.raises(CheckpointError) as error:
+        describe(folder)
+    said = str(error.value)
+    key, value = next(iter(change.items()))
+    assert str(folder) in said
+    assert (key in said and file in said) or str(value) in said
