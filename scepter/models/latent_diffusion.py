@@ -79,6 +79,10 @@ class LatentDiffusion(TrainModule):
         if None not in (latent, out) and latent != out:
             raise _misfit(self.first_stage_model, f'the autoencoder gives {latent} channels (EMBED_DIM), but the network predicts {out} '
                                                   '(OUT_CHANNELS)')
+        scale = getattr(self.first_stage_model, 'published_scale', None)
+        if scale not in (None, self.SCALE_FACTOR) and 'SCALE_FACTOR' not in self.IGNORE_KEYS:
+            raise _misfit(self.first_stage_model, f'its config says scaling_factor {scale}, but SCALE_FACTOR of the config is '
+                                                  f'{self.SCALE_FACTOR}; where that is meant, name SCALE_FACTOR in IGNORE_KEYS')
         towers = getattr(self.cond_stage_model, 'embedders', [self.cond_stage_model])
         widths: list[Any] = [getattr(getattr(tower, 'tower', None), 'width', None) for tower in towers]
         context = getattr(self.model, 'CONTEXT_DIM', None)

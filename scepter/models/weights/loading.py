@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from scepter.core.errors import CheckpointError
+from scepter.models.weights.compare import refuse_contradictions, scale_beside
 from scepter.models.weights.files import Weights, local_copy, read_weights
 from scepter.models.weights.hugging_face import in_layout_of
 from scepter.models.weights.layouts import weights_for
@@ -20,13 +21,17 @@ KINDS = {768: 'Stable Diffusion 1', 1024: 'Stable Diffusion 2', 2048: 'Stable Di
 def load_pretrained(model: nn.Module, path: str | Path, ignore_keys: Sequence[str] = (), use_ema: bool = False) -> None:
     """Load a whole model or any part of one from any place that FS knows, whatever names the file uses.
 
-    Missing, unexpected and mis-shaped keys are a CheckpointError unless ignore_keys (exact names or globs) names them.
+    Missing, unexpected and mis-shaped keys are a CheckpointError unless ignore_keys (exact names or globs) names them; so is what a file
+    says otherwise than the model's config (compare.py).
     """
     with local_copy(path) as local:
         is_ours = (local / 'MANIFEST.json').is_file() and hasattr(model, 'trained_state')
         # a checkpoint of ours leaves out the frozen parts that come from files of their own
         absent = set(model.state_dict()) - set(model.trained_state()) if is_ours else ()
-        load_into(model, weights_for(model, read_weights(local, use_ema)), [*ignore_keys, *absent], source=str(path))
+        weights = read_weights(local, use_ema)
+        refuse_contradictions(model, weights, ignore_keys, source=str(path))
+        load_into(model, weights_for(model, weights), [*ignore_keys, *absent], source=str(path))
+        model.__dict__['published_scale'] = scale_beside(weights)
 
 
 def load_into(model: nn.Module, weights: Mapping[str, Tensor], ignore_keys: Sequence[str] = (), source: str | None = None) -> None:
