@@ -4,7 +4,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,15 +11,14 @@ import torch
 from torch import Tensor
 
 from scepter.core import checkpoints, streams
-from scepter.core.calls import accepted
 from scepter.core.config import Config, ConfigError, masked, plain
 from scepter.core.env import Stopped, seed_everything, we
 from scepter.core.errors import CheckpointError, DataError, NonFiniteError
-from scepter.core.images import save_results
 from scepter.core.logger import get_logger, set_up_logging
 from scepter.core.registry import DATASETS, HOOKS, LR_SCHEDULERS, METRICS, MODELS, OPTIMIZERS, SOLVERS
 from scepter.core.schema import Component, param, part, parts
-from scepter.data.loader import Loader, OrderedLoader
+from scepter.data.loader import Loader
+from scepter.solvers import evaluation
 from scepter.solvers.optim import NamedOptimizer, OptimizerPlace, build_optimizers, rate_function
 from scepter.solvers.parallel import average_gradients
 
@@ -206,60 +204,12 @@ class BaseSolver(Component, base=True):
         return {**{k: v for k, v in outputs.items() if k not in totals}, **scalars, **rates}
 
     def run_eval(self) -> None:
-        """Measure on EVAL_DATA: the loss at fixed levels and noise, and METRICS on what forward_test gives."""
-        if self.datasets['eval'] is None:
-            raise ConfigError('EVAL_INTERVAL is set, but there is no EVAL_DATA')
-        self._call('before_eval', 'train')
-        with self.ema_weights():
-            self.eval_outputs = self._run_over('eval', with_loss=self.EVAL_LOSS, with_results=bool(self.metrics or self.hooks['eval']))
-        self.train_mode()
-        self._call('after_eval', 'train')
+        """Measure on EVAL_DATA (solvers/evaluation.py)."""
+        evaluation.run_eval(self)
 
     def run_test(self) -> None:
-        """Let the network draw or predict all of TEST_DATA, into WORK_DIR/test_results/."""
-        with self.ema_weights():
-            self._run_over('test', with_loss=False, with_results=True)
-
-    def _run_over(self, mode: str, with_loss: bool, with_results: bool) -> dict[str, float]:
-        self._set_mode(mode)
-        dataset = self.datasets[mode]
-        loader = OrderedLoader(dataset, seed=we.seed, rank=we.rank, world_size=we.world_size,
-                               skipped_file=self.work_dir / 'skipped.jsonl', logger=self.logger)
-        losses, count = 0.0, 0
-        for metric in self.metrics if mode == 'eval' else []:
-            metric.reset()
-        self._call('before_all_iter', mode)
-        for batch, n in loader:
-            if we.stop_signal and not we.is_distributed:
-                break
-            self.batches = [(batch, n)]
-            self._call('before_iter', mode)
-            moved = self.to_device(batch)
-            self.outputs = {}
-            # keyed by the sample and never by the step: the same levels and the same noise in every evaluation
-            with torch.no_grad(), streams.current(streams.seed_global(we.seed, mode), n), self.autocast():
-                if with_loss:
-                    loss = self.model.forward_train(**moved)['loss']
-                    losses += float(loss) * len(n)
-                    self.outputs['loss'] = float(loss)
-                if with_results:
-                    self.outputs['results'] = self.model.forward_test(
-                        **accepted(self.model.forward_test, {**self.test_arguments(), **moved}))
-            count += len(n)
-            if mode == 'eval':
-                for metric in self.metrics:
-                    metric.update(self.outputs['results'], moved)
-            if mode == 'test':
-                save_results(self.outputs['results'], n.tolist(), self.work_dir / 'test_results')
-            self._call('after_iter', mode)
-        figures: dict[str, float] = {}
-        if with_loss:
-            total, seen = (sum(values) for values in zip(*we.gather((losses, count))))
-            figures['loss'] = total / max(1, seen)
-        for metric in self.metrics if mode == 'eval' else []:
-            figures |= metric.compute()
-        self._call('after_all_iter', mode)
-        return figures
+        """Let the network draw or predict all of TEST_DATA, into WORK_DIR/test_results/ (solvers/evaluation.py)."""
+        evaluation.run_test(self)
 
     def test_arguments(self) -> dict[str, Any]:
         """What forward_test is given beside the batch."""
@@ -375,14 +325,9 @@ class BaseSolver(Component, base=True):
         """Whether the step that has just run changed the weights."""
         return self._bad_steps == 0
 
-    @contextlib.contextmanager
-    def ema_weights(self) -> Iterator[None]:
+    def ema_weights(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the network has its averaged weights, where a hook keeps some."""
-        keepers = [hook for hook in self.hooks['train'] if hasattr(hook, 'swapped')]
-        with contextlib.ExitStack() as stack:
-            for hook in keepers:
-                stack.enter_context(hook.swapped(self.model))
-            yield
+        return evaluation.ema_weights(self)
 
     # ---------------------------------------------------------------- sizes
     def _cut_batch(self, global_size: int | None) -> None:
