@@ -26,6 +26,8 @@ FILES = ('.safetensors', *PICKLES)
 # what a folder of one model calls its weights, in order of preference; the half-precision variant serves where the full one is absent
 STEMS = ('diffusion_pytorch_model', 'model', 'pytorch_model', 'open_clip_model', 'open_clip_pytorch_model')
 INERT = 'pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint'    # see _Inert
+INVERSION = ('a textual inversion: vectors for a new word. It is no model, and no text tower here takes new words: give the model that it '
+             'was made for')
 PIPELINE_PARTS = ('unet', 'vae', 'text_encoder', 'text_encoder_2')
 
 
@@ -285,6 +287,10 @@ def unwrap(found: Any, path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(found, dict):
         raise CheckpointError(f'{path}: expected a dict of tensors, found {type(found).__name__}')
+    if {'string_to_param', 'string_to_token'} & found.keys():
+        raise CheckpointError(f'{path} is {INVERSION}')
+    if {'image_proj', 'ip_adapter'} <= found.keys():
+        raise CheckpointError(f'{path} is an IP-Adapter, which works beside a model: give the model itself')
     tensors = {n: t for n, t in found.items() if isinstance(n, str) and isinstance(t, Tensor)}
     others = [n for n, t in found.items() if n not in tensors and isinstance(t, (dict, list, tuple, Tensor))]
     if others or not tensors:
