@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scepter.core import checkpoints, streams
-from scepter.core.config import Config, ConfigError, masked, plain
+from scepter.core.config import Config, ConfigError, Fault, masked, plain
 from scepter.core.env import Stopped, seed_everything, we
 from scepter.core.errors import CheckpointError, DataError, NonFiniteError
 from scepter.core.logger import get_logger, set_up_logging
@@ -63,12 +63,30 @@ class BaseSolver(Component, base=True):
     RESUME_FROM: str | None = param(None, 'Absent: a fresh run. auto: the newest checkpoint, else fresh. latest: the newest. A path: that.')
     KEEP_CHECKPOINTS: int | None = param(None, 'How many of the newest checkpoints to keep; default all.', least=1)
 
+    @classmethod
+    def check(cls, cfg: Config) -> Iterator[Fault]:
+        yield from super().check(cfg)
+        modes = _modes(cfg)
+        if not modes:
+            yield Fault('', 'nothing to do: give TRAIN_DATA, or TEST_DATA')
+        for mode in modes:
+            if cfg[f'{mode.upper()}_DATA'] is None:
+                yield Fault('MODE', f'has {mode}, but there is no {mode.upper()}_DATA')
+        if 'train' not in modes:
+            return
+        if (cfg.MAX_STEPS is None) == (cfg.MAX_EPOCHS is None):
+            how = 'neither is given' if cfg.MAX_STEPS is None else f'they are {cfg.MAX_STEPS} and {cfg.MAX_EPOCHS:g}; null takes one away'
+            yield Fault('MAX_STEPS', f'give one of MAX_STEPS and MAX_EPOCHS: {how}')
+        if cfg.OPTIMIZER is None:
+            yield Fault('OPTIMIZER', 'is needed to train, e.g. {NAME: AdamW, LEARNING_RATE: 1e-4}')
+        if cfg.EVAL_INTERVAL and cfg.EVAL_DATA is None:
+            yield Fault('EVAL_INTERVAL', f'is {cfg.EVAL_INTERVAL}, but there is no EVAL_DATA to evaluate on')
+
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger or get_logger())
         self.experiment = Config({'SOLVER': cfg})    # the whole file; the door replaces it, so that a checkpoint can rebuild all
         self.work_dir = Path(self.WORK_DIR)
-        wanted = self.MODE if self.MODE is not None else [m for m in ('train', 'test') if self.cfg[f'{m.upper()}_DATA'] is not None]
-        self._mode_set = set(wanted)
+        self._mode_set = _modes(self.cfg)
         self.mode = 'train'
         self.step = 0
         self.outputs: Outputs = {}
@@ -97,9 +115,6 @@ class BaseSolver(Component, base=True):
         self.datasets = {'train': build(self.TRAIN_DATA) if 'train' in self._mode_set else None,
                          'eval': build(self.EVAL_DATA) if 'train' in self._mode_set and self.EVAL_INTERVAL else None,
                          'test': build(self.TEST_DATA) if 'test' in self._mode_set else None}
-        for mode in self._mode_set:
-            if self.datasets[mode] is None:
-                raise ConfigError(f'MODE has {mode}, but there is no {mode.upper()}_DATA')
         if self.datasets['train'] is not None:
             if len(self.datasets['train']) == 0:
                 raise DataError('TRAIN_DATA holds no sample')
@@ -124,8 +139,6 @@ class BaseSolver(Component, base=True):
         self.optimizers: list[NamedOptimizer] = []
         if 'train' not in self._mode_set:
             return
-        if self.OPTIMIZER is None:
-            raise ConfigError('SOLVER.OPTIMIZER is needed to train, e.g. {NAME: AdamW, LEARNING_RATE: 1e-4}')
         self.optimizers = build_optimizers(self.OPTIMIZER, self.model)
         self.factor = rate_function(self.LR_SCHEDULER, self.WARMUP_STEPS, self.max_steps)
         self.scaler = torch.amp.GradScaler(we.device.type, enabled=self.dtype == torch.float16)
@@ -345,8 +358,6 @@ class BaseSolver(Component, base=True):
         self.micro_batch_size, self.global_batch_size = share // self.accu_step, global_size
 
     def _count_steps(self) -> int:
-        if (self.MAX_STEPS is None) == (self.MAX_EPOCHS is None):
-            raise ConfigError('give one of SOLVER.MAX_STEPS and SOLVER.MAX_EPOCHS')
         if self.MAX_STEPS is not None:
             return self.MAX_STEPS
         return math.ceil(len(self.datasets['train']) * self.MAX_EPOCHS / self.global_batch_size)
@@ -452,6 +463,11 @@ class BaseSolver(Component, base=True):
 
     _loader: Loader | None = None
     _known_sources: dict[str, dict[str, Any]] | None = None
+
+
+def _modes(cfg: Config) -> set[str]:
+    """What a run does: what MODE says, else what there is data for."""
+    return set(cfg.MODE) if cfg.MODE is not None else {mode for mode in ('train', 'test') if cfg[f'{mode.upper()}_DATA'] is not None}
 
 
 def _leaves(value: Any, path: str = '') -> dict[str, Any]:
