@@ -21,6 +21,7 @@ _HOMES = {
     'core.files': ('FS',),
     'core.logger': ('get_logger',),
     'diffusion': ('Diffusion',),
+    'drawing': ('load',),
     'models.base': ('BaseModel', 'TrainModule'),
     'models.embedders.base': ('BaseEmbedder',),
     'solvers.base': ('BaseSolver',),

@@ -111,9 +111,9 @@ def test_a_flag_that_is_not_given_never_overrides_what_the_config_says(draw):
     assert settings['size'] == [64, 72]
 
 
-def test_what_neither_a_flag_nor_the_config_says_is_left_to_the_network(draw):
+def test_what_neither_a_flag_nor_the_config_says_is_left_to_the_network_and_told(draw):
     settings = read_settings(draw('SOLVER.SAMPLE_ARGS={SAMPLE_STEPS: 1}', 'SOLVER.MODEL.DEFAULT_N_PROMPT=grey')[0])
-    assert 'sampler' not in settings and 'guide_scale' not in settings
+    assert (settings['sampler'], settings['guide_scale'], settings['discretization']) == ('ddim', 7.5, 'trailing')
     assert (settings['n_prompt'], settings['size']) == ('grey', [64, 64])
 
 

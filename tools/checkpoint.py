@@ -5,7 +5,7 @@
     python tools/checkpoint.py to-single outputs/digits/checkpoints/step-00000360 digits.safetensors
 
 The single file holds the whole network, frozen parts too, with its averaged weights where there are any; the run's config stands in
-its metadata. `run_inference.py --cfg ... --pretrained_model digits.safetensors` draws with it.
+its metadata. `run_inference.py --pretrained_model digits.safetensors` draws with it.
 """
 from __future__ import annotations
 

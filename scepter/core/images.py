@@ -1,6 +1,7 @@
 """Pictures to PNG files, with what made them written inside."""
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,12 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+# our samplers -> what other programs call them
+SAMPLERS = {
+    'ddim': 'DDIM', 'euler': 'Euler', 'euler_ancestral': 'Euler a', 'lcm': 'LCM', 'heun': 'Heun', 'dpm2': 'DPM2',
+    'dpm2_ancestral': 'DPM2 a', 'dpmpp_2s_ancestral': 'DPM++ 2S a', 'dpmpp_sde': 'DPM++ SDE', 'dpmpp_2m': 'DPM++ 2M',
+    'dpmpp_2m_sde': 'DPM++ 2M SDE', 'dpmpp_3m_sde': 'DPM++ 3M SDE', 'unipc': 'UniPC', 'lms': 'LMS', 'ddpm': 'DDPM'}
+
 
 def to_uint8(image: Tensor) -> np.ndarray:
     """[C, H, W] in 0..1 -> [H, W, 3] uint8, rounded; one channel is repeated."""
@@ -23,23 +30,91 @@ def to_uint8(image: Tensor) -> np.ndarray:
 
 
 def save_png(image: Tensor | np.ndarray, path: str | Path, settings: dict[str, Any] | None = None) -> Path:
-    """Write an image ([C, H, W] in 0..1, or [H, W, 3] uint8); settings go into its text chunks, as JSON under `scepter`."""
+    """Write an image ([C, H, W] in 0..1, or [H, W, 3] uint8), in place of any that is there; settings go into its text (`png_text`)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = to_uint8(image) if isinstance(image, Tensor) else image
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    Image.fromarray(pixels).save(temporary, format='PNG', pnginfo=png_text(settings or {}))
+    os.replace(temporary, path)
+    return path
+
+
+def save_new(images: dict[str, Tensor], folder: str | Path, prompt: str, settings: dict[str, Any]) -> list[Path]:
+    """Write pictures of one prompt, told apart by the ends of their names, under the number behind the highest in the folder.
+
+    No picture that is there is touched, also where several processes write to one folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    claimed: list[Path] = []
+    while len(claimed) < len(images):
+        number = next_number(folder)
+        try:
+            for suffix in list(images)[len(claimed):]:
+                path = folder / file_name(number, prompt, suffix)
+                open(path, 'x').close()    # from here on the name is ours
+                claimed.append(path)
+        except FileExistsError:
+            continue
+    try:
+        return [save_png(image, path, settings) for image, path in zip(images.values(), claimed)]
+    except BaseException:
+        for path in claimed:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def next_number(folder: str | Path) -> int:
+    """The number behind the highest that a file's name in this folder begins with."""
+    found = (re.match(r'(\d{5,})[-.]', entry.name) for entry in os.scandir(folder))
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def free_path(path: str | Path) -> Path:
+    """The path itself where nothing is there, else with -2, -3, ... before its suffix."""
+    path = Path(path)
+    names = itertools.chain([path], (path.with_name(f'{path.stem}-{n}{path.suffix}') for n in itertools.count(2)))
+    return next(name for name in names if not name.exists())
+
+
+def png_text(settings: dict[str, Any]) -> PngImagePlugin.PngInfo:
+    """Settings as text of a PNG: JSON under `scepter`, and, where they tell a seed, the form that other programs read, `parameters`."""
     info = PngImagePlugin.PngInfo()
     if settings:
         info.add_text('scepter', json.dumps(settings, ensure_ascii=True, default=str))
-    pixels = to_uint8(image) if isinstance(image, Tensor) else image
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    Image.fromarray(pixels).save(temporary, format='PNG', pnginfo=info)
-    os.replace(temporary, path)
-    return path
+    if 'seed' in settings and 'prompt' in settings:
+        info.add_text('parameters', parameters(settings))
+    return info
+
+
+def parameters(settings: dict[str, Any]) -> str:
+    """Settings as the web interface of AUTOMATIC1111 writes them, and many programs since read them.
+
+    The prompt; `Negative prompt: ...`; then `Steps: 20, Sampler: Euler a, ...` in one line, values with commas or colons in quotes.
+    """
+    sampler = str(settings.get('sampler', ''))
+    is_karras = sampler.endswith('_karras') or settings.get('discretization') == 'karras'
+    size, digest = settings.get('size'), settings.get('weights')
+    told = {'Steps': settings.get('sample_steps'), 'Sampler': SAMPLERS.get(sampler.removesuffix('_karras'), sampler) or None,
+            'Schedule type': 'Karras' if is_karras else None, 'CFG scale': settings.get('guide_scale'), 'Seed': settings['seed'],
+            'Size': f'{size[1]}x{size[0]}' if size else None, 'Model hash': digest[:10] if digest else None,
+            'Model': Path(str(settings['model'])).stem if settings.get('model') else None,
+            'Denoising strength': settings.get('denoising_strength'), 'CFG Rescale': settings.get('guide_rescale'),
+            'Picture': settings.get('number'), 'Version': f'scepter {settings["version"]}' if settings.get('version') else None}
+    words = [f'{key}: {_quoted(str(value))}' for key, value in told.items() if value is not None]
+    unwanted = [f'Negative prompt: {settings["n_prompt"]}'] if settings.get('n_prompt') else []
+    return '\n'.join([str(settings['prompt']), *unwanted, ', '.join(words)])
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """What save_png wrote into the picture."""
     with Image.open(path) as image:
         return json.loads(image.text.get('scepter', '{}'))
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n]', value) else value
 
 
 def grid(images: list[Tensor], columns: int) -> np.ndarray:

@@ -170,7 +170,7 @@ class Diffusion:
                clamp: float | None = None, percentile: float | None = None, t_max: int | None = None, t_min: int | None = None,
                condition_fn: Callable[[Tensor, Tensor], Tensor] | None = None, discard_penultimate_step: bool | None = None,
                return_intermediate: Literal['x0', 'xt'] | None = None, show_progress: bool = False,
-               **options: Any) -> Tensor | tuple[Tensor, list[Tensor]]:
+               on_step: Callable[[int, int, Tensor], None] | None = None, **options: Any) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Draw x0 [B, ...] from the network, beginning with noise [B, ...].
 
         model: (x, t=[B], **model_kwargs) -> out.  It sees x in its own precision; the arithmetic is float32, or float64 if noise is.
@@ -188,6 +188,7 @@ class Diffusion:
         condition_fn: (x, t) -> gradient of a log-probability in x, added to the score (arXiv:2105.05233, algorithm 2).
         discard_penultimate_step: make one step more and leave out the last but one; None: for dpm2, dpm2_ancestral, dpmpp_2m_sde.
         return_intermediate: with the result, a list of the x0 or of the states at each of the steps.
+        on_step: called as (step, steps, x0) at each of the steps; what it raises ends the drawing.
         """
         name = solver.removesuffix('_karras')
         sampler = SAMPLERS.function({'NAME': name, **{key.upper(): value for key, value in options.items()}})
@@ -227,9 +228,11 @@ class Diffusion:
                     x0 = torch.lerp(x, x0, mask.to(x0))
                 eps = (xt - level.alpha * x0) / level.sigma    # so that (x0, eps) still explain the state
             if level in steps_made:
-                if progress is not None and not steps_made[level]:
+                is_new, steps_made[level] = not steps_made[level], True
+                if progress is not None and is_new:
                     progress.update()
-                steps_made[level] = True
+                if on_step is not None and is_new:
+                    on_step(sum(steps_made.values()), len(steps_made), x0)
                 if return_intermediate is not None:    # a corrector sees a level before its own step does: the step has the last word
                     kept[level] = x0 if return_intermediate == 'x0' else xt
             return x0, eps

@@ -17,14 +17,15 @@ class BaseModel(Component, nn.Module, base=True):
 
     is_frozen = False
     pretrained_from: str | None = None
+    left_as_built: Sequence[str] = ()    # names that pretrained_from did not fill, as IGNORE_KEYS allowed
 
-    def load_pretrained(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
-        """Load published or own weights from any place that FS knows.
+    def load_pretrained(self, path: str, ignore_keys: Sequence[str] = (), use_ema: bool = False) -> None:
+        """Load published or own weights from any place that FS knows; a part below that has a file of its own keeps what that gave.
 
         Missing, unexpected and mis-shaped keys are a CheckpointError unless ignore_keys (exact names or globs) names them.
         """
         from scepter.models.weights import load_pretrained
-        load_pretrained(self, path, ignore_keys)
+        self.left_as_built = load_pretrained(self, path, ignore_keys, use_ema)
         self.pretrained_from = path
 
     def freeze(self) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import fnmatch
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scepter.core import streams
-from scepter.core.config import Config, ConfigError, Fault
+from scepter.core.config import ConfigError
 from scepter.core.env import we
 from scepter.core.errors import CheckpointError, ScepterError
 from scepter.core.registry import BACKBONES, EMBEDDERS, LOSSES, MODELS, SCHEDULES
@@ -53,15 +53,6 @@ class LatentDiffusion(TrainModule):
     PRETRAINED_MODEL: str | None = param(None, 'Weights of the whole: a single file, a diffusers folder, a checkpoint of ours.')
     IGNORE_KEYS: list[str] = param([], 'Names or globs of weights that may be missing, left over or of another shape.')
 
-    @classmethod
-    def check(cls, cfg: Config) -> Iterator[Fault]:
-        yield from super().check(cfg)
-        yield from _size_faults(cfg)
-        try:
-            _diffusion_of(cfg)
-        except ValueError as error:
-            yield Fault('PARAMETERIZATION', f'{cfg.PARAMETERIZATION} on {cfg.SCHEDULE_ARGS.NAME}: {error}')
-
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
         with unfilled(self.cfg) if self.PRETRAINED_MODEL is not None else nullcontext():
@@ -71,7 +62,7 @@ class LatentDiffusion(TrainModule):
         self.loss = LOSSES.build(self.LOSS, logger=logger) if self.LOSS is not None else None
 
         self._check_parts()
-        self.diffusion = _diffusion_of(self.cfg)
+        self.diffusion = self._build_diffusion()
         self.num_timesteps, self.size_factor, self.scale_factor = self.TIMESTEPS, self.SIZE_FACTOR, self.SCALE_FACTOR
         self.p_zero, self.train_n_prompt, self.default_n_prompt = self.P_ZERO, self.TRAIN_N_PROMPT, self.DEFAULT_N_PROMPT
 
@@ -88,10 +79,6 @@ class LatentDiffusion(TrainModule):
         if None not in (latent, out) and latent != out:
             raise _misfit(self.first_stage_model, f'the autoencoder gives {latent} channels (EMBED_DIM), but the network predicts {out} '
                                                   '(OUT_CHANNELS)')
-        scale = getattr(self.first_stage_model, 'published_scale', None)
-        if scale not in (None, self.SCALE_FACTOR) and 'SCALE_FACTOR' not in self.IGNORE_KEYS:
-            raise _misfit(self.first_stage_model, f'its config says scaling_factor {scale}, but SCALE_FACTOR of the config is '
-                                                  f'{self.SCALE_FACTOR}; where that is meant, name SCALE_FACTOR in IGNORE_KEYS')
         towers = getattr(self.cond_stage_model, 'embedders', [self.cond_stage_model])
         widths: list[Any] = [getattr(getattr(tower, 'tower', None), 'width', None) for tower in towers]
         context = getattr(self.model, 'CONTEXT_DIM', None)
@@ -102,6 +89,16 @@ class LatentDiffusion(TrainModule):
         if None not in (vector, taken) and vector != taken:
             raise _misfit(self.cond_stage_model, f'the vector of the pooled text and the sizes is {vector} wide, but the network expects '
                                                  f'{taken} (ADM_IN_CHANNELS)')
+
+    def _build_diffusion(self) -> Diffusion:
+        with torch.device('cpu'):    # numbers, also where the networks are built on the meta device
+            alphas, sigmas = SCHEDULES.build(self.SCHEDULE_ARGS, n=self.TIMESTEPS)
+            if self.ZERO_TERMINAL_SNR:
+                alphas, sigmas = zero_terminal_snr(alphas, sigmas)
+            try:
+                return Diffusion(alphas, sigmas, self.PARAMETERIZATION)
+            except ValueError as error:
+                raise ConfigError(f'PARAMETERIZATION {self.PARAMETERIZATION} on {self.SCHEDULE_ARGS["NAME"]}: {error}') from error
 
     # ---------------------------------------------------------------- training
     def forward_train(self, image: Tensor | None = None, moments: Tensor | None = None, noise: Tensor | None = None,
@@ -151,13 +148,15 @@ class LatentDiffusion(TrainModule):
                      row_seeds: Sequence[int] | None = None, guide_scale: float | list[float] | dict[str, float] | None = 7.5,
                      guide_rescale: float = 0.5, discretization: str = 'trailing', image_size: int | Sequence[int] | None = None,
                      denoising_strength: float | None = None, num_samples: int | None = None, run_train_n: bool = False,
-                     show_progress: bool = False, sampler_args: Mapping[str, Any] | None = None, original_size: Any = None,
-                     crop_top_left: Any = None, target_size: Any = None, aesthetic_score: Any = None) -> list[dict[str, Any]]:
+                     show_progress: bool = False, on_step: Callable[[int, int, Tensor], None] | None = None,
+                     sampler_args: Mapping[str, Any] | None = None, original_size: Any = None, crop_top_left: Any = None,
+                     target_size: Any = None, aesthetic_score: Any = None) -> list[dict[str, Any]]:
         """Prompts -> one dict each: prompt, n_prompt, image [3, H, W] in 0..1.
 
         seed: below 0 for another one each time; picture i of it is keyed (seed, i).  row_seeds: the key of each picture instead.
         image [B, 3, H, W] in -1..1: says the size; with a denoising_strength (0..1) or a mask [B, 1, H, W] (1 where the picture is
         made anew) it is also what to begin with. run_train_n: draw each once more with TRAIN_N_PROMPT as the negative prompt.
+        on_step: called as (step, steps, x0) at each step.
         sampler_args: the sampler's own options (eta, ...), and clamp, percentile, t_max, ...
         original_size, crop_top_left, target_size [B, 2], aesthetic_score [B, 1]: what SDXL is told; a whole picture of this size.
         Raises ValueError for a size that the networks cannot make, with the nearest that they can.
@@ -187,7 +186,7 @@ class LatentDiffusion(TrainModule):
             guidance = {} if len(conditions) == 1 else {'guide_scale': guide_scale, 'guide_rescale': guide_rescale}
             latents = self.diffusion.sample(
                 noise, self.model, conditions, solver=sampler, steps=sample_steps, discretization=discretization, seed=seeds,
-                show_progress=show_progress, **guidance, **start, **(sampler_args or {}))
+                show_progress=show_progress, on_step=on_step, **guidance, **start, **(sampler_args or {}))
             return ((self.decode_first_stage(latents).float() + 1) / 2).clamp(0, 1)
 
         results = [{'image': picture, 'seed': s} for picture, s in zip(draw(negative), seeds)]
@@ -241,27 +240,6 @@ class LatentDiffusion(TrainModule):
 
     def compile_network(self) -> None:
         self.model.compile()
-
-
-def _diffusion_of(cfg: Config) -> Diffusion:
-    """The process of a config. Raises ValueError where its schedule is none, or the prediction says nothing about x0 at some level."""
-    with torch.device('cpu'):    # numbers, also where the networks are built on the meta device
-        alphas, sigmas = SCHEDULES.function(cfg.SCHEDULE_ARGS)(n=cfg.TIMESTEPS)
-        if cfg.ZERO_TERMINAL_SNR:
-            alphas, sigmas = zero_terminal_snr(alphas, sigmas)
-        return Diffusion(alphas, sigmas, cfg.PARAMETERIZATION)
-
-
-def _size_faults(cfg: Config) -> Iterator[Fault]:
-    """SIZE_FACTOR against the autoencoder, where its config alone tells how often it halves the size, and IMAGE_SIZE against both."""
-    encoder = cfg.FIRST_STAGE_MODEL.get('ENCODER')
-    levels = len(BACKBONES.filled(encoder).get('CH_MULT') or []) if isinstance(encoder, Config) else 0
-    if levels and cfg.SIZE_FACTOR != 2 ** (levels - 1):
-        yield Fault('SIZE_FACTOR', f'is {cfg.SIZE_FACTOR}, but the autoencoder has {levels} levels (FIRST_STAGE_MODEL.ENCODER.CH_MULT) '
-                                   f'and makes pictures {2 ** (levels - 1)} times smaller')
-    sides = cfg.IMAGE_SIZE if isinstance(cfg.IMAGE_SIZE, list) else [cfg.IMAGE_SIZE]
-    if any(side % cfg.SIZE_FACTOR for side in sides):
-        yield Fault('IMAGE_SIZE', f'is {cfg.IMAGE_SIZE}: sides are multiples of SIZE_FACTOR, which is {cfg.SIZE_FACTOR}')
 
 
 def _misfit(part: Any, problem: str) -> ScepterError:

@@ -306,6 +306,19 @@ def test_a_web_file_is_fetched_once_under_its_own_name(fs, server):
     assert len(server.gets) == 1 and [p.name for p in cached_files(fs)] == ['model.safetensors']
 
 
+def test_without_requests_a_copy_will_do_and_nothing_is_asked_but_what_was_allowed(fs, server):
+    fetch(fs, f'{server.url}/fine/x')
+    asked = len(server.gets)
+    with fs.without_requests('a stranger named it', but=[f'{server.url}/fine/z#sha256={SHA}']):
+        assert fetch(fs, f'{server.url}/fine/x') == BODY and len(server.gets) == asked
+        for question in (fetch, FileSystem.exists):
+            with pytest.raises(DataError, match='fine/y was not fetched: a stranger named it'):
+                question(fs, f'{server.url}/fine/y')
+        assert len(server.gets) == asked
+        assert fetch(fs, f'{server.url}/fine/z') == BODY
+    assert fetch(fs, f'{server.url}/fine/y') == BODY
+
+
 def test_a_file_that_changed_on_the_server_is_fetched_anew_by_the_next_process(fs, server):
     fetch(fs, f'{server.url}/fine/x')
     server.etag, server.body = '"two"', b'new'

@@ -32,6 +32,10 @@ class FileClient(Component, base=True):
         """Where the file or folder lies on this machine, for a store that keeps it here itself; None: the front downloads it."""
         return None
 
+    def kept(self, path: str, is_folder: bool) -> Path | None:
+        """A copy that the store's own library keeps on this machine, found without asking the store; None: the front looks in its cache."""
+        return None
+
     def stamp(self, path: str) -> str:
         """A word that changes when the file's content does, asked once per process and file; '' where the store has none."""
         return ''

@@ -20,7 +20,7 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ from scepter.core.errors import DataError
 from scepter.core.files import atomic
 from scepter.core.files.client import FileClient, Transient, base_name, shown
 from scepter.core.files.generic import FsspecFs
+from scepter.core.files.local import LocalFs
 from scepter.core.logger import get_logger
 from scepter.core.registry import FILE_SYSTEMS
 
@@ -43,6 +44,7 @@ class FileSystem:
     def __init__(self) -> None:
         self._clients: dict[str, FileClient] = {}
         self._fetched: dict[tuple[str, bool], Path] = {}
+        self._closed: tuple[str, frozenset[str]] | None = None
 
     @property
     def cache(self) -> Path:
@@ -97,6 +99,18 @@ class FileSystem:
         """Remove a file; an error where there is none."""
         self._ask(path, lambda client, address: client.remove(address))
 
+    @contextmanager
+    def without_requests(self, reason: str, but: Collection[str] = ()) -> Iterator[None]:
+        """Inside, no store is asked for anything but the addresses in `but`; a copy that is on this machine already will do.
+
+        For addresses that a stranger wrote. What is not here is a DataError that gives the reason.
+        """
+        before, self._closed = self._closed, (reason, frozenset(address.partition(PIN)[0] for address in but))
+        try:
+            yield
+        finally:
+            self._closed = before
+
     # ---------------------------------------------------------------- finding the client
     def _client(self, path: str) -> FileClient:
         # without a scheme it is a path, also where it looks like org/name: a typo must not fetch a stranger's repository
@@ -113,6 +127,8 @@ class FileSystem:
     def _ask(self, path: str | os.PathLike, question: Callable[[FileClient, str], T]) -> T:
         address = os.fspath(path).partition(PIN)[0]
         client = self._client(address)
+        if self._is_closed(client, address):
+            raise self._refusal(address)
         with _explained(address):
             return _persist(client, address, lambda: question(client, address))
 
@@ -121,6 +137,8 @@ class FileSystem:
         address, _, pin = path.partition(PIN)
         client = self._client(address)
         with _explained(address):
+            if self._is_closed(client, address):
+                return self._kept(client, address, is_folder)
             here = _persist(client, address, lambda: client.here(address, is_folder))
             if here is not None:
                 return here
@@ -128,6 +146,27 @@ class FileSystem:
             if known is None or not known.exists():
                 known = self._fetched[path, is_folder] = self._cached(client, address, pin, is_folder, wait)
             return known
+
+    def _is_closed(self, client: FileClient, address: str) -> bool:
+        return self._closed is not None and not isinstance(client, LocalFs) and address not in self._closed[1]
+
+    def _kept(self, client: FileClient, address: str, is_folder: bool) -> Path:
+        """The newest copy that is on this machine. Raises DataError where there is none."""
+        copy = client.kept(address, is_folder)
+        if copy is None:
+            folder = self._newest(address)
+            copy = folder if folder is None or is_folder else folder / base_name(address)
+        if copy is None:
+            raise self._refusal(address)
+        return copy
+
+    def _newest(self, address: str) -> Path | None:
+        entry = self.cache / 'files' / _hash(address)[:32]
+        return max(entry.glob('[0-9a-f]*'), key=lambda p: p.stat().st_mtime, default=None)
+
+    def _refusal(self, address: str) -> DataError:
+        assert self._closed is not None
+        return DataError(f'{shown(address)} was not fetched: {self._closed[0]}')
 
     def _cached(self, client: FileClient, address: str, pin: str, is_folder: bool, wait: bool) -> Path:
         if pin and not re.fullmatch('[0-9a-f]{64}', pin):
@@ -140,7 +179,7 @@ class FileSystem:
             sources = [f'{address.rstrip("/")}/{name}' for name in names] if is_folder else [address]
             version = pin or repr([(name, client.stamp(source)) for name, source in zip(names, sources)])
         except Transient as error:
-            old = max(entry.glob('[0-9a-f]*'), key=lambda p: p.stat().st_mtime, default=None)
+            old = self._newest(address)
             if old is not None:
                 get_logger().warning(f'{shown(address)} cannot be asked whether it changed ({error}): using the copy in {old}')
                 return old if is_folder else old / base_name(address)

@@ -53,6 +53,16 @@ class HuggingfaceFs(FileClient):
         self._verify(path, file)
         return file
 
+    def kept(self, path: str, is_folder: bool) -> Path | None:
+        hub, address = self._hub(), parse(path)
+        try:
+            if is_folder:
+                folder = Path(hub.snapshot_download(address.repo, revision=address.revision, local_files_only=True)) / address.file
+                return folder if folder.is_dir() else None
+            return Path(hub.hf_hub_download(address.repo, address.file, revision=address.revision, local_files_only=True))
+        except Exception:    # the library has a class of its own for each way of not having it
+            return None
+
     def exists(self, path: str) -> bool:
         hub, address = self._hub(), parse(path)
         if address.file:

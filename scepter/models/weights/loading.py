@@ -1,7 +1,7 @@
 """Weights into networks: which names a network of ours wants, and an error for each that does not fit."""
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from scepter.core.errors import CheckpointError
-from scepter.models.weights.compare import refuse_contradictions, scale_beside
+from scepter.core.logger import get_logger
 from scepter.models.weights.files import Weights, local_copy, read_weights
-from scepter.models.weights.foreign import PARTS, foreign_kind, lone_parts
 from scepter.models.weights.hugging_face import in_layout_of
 from scepter.models.weights.layouts import weights_for
 
@@ -19,24 +18,54 @@ from scepter.models.weights.layouts import weights_for
 KINDS = {768: 'Stable Diffusion 1', 1024: 'Stable Diffusion 2', 2048: 'Stable Diffusion XL', 1280: "Stable Diffusion XL's refiner"}
 
 
-def load_pretrained(model: nn.Module, path: str | Path, ignore_keys: Sequence[str] = (), use_ema: bool = False) -> None:
+def load_pretrained(model: nn.Module, path: str | Path, ignore_keys: Sequence[str] = (), use_ema: bool = False) -> list[str]:
     """Load a whole model or any part of one from any place that FS knows, whatever names the file uses.
 
-    Missing, unexpected and mis-shaped keys are a CheckpointError unless ignore_keys (exact names or globs) names them; so is what a file
-    says otherwise than the model's config (compare.py).
+    A part below that has a file of its own keeps what that gave. Answers the names that stay as they were.
+    Missing, unexpected and mis-shaped keys are a CheckpointError unless ignore_keys (exact names or globs) names them.
     """
+    owned = {part: names for part, names in filled_by_files(model).items() if part}
+    kept = set().union(*owned.values())
     with local_copy(path) as local:
         is_ours = (local / 'MANIFEST.json').is_file() and hasattr(model, 'trained_state')
         # a checkpoint of ours leaves out the frozen parts that come from files of their own
         absent = set(model.state_dict()) - set(model.trained_state()) if is_ours else ()
-        weights = read_weights(local, use_ema)
-        refuse_contradictions(model, weights, ignore_keys, source=str(path))
-        load_into(model, weights_for(model, weights), [*ignore_keys, *absent], source=str(path))
-        model.__dict__['published_scale'] = scale_beside(weights)
+        weights = weights_for(model, read_weights(local, use_ema))
+        for part, names in owned.items():
+            if not names.isdisjoint(weights):
+                get_logger().info(f'{part} keeps the weights of {source_of(model.get_submodule(part))}, which its config names; '
+                                  f'those in {path} are left aside')
+        return [name for name in load_into(model, weights.without(kept), [*ignore_keys, *absent, *kept], source=str(path))
+                if name not in kept]
 
 
-def load_into(model: nn.Module, weights: Mapping[str, Tensor], ignore_keys: Sequence[str] = (), source: str | None = None) -> None:
-    """Copy weights into a network, one tensor at a time; nothing changes unless all of them fit.
+def filled_by_files(model: nn.Module) -> dict[str, set[str]]:
+    """part -> the names in the whole's state dict that the part's own file gave, for each part whose config names one; '' is the whole."""
+    found = {}
+    for part, module in model.named_modules():
+        if source_of(module) is not None:
+            prefix = f'{part}.' if part else ''
+            found[part] = {prefix + name for name in module.state_dict()} - {prefix + name for name in module.left_as_built}
+    return found
+
+
+def source_of(module: nn.Module) -> str | None:
+    """Where a part of ours said that its weights came from."""
+    from scepter.models.base import BaseModel
+    return (module.pretrained_from or module.cfg.get('PRETRAINED_MODEL')) if isinstance(module, BaseModel) else None
+
+
+def refuse_unfilled(model: nn.Module) -> None:
+    """Raises CheckpointError where weights of a network that is to draw came from no file: it would draw noise, or nearly."""
+    filled = set().union(*filled_by_files(model).values())
+    names = [name for name, _ in model.named_parameters() if name not in filled]
+    if names:
+        raise CheckpointError(f'{len(names)} of the weights of {type(model).__name__} are in no file that was named:{_some(names)}\n'
+                              'Name one that has them: --pretrained_model, or PRETRAINED_MODEL of the network or of a part')
+
+
+def load_into(model: nn.Module, weights: Mapping[str, Tensor], ignore_keys: Sequence[str] = (), source: str | None = None) -> list[str]:
+    """Copy weights into a network, one tensor at a time; nothing changes unless all of them fit. Answers the names that stay as they were.
 
     Missing, unexpected and mis-shaped keys are a CheckpointError that lists them, unless ignore_keys (exact names or globs) names them.
     A 1x1 convolution and a linear layer are the same. A parameter on the meta device comes to be on the CPU.
@@ -57,30 +86,14 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], ignore_keys: Sequ
     refused = [n for n in misshaped if not is_ignored(n)]
     if missing or unexpected or refused:
         shapes = [f'{n}: expected {list(targets[n].shape)}, found {list(weights.shape(n))}' for n in refused]
-        raise CheckpointError(f'{source} {_misfit(model, targets, weights, missing, unexpected, shapes)}')
+        rows = [f'{len(names)} {kind}:{_some(names)}' for kind, names in
+                (('missing', missing), ('unexpected', unexpected), ('of another shape', shapes)) if names]
+        raise CheckpointError(f'{source} does not fit {type(model).__name__}, which has {len(targets)} tensors; the file has {len(weights)}'
+                              f'{_kind_of(weights)}\n' + '\n'.join(rows) + '\nName in IGNORE_KEYS what may be left as it is.')
     for name in shared:
         if name not in misshaped:
             _put(model, name, targets[name], weights[name])
-
-
-def _misfit(model: nn.Module, targets: Collection[str], weights: Weights, missing: list[str], unexpected: list[str],
-            misshaped: list[str]) -> str:
-    """Why weights do not fit a model: what the file is, where it is something else, or names and shapes, and what to do."""
-    if kind := foreign_kind(weights):
-        return kind
-    lost, parts = set(missing), PARTS if any(n.startswith('first_stage_model.') for n in targets) else ()
-    lacking = [part for part in parts if any(n.startswith(f'{part}.') for n in targets)
-               and lost.issuperset(n for n in targets if n.startswith(f'{part}.'))]
-    if lacking and (lone := lone_parts(weights, lacking)):
-        return lone
-    rows = [f'{len(names)} {kind}:{_some(names)}' for kind, names in
-            (('missing', missing), ('unexpected', unexpected), ('of another shape', misshaped)) if names]
-    if lacking or lost.issuperset(targets):
-        rows.append('Nothing in it is of this network: give another file.')
-    else:
-        rows.append('Name in IGNORE_KEYS what may be left as it is.')
-    return (f'does not fit {type(model).__name__}, which has {len(targets)} tensors; the file has {len(weights)}{_kind_of(weights)}\n'
-            + '\n'.join(rows))
+    return [n for n in targets if n not in weights or n in misshaped]
 
 
 @torch.no_grad()
