@@ -40,7 +40,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument('--launcher', choices=('spawn', 'torchrun'), default='spawn',
                         help='spawn (default): start one process per device here; torchrun: torchrun has started us')
     parser.add_argument('--learning_rate', type=float, help='the LEARNING_RATE of every optimizer')
-    parser.add_argument('--max_steps', type=int, help='SOLVER.MAX_STEPS')
+    parser.add_argument('--max_steps', type=int, help='SOLVER.MAX_STEPS, also in place of MAX_EPOCHS')
     parser.add_argument('--imports', metavar='FILE', action='append', default=[],
                         help="a file or module with components of yours, beside the config's own IMPORTS; may be repeated")
     parser.add_argument('--debug', action='store_true', help='say more, and show the traceback of every error')
@@ -74,12 +74,19 @@ def run(args: argparse.Namespace) -> None:
 def load(args: argparse.Namespace) -> Config:
     """The config with the command line on top of it."""
     from scepter.core.config import Config, Origin
-    cfg = Config.load(args.cfg, [*args.overrides, *([] if args.max_steps is None else [f'SOLVER.MAX_STEPS={args.max_steps}'])])
-    if args.learning_rate is not None:
-        optimizer = cfg.get('SOLVER', {}).get('OPTIMIZER', {})
+    cfg = Config.load(args.cfg, args.overrides)
+    solver = cfg.get('SOLVER')
+    if not isinstance(solver, Config):
+        return cfg    # the check says what is missing
+    if args.max_steps is not None:
+        solver.pop('MAX_EPOCHS', None)    # the other way to say it
+        solver.put('MAX_STEPS', args.max_steps, Origin(f'the command line (--max_steps {args.max_steps})'))
+    optimizer = solver.get('OPTIMIZER')
+    if args.learning_rate is not None and isinstance(optimizer, Config):
         for node in [optimizer] if 'NAME' in optimizer else optimizer.values():    # one, or a map of named ones
-            key = 'LR' if 'LR' in node else 'LEARNING_RATE'
-            node.put(key, args.learning_rate, Origin(f'the command line (--learning_rate {args.learning_rate})'))
+            if isinstance(node, Config):
+                key = 'LR' if 'LR' in node else 'LEARNING_RATE'
+                node.put(key, args.learning_rate, Origin(f'the command line (--learning_rate {args.learning_rate})'))
     return cfg
 
 

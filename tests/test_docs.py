@@ -17,6 +17,7 @@ import pytest
 
 from scepter import run_inference, run_train
 from scepter.core.config import Config, plain
+from tests.test_ranges import RIGHT
 
 ROOT = Path(__file__).resolve().parents[1]
 GIVEN = {'quick_start.md', 'training_guide.md', 'design.md'}    # the documents that came first; other tests hold them
@@ -58,6 +59,17 @@ def test_the_schema_for_editors_takes_what_is_right_and_refuses_what_is_wrong(ma
         wrong = Config(cfg)
         wrong.override([f'{path}={value}'])
         assert list(validator.iter_errors(plain(wrong))), path
+
+
+def test_the_schema_for_editors_refuses_what_is_out_of_range(make_docs: ModuleType):
+    validator = jsonschema.Draft202012Validator(make_docs.json_schema())
+    right = Config.parse(RIGHT)
+    assert not list(validator.iter_errors(plain(right)))
+    for word in ('MAX_STEPS=0', 'OPTIMIZER.BETAS=[2, 2]', 'MODEL.P_ZERO=1.5', 'MODEL.DIFFUSION_MODEL.MODEL_CHANNELS=40'):
+        wrong = right.copy()
+        wrong.override([f'SOLVER.{word}'])
+
+        assert list(validator.iter_errors(plain(wrong))), word
 
 
 def test_python_blocks_run_page_by_page_from_top_to_bottom(tmp_path: Path):

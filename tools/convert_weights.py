@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     from scepter.core.config import Config, ConfigError
     from scepter.core.registry import MODELS
     from scepter.drawing import without_weights
-    from scepter.models.weights import family_of, load_into, local_copy, read_weights, weights_for
+    from scepter.models.weights import family_of, load_into, local_copy, read_weights, refuse_contradictions, weights_for
     if args.to is not None and (args.to == 'single') != args.target.endswith('.safetensors'):
         raise ConfigError(f'--to {args.to} does not go with {args.target}: a single file ends in .safetensors, a folder does not')
     with local_copy(args.source) as local:
@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
         cfg = Config.load(file)
         cfg.SOLVER.MODEL = without_weights(cfg.SOLVER.MODEL)
         model = MODELS.build(cfg.SOLVER.MODEL).eval()
+        refuse_contradictions(model, weights, source=args.source)
         load_into(model, weights_for(model, weights), source=args.source)
     if args.to == 'scepter':
         print(write_checkpoint(model, cfg, args))

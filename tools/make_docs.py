@@ -24,7 +24,7 @@ from scepter.core.config import dump, plain  # noqa: E402
 from scepter.core.env import Env  # noqa: E402
 from scepter.core.experiment import Experiment, import_user_code  # noqa: E402
 from scepter.core.registry import Registry  # noqa: E402
-from scepter.core.schema import NO_BOUNDS, REQUIRED, Bounds, Component, Param, Schema, registries, schema_of  # noqa: E402
+from scepter.core.schema import NO_BOUNDS, REQUIRED, Bounds, Component, Param, Schema, is_foreign, registries, schema_of  # noqa: E402
 
 PAGE = ROOT / 'docs' / 'components.md'
 HEAD = '''# Components
@@ -214,7 +214,7 @@ def kind(type_: Any, bounds: Bounds = NO_BOUNDS) -> dict[str, Any]:
     if origin is Literal:
         return {'enum': list(args)}
     if origin in (Union, types.UnionType):
-        return {'anyOf': [kind(a, bounds) for a in args]}
+        return {'anyOf': [kind(a, bounds) for a in [a for a in args if not is_foreign(a) or a is types.NoneType] or args]}
     if origin is tuple and Ellipsis not in args:
         return {'type': 'array', 'prefixItems': [kind(a, bounds) for a in args], 'minItems': len(args), 'maxItems': len(args)}
     if origin in (list, tuple):
@@ -230,7 +230,8 @@ def kind(type_: Any, bounds: Bounds = NO_BOUNDS) -> dict[str, Any]:
 
 
 def limits(bounds: Bounds) -> dict[str, float]:
-    said = {'minimum': bounds.least, 'maximum': bounds.most, 'exclusiveMinimum': bounds.above, 'exclusiveMaximum': bounds.below}
+    said = {'minimum': bounds.least, 'maximum': bounds.most, 'exclusiveMinimum': bounds.above, 'exclusiveMaximum': bounds.below,
+            'multipleOf': bounds.multiple}
     return {word: bound for word, bound in said.items() if bound is not None}
 
 

@@ -140,6 +140,10 @@ class Registry:
         except (ValueError, TypeError, RuntimeError) as error:
             yield Fault(where, f'{name}: {error}', node.origin('NAME'))
 
+    def filled(self, cfg: dict) -> Config:
+        """A node with its component's defaults in place: for rules about a part. Raises KeyError where no component has its NAME."""
+        return self.schema(cfg['NAME']).fill(Config.of(cfg))
+
     # ---------------------------------------------------------------- building
     def build(self, cfg: dict, logger: Any = None, **given: Any) -> Any:
         """Build the component that cfg.NAME names; `given` are run-time objects that no file can hold.

@@ -29,7 +29,7 @@ REQUIRED: Any = type('REQUIRED', (), {'__repr__': lambda self: 'required', '__bo
 
 @dataclass(frozen=True)
 class Bounds:
-    """Which numbers a key takes: least and most may be reached, above and below may not; and none is infinite or nan.
+    """Which numbers a key takes: least and most may be reached, above and below may not; none is infinite or nan.
 
     In a class body `param(..., least=1)` says so, in a signature `Annotated[float, Bounds(above=0)]`. Of a list, or a map, each
     number is meant.
@@ -38,14 +38,17 @@ class Bounds:
     most: float | None = None
     above: float | None = None
     below: float | None = None
+    multiple: int | None = None
 
     def __str__(self) -> str:
-        said = (('at least', self.least), ('above', self.above), ('at most', self.most), ('below', self.below))
+        said = (('at least', self.least), ('above', self.above), ('at most', self.most), ('below', self.below),
+                ('a multiple of', self.multiple))
         return ', '.join(f'{words} {bound}' for words, bound in said if bound is not None)
 
     def admits(self, number: float) -> bool:
-        return (math.isfinite(number) and (self.least is None or number >= self.least) and (self.most is None or number <= self.most)
-                and (self.above is None or number > self.above) and (self.below is None or number < self.below))
+        return (_is_finite(number) and (self.least is None or number >= self.least) and (self.most is None or number <= self.most)
+                and (self.above is None or number > self.above) and (self.below is None or number < self.below)
+                and (self.multiple is None or number % self.multiple == 0))
 
     def faults(self, value: Any, path: str, origin: Any) -> Iterator[Fault]:
         """Every number in the value that is out of these bounds."""
@@ -53,11 +56,15 @@ class Bounds:
             for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
                 yield from self.faults(entry, f'{path}.{key}' if isinstance(value, dict) else f'{path}[{key}]', origin)
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and not self.admits(value):
-            finite = '' if math.isfinite(value) else 'a finite number, '
+            finite = '' if _is_finite(value) else 'a finite number, '
             yield Fault(path, f'expected {finite}{self}, got {value}', origin)
 
 
 NO_BOUNDS = Bounds()
+
+
+def _is_finite(number: float) -> bool:
+    return abs(number) <= sys.float_info.max    # also of an int that is too large for a float
 
 
 @dataclass(eq=False)
@@ -111,12 +118,13 @@ class Param:
 
 
 def param(default: Any = REQUIRED, doc: str = '', *, least: float | None = None, most: float | None = None,
-          above: float | None = None, below: float | None = None) -> Any:
+          above: float | None = None, below: float | None = None, multiple: int | None = None) -> Any:
     """Declare a key with its default and one line of documentation; without a default it is required.
 
-    A number, and each number of a list, is then at least `least` and at most `most`, more than `above` and less than `below`.
+    A number, and each number of a list, is then at least `least` and at most `most`, more than `above` and less than `below`, and a
+    multiple of `multiple`.
     """
-    return Param(default, doc, bounds=Bounds(least, most, above, below))
+    return Param(default, doc, bounds=Bounds(least, most, above, below, multiple))
 
 
 def part(registry: Registry, doc: str = '', default: Any = REQUIRED, place: Any = None) -> Any:
@@ -443,7 +451,7 @@ def _fits_one(value: Any, type_: Any) -> bool:
     if origin is Literal:
         return any(value == a and type(value) is type(a) for a in args)
     if origin in (Union, types.UnionType):
-        return any(fits(value, a) for a in [a for a in args if not _is_foreign(a)] or args)
+        return any(fits(value, a) for a in [a for a in args if not is_foreign(a)] or args)
     if origin in (list, tuple) or type_ in (list, tuple):
         if not isinstance(value, (list, tuple)):
             return False
@@ -455,7 +463,7 @@ def _fits_one(value: Any, type_: Any) -> bool:
     if origin is dict or type_ is dict:
         return isinstance(value, dict) and (len(args) < 2 or all(fits(v, args[1]) for v in value.values()))
     if type_ is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and not (isinstance(value, float) and math.isnan(value))
+        return (isinstance(value, float) and not math.isnan(value)) or (_fits_one(value, int) and _is_finite(value))
     if type_ is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if type_ is bool:
@@ -470,7 +478,7 @@ def _fits_one(value: Any, type_: Any) -> bool:
     return True
 
 
-def _is_foreign(type_: Any) -> bool:
+def is_foreign(type_: Any) -> bool:
     """Whether this is a third party's own type, which no YAML value has: beside plain types it says nothing about a config."""
     return get_origin(type_) is None and isinstance(type_, type) and type_.__module__ != 'builtins' and not hasattr(type_, 'para_dict')
 
@@ -485,7 +493,7 @@ def spell(type_: Any) -> str:
     if origin is Literal:
         return 'one of ' + ', '.join('null' if a is None else str(a) for a in args)
     if origin in (Union, types.UnionType):
-        return ' or '.join(spell(a) for a in [a for a in args if not _is_foreign(a) or a is types.NoneType] or args)
+        return ' or '.join(spell(a) for a in [a for a in args if not is_foreign(a) or a is types.NoneType] or args)
     if origin is list and args:
         return f'list of {spell(args[0])}'
     if origin is tuple and args:

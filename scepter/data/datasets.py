@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, ImageFile
 from torch import Tensor
 
 import scepter.data.transforms  # noqa: F401  fills TRANSFORMS
-from scepter.core.config import ConfigError
+from scepter.core.config import Config, Fault
 from scepter.core.errors import DataError
 from scepter.core.files import FS
 from scepter.core.logger import get_logger
@@ -177,10 +177,14 @@ class PromptListDataset(BaseDataset):
     IMAGE_SIZE: int | tuple[int, int] | None = param(
         None, "Pixels, or [height, width], where a line gives none; null: the network's own.", least=1)
 
+    @classmethod
+    def check(cls, cfg: Config) -> Iterator[Fault]:
+        yield from super().check(cfg)
+        if bool(cfg.PROMPTS) == bool(cfg.PROMPT_FILE):
+            yield Fault('PROMPTS', f'give either PROMPTS (got {len(cfg.PROMPTS)}) or PROMPT_FILE (got {cfg.PROMPT_FILE})')
+
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
-        if bool(self.PROMPTS) == bool(self.PROMPT_FILE):
-            raise ConfigError('PromptListDataset takes either PROMPTS or PROMPT_FILE')
         lines = _prompts_of_file(self.PROMPT_FILE) if self.PROMPT_FILE else [{'prompt': p} for p in self.PROMPTS]
         common = {key: value for key, value in (('n_prompt', self.N_PROMPT), ('image_size', self.IMAGE_SIZE)) if value is not None}
         self.lines = [{**common, **line, 'prompt': self.PROMPT_PREFIX + line['prompt']} for line in lines]

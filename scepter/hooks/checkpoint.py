@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
-from scepter.core.config import ConfigError
+from scepter.core.config import Config, ConfigError, Fault
 from scepter.core.registry import HOOKS
 from scepter.core.schema import param
 from scepter.hooks.base import Hook
@@ -18,10 +19,15 @@ class CheckpointHook(Hook):
     SAVE_LAST: bool = param(True, 'Save when the run is done.')
     SAVE_BEST_BY: str | None = param(None, "Keep the checkpoint with the best of this figure: '+accuracy' the highest, '-loss' the lowest.")
 
+    @classmethod
+    def check(cls, cfg: Config) -> Iterator[Fault]:
+        yield from super().check(cfg)
+        if cfg.SAVE_BEST_BY is not None and (cfg.SAVE_BEST_BY[:1] not in ('+', '-') or not cfg.SAVE_BEST_BY[1:]):
+            yield Fault('SAVE_BEST_BY', f'is {cfg.SAVE_BEST_BY!r}: begin with + (the highest is best) or - (the lowest), then the '
+                                        "figure's name, e.g. -loss")
+
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
-        if self.SAVE_BEST_BY is not None and self.SAVE_BEST_BY[:1] not in ('+', '-'):
-            raise ConfigError(f"SAVE_BEST_BY is {self.SAVE_BEST_BY!r}: begin with + (the highest is best) or - (the lowest)")
         self.best: float | None = None
         self.best_step: int | None = None
 

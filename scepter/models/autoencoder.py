@@ -5,7 +5,7 @@ Rombach et al. 2022 (arXiv 2112.10752), section 3.1. At the size of Stable Diffu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -18,10 +18,11 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from scepter.core import streams
+from scepter.core.config import Config, Fault
 from scepter.core.registry import BACKBONES, LOSSES, MODELS
 from scepter.core.schema import param, part
 from scepter.models.base import BaseModel, TrainModule
-from scepter.models.layers import GroupNorm32, SiLU, attention, to_image, to_tokens, upsample_conv
+from scepter.models.layers import GROUPS, GroupNorm32, SiLU, attention, to_image, to_tokens, upsample_conv
 
 
 @MODELS.register_class()
@@ -48,6 +49,26 @@ class AutoencoderKL(TrainModule):
 
     disc_batches: Tensor    # training batches so far; there is one only with a discriminator
 
+    @classmethod
+    def check(cls, cfg: Config) -> Iterator[Fault]:
+        yield from super().check(cfg)
+        if (cfg.ENCODER.NAME, cfg.DECODER.NAME) != ('Encoder', 'Decoder'):
+            return    # what another network needs is its own affair
+        encoder, decoder = BACKBONES.filled(cfg.ENCODER), BACKBONES.filled(cfg.DECODER)
+        if len(encoder.CH_MULT) != len(decoder.CH_MULT):
+            yield Fault('DECODER.CH_MULT', f'has {len(decoder.CH_MULT)} levels, but the encoder has {len(encoder.CH_MULT)}: '
+                                           'the image would come back in another size')
+        if encoder.Z_CHANNELS != decoder.Z_CHANNELS:
+            yield Fault('DECODER.Z_CHANNELS', f'is {decoder.Z_CHANNELS}, but that of the encoder is {encoder.Z_CHANNELS}')
+        elif not cfg.USE_CONV and cfg.EMBED_DIM != decoder.Z_CHANNELS:
+            yield Fault('EMBED_DIM', f'without USE_CONV the latent has Z_CHANNELS ({decoder.Z_CHANNELS}) channels, '
+                                     f'but EMBED_DIM is {cfg.EMBED_DIM}')
+        if not encoder.DOUBLE_Z:
+            yield Fault('ENCODER.DOUBLE_Z', 'a distribution has means and log-variances: set it to true')
+        factor = 2 ** (len(encoder.CH_MULT) - 1)
+        if cfg.TILE_SIZE is not None and (cfg.TILE_SIZE % factor or cfg.TILE_SIZE < 4 * factor):
+            yield Fault('TILE_SIZE', f'TILE_SIZE is {cfg.TILE_SIZE}: use a multiple of {factor}, from {4 * factor} on')
+
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
         self.encoder = BACKBONES.build(self.ENCODER, logger=logger)
@@ -60,10 +81,6 @@ class AutoencoderKL(TrainModule):
         if self.USE_CONV:
             self.quant_conv = nn.Conv2d(2 * z_channels, 2 * self.EMBED_DIM, 1)
             self.post_quant_conv = nn.Conv2d(self.EMBED_DIM, z_channels, 1)
-        elif self.EMBED_DIM != z_channels:
-            raise ValueError(f'without USE_CONV the latent has Z_CHANNELS ({z_channels}) channels, but EMBED_DIM is {self.EMBED_DIM}')
-        if self.TILE_SIZE is not None and (self.TILE_SIZE % self.size_factor or self.TILE_SIZE < 4 * self.size_factor):
-            raise ValueError(f'TILE_SIZE is {self.TILE_SIZE}: use a multiple of {self.size_factor}, from {4 * self.size_factor} on')
         if self.PRETRAINED_MODEL:
             self.load_pretrained(self.PRETRAINED_MODEL, self.IGNORE_KEYS)
 
@@ -190,7 +207,7 @@ class DiagonalGaussian:
 class Encoder(BaseModel):
     """Image to the moments of its latent.    [B, IN_CHANNELS, H, W]  ->  [B, 2 * Z_CHANNELS, h, w]"""
 
-    CH: int = param(128, 'Channels of the first level; a multiple of 32.', least=1)
+    CH: int = param(128, 'Channels of the first level.', least=GROUPS, multiple=GROUPS)
     CH_MULT: list[int] = param(
         [1, 2, 4, 4], 'Channels of each level, in multiples of CH; each level but the last halves the size.', least=1)
     NUM_RES_BLOCKS: int = param(2, 'Residual blocks per level.', least=1)
@@ -201,6 +218,12 @@ class Encoder(BaseModel):
     DROPOUT: float = param(0.0, 'Share of activations dropped before the second convolution of residual blocks.', least=0, below=1)
     RESAMP_WITH_CONV: bool = param(True, 'Halve the size by convolutions; false: by means.')
     CHECKPOINTING: int = param(0, 'From 3 on, residual blocks are recomputed in the backward pass, to save memory.', least=0)
+
+    @classmethod
+    def check(cls, cfg: Config) -> Iterator[Fault]:
+        yield from super().check(cfg)
+        if not cfg.CH_MULT:
+            yield Fault('CH_MULT', 'expected one entry per level, and at least one')
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
@@ -230,7 +253,7 @@ class Encoder(BaseModel):
 class Decoder(BaseModel):
     """Latent to image.    [B, Z_CHANNELS, h, w]  ->  [B, OUT_CH, H, W]"""
 
-    CH: int = param(128, 'Channels of the last level; a multiple of 32.', least=1)
+    CH: int = param(128, 'Channels of the last level.', least=GROUPS, multiple=GROUPS)
     CH_MULT: list[int] = param([1, 2, 4, 4], 'Channels of each level, as in the encoder, so the decoder begins with the last.', least=1)
     NUM_RES_BLOCKS: int = param(2, 'Residual blocks per level of the encoder; here there is one more.', least=1)
     ATTN_RESOLUTIONS: list[int] = param([], 'Downsampling factors (1, 2, 4, ...) whose levels have attention.', least=1)
@@ -239,6 +262,12 @@ class Decoder(BaseModel):
     DROPOUT: float = param(0.0, 'Share of activations dropped before the second convolution of residual blocks.', least=0, below=1)
     RESAMP_WITH_CONV: bool = param(True, 'Convolve after each enlargement.')
     CHECKPOINTING: int = param(0, 'From 3 on, residual blocks are recomputed in the backward pass, to save memory.', least=0)
+
+    @classmethod
+    def check(cls, cfg: Config) -> Iterator[Fault]:
+        yield from super().check(cfg)
+        if not cfg.CH_MULT:
+            yield Fault('CH_MULT', 'expected one entry per level, and at least one')
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
@@ -269,7 +298,7 @@ class PatchDiscriminator(BaseModel):
     """Whether each patch is of a real image: positive yes, negative no (Isola et al. 2017, arXiv 1611.07004).    -> [B, 1, h, w]"""
 
     IN_CHANNELS: int = param(3, 'Channels of the image.', least=1)
-    CH: int = param(64, 'Channels of the first layer, doubled by each up to 8 times; a multiple of 32.', least=1)
+    CH: int = param(64, 'Channels of the first layer, doubled by each up to 8 times.', least=GROUPS // 2, multiple=GROUPS // 2)
     NUM_LAYERS: int = param(3, 'Layers that halve the size; 3 judge patches of 70x70.', least=1)
 
     def __init__(self, cfg: dict, logger: Any = None):

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import fnmatch
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scepter.core import streams
-from scepter.core.config import ConfigError
+from scepter.core.config import Config, ConfigError, Fault
 from scepter.core.env import we
 from scepter.core.errors import CheckpointError, ScepterError
 from scepter.core.registry import BACKBONES, EMBEDDERS, LOSSES, MODELS, SCHEDULES
@@ -53,6 +53,15 @@ class LatentDiffusion(TrainModule):
     PRETRAINED_MODEL: str | None = param(None, 'Weights of the whole: a single file, a diffusers folder, a checkpoint of ours.')
     IGNORE_KEYS: list[str] = param([], 'Names or globs of weights that may be missing, left over or of another shape.')
 
+    @classmethod
+    def check(cls, cfg: Config) -> Iterator[Fault]:
+        yield from super().check(cfg)
+        yield from _size_faults(cfg)
+        try:
+            _diffusion_of(cfg)
+        except ValueError as error:
+            yield Fault('PARAMETERIZATION', f'{cfg.PARAMETERIZATION} on {cfg.SCHEDULE_ARGS.NAME}: {error}')
+
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
         with unfilled(self.cfg) if self.PRETRAINED_MODEL is not None else nullcontext():
@@ -62,7 +71,7 @@ class LatentDiffusion(TrainModule):
         self.loss = LOSSES.build(self.LOSS, logger=logger) if self.LOSS is not None else None
 
         self._check_parts()
-        self.diffusion = self._build_diffusion()
+        self.diffusion = _diffusion_of(self.cfg)
         self.num_timesteps, self.size_factor, self.scale_factor = self.TIMESTEPS, self.SIZE_FACTOR, self.SCALE_FACTOR
         self.p_zero, self.train_n_prompt, self.default_n_prompt = self.P_ZERO, self.TRAIN_N_PROMPT, self.DEFAULT_N_PROMPT
 
@@ -79,6 +88,10 @@ class LatentDiffusion(TrainModule):
         if None not in (latent, out) and latent != out:
             raise _misfit(self.first_stage_model, f'the autoencoder gives {latent} channels (EMBED_DIM), but the network predicts {out} '
                                                   '(OUT_CHANNELS)')
+        scale = getattr(self.first_stage_model, 'published_scale', None)
+        if scale not in (None, self.SCALE_FACTOR) and 'SCALE_FACTOR' not in self.IGNORE_KEYS:
+            raise _misfit(self.first_stage_model, f'its config says scaling_factor {scale}, but SCALE_FACTOR of the config is '
+                                                  f'{self.SCALE_FACTOR}; where that is meant, name SCALE_FACTOR in IGNORE_KEYS')
         towers = getattr(self.cond_stage_model, 'embedders', [self.cond_stage_model])
         widths: list[Any] = [getattr(getattr(tower, 'tower', None), 'width', None) for tower in towers]
         context = getattr(self.model, 'CONTEXT_DIM', None)
@@ -89,16 +102,6 @@ class LatentDiffusion(TrainModule):
         if None not in (vector, taken) and vector != taken:
             raise _misfit(self.cond_stage_model, f'the vector of the pooled text and the sizes is {vector} wide, but the network expects '
                                                  f'{taken} (ADM_IN_CHANNELS)')
-
-    def _build_diffusion(self) -> Diffusion:
-        with torch.device('cpu'):    # numbers, also where the networks are built on the meta device
-            alphas, sigmas = SCHEDULES.build(self.SCHEDULE_ARGS, n=self.TIMESTEPS)
-            if self.ZERO_TERMINAL_SNR:
-                alphas, sigmas = zero_terminal_snr(alphas, sigmas)
-            try:
-                return Diffusion(alphas, sigmas, self.PARAMETERIZATION)
-            except ValueError as error:
-                raise ConfigError(f'PARAMETERIZATION {self.PARAMETERIZATION} on {self.SCHEDULE_ARGS["NAME"]}: {error}') from error
 
     # ---------------------------------------------------------------- training
     def forward_train(self, image: Tensor | None = None, moments: Tensor | None = None, noise: Tensor | None = None,
@@ -240,6 +243,27 @@ class LatentDiffusion(TrainModule):
 
     def compile_network(self) -> None:
         self.model.compile()
+
+
+def _diffusion_of(cfg: Config) -> Diffusion:
+    """The process of a config. Raises ValueError where its schedule is none, or the prediction says nothing about x0 at some level."""
+    with torch.device('cpu'):    # numbers, also where the networks are built on the meta device
+        alphas, sigmas = SCHEDULES.function(cfg.SCHEDULE_ARGS)(n=cfg.TIMESTEPS)
+        if cfg.ZERO_TERMINAL_SNR:
+            alphas, sigmas = zero_terminal_snr(alphas, sigmas)
+        return Diffusion(alphas, sigmas, cfg.PARAMETERIZATION)
+
+
+def _size_faults(cfg: Config) -> Iterator[Fault]:
+    """SIZE_FACTOR against the autoencoder, where its config alone tells how often it halves the size, and IMAGE_SIZE against both."""
+    encoder = cfg.FIRST_STAGE_MODEL.get('ENCODER')
+    levels = len(BACKBONES.filled(encoder).get('CH_MULT') or []) if isinstance(encoder, Config) else 0
+    if levels and cfg.SIZE_FACTOR != 2 ** (levels - 1):
+        yield Fault('SIZE_FACTOR', f'is {cfg.SIZE_FACTOR}, but the autoencoder has {levels} levels (FIRST_STAGE_MODEL.ENCODER.CH_MULT) '
+                                   f'and makes pictures {2 ** (levels - 1)} times smaller')
+    sides = cfg.IMAGE_SIZE if isinstance(cfg.IMAGE_SIZE, list) else [cfg.IMAGE_SIZE]
+    if any(side % cfg.SIZE_FACTOR for side in sides):
+        yield Fault('IMAGE_SIZE', f'is {cfg.IMAGE_SIZE}: sides are multiples of SIZE_FACTOR, which is {cfg.SIZE_FACTOR}')
 
 
 def _misfit(part: Any, problem: str) -> ScepterError:

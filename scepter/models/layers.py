@@ -90,6 +90,9 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tens
     return F.pad(embedding, (0, dim % 2))
 
 
+GROUPS = 32    # of the group normalisation
+
+
 class GroupNorm32(nn.GroupNorm):
     """Group normalisation whose statistics are float32 and whose result has the type of its input.    [B, C, H, W] -> [B, C, H, W]
 
@@ -97,7 +100,7 @@ class GroupNorm32(nn.GroupNorm):
     convolution would have to cast it back.
     """
 
-    def __init__(self, channels: int, eps: float = 1e-5, groups: int = 32):
+    def __init__(self, channels: int, eps: float = 1e-5, groups: int = GROUPS):
         if channels % groups:
             raise ValueError(f'{channels} channels cannot be normalised in {groups} groups: use multiples of {groups}')
         super().__init__(groups, channels, eps=eps)

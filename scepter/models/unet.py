@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from scepter.core.config import Config, Fault
 from scepter.core.registry import BACKBONES
 from scepter.core.schema import param
 from scepter.models.base import BaseModel
-from scepter.models.layers import GroupNorm32, SiLU, attention, timestep_embedding, to_image, to_tokens, upsample_conv
+from scepter.models.layers import GROUPS, GroupNorm32, SiLU, attention, timestep_embedding, to_image, to_tokens, upsample_conv
 
 
 @BACKBONES.register_class()
@@ -29,7 +30,7 @@ class DiffusionUNet(BaseModel):
 
     IN_CHANNELS: int = param(doc='Channels of x; with a `concat` condition, those of both together.', least=1)
     OUT_CHANNELS: int = param(doc='Channels of the prediction.', least=1)
-    MODEL_CHANNELS: int = param(doc='Channels of the first level; a multiple of 32.', least=1)
+    MODEL_CHANNELS: int = param(doc='Channels of the first level.', least=GROUPS, multiple=GROUPS)
     NUM_RES_BLOCKS: int | list[int] = param(doc='Residual blocks per level on the way down; one more on the way up.', least=1)
     ATTENTION_RESOLUTIONS: list[int] = param(doc='Downsampling factors (1, 2, 4, ...) whose levels have transformers.', least=1)
     CONTEXT_DIM: int | None = param(doc='Width of the text context; null for a network without cross attention.', least=1)
@@ -55,16 +56,29 @@ class DiffusionUNet(BaseModel):
     PRETRAINED_MODEL: str | None = param(None, 'Weights to start from.')
     IGNORE_KEYS: list[str] = param([], 'Names or globs of weights that may be missing, left over or of another shape.')
 
+    @classmethod
+    def check(cls, cfg: Config) -> Iterator[Fault]:
+        yield from super().check(cfg)
+        levels = len(cfg.CHANNEL_MULT)
+        for key in ('CHANNEL_MULT', 'TRANSFORMER_DEPTH', 'NUM_RES_BLOCKS', 'DISABLE_SELF_ATTENTIONS'):
+            if isinstance(cfg[key], list) and (len(cfg[key]) != levels or not levels):
+                yield Fault(key, f'{key} has {len(cfg[key])} entries, CHANNEL_MULT {levels}: one per level, and at least one')
+                return
+        if (cfg.NUM_HEADS is None) == (cfg.NUM_HEADS_CHANNELS is None):
+            yield Fault('NUM_HEADS', f'give either NUM_HEADS (got {cfg.NUM_HEADS}) or NUM_HEADS_CHANNELS (got {cfg.NUM_HEADS_CHANNELS})')
+        else:
+            yield from _head_faults(cfg)
+        if cfg.CONTEXT_DIM is None and (any(cfg.DISABLE_SELF_ATTENTIONS or []) or cfg.DISABLE_MIDDLE_SELF_ATTN):
+            yield Fault('CONTEXT_DIM', 'self-attention is disabled for cross attention, but CONTEXT_DIM is null: give the width '
+                                       'of the context')
+        if cfg.NUM_CLASSES == 'sequential' and cfg.ADM_IN_CHANNELS is None:
+            yield Fault('ADM_IN_CHANNELS', 'NUM_CLASSES is sequential: give the width of y as ADM_IN_CHANNELS (2816 for SDXL)')
+
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
         levels = len(self.CHANNEL_MULT)
-        depths = self._per_level('TRANSFORMER_DEPTH', self.TRANSFORMER_DEPTH)
-        blocks = self._per_level('NUM_RES_BLOCKS', self.NUM_RES_BLOCKS)
-        cross_only = self._per_level('DISABLE_SELF_ATTENTIONS', self.DISABLE_SELF_ATTENTIONS or False)
-        if (self.NUM_HEADS is None) == (self.NUM_HEADS_CHANNELS is None):
-            raise ValueError(f'give either NUM_HEADS (got {self.NUM_HEADS}) or NUM_HEADS_CHANNELS (got {self.NUM_HEADS_CHANNELS})')
-        if self.CONTEXT_DIM is None and (any(cross_only) or self.DISABLE_MIDDLE_SELF_ATTN):
-            raise ValueError('self-attention is disabled for cross attention, but CONTEXT_DIM is null: give the width of the context')
+        depths, blocks = per_level(self.TRANSFORMER_DEPTH, levels), per_level(self.NUM_RES_BLOCKS, levels)
+        cross_only = per_level(self.DISABLE_SELF_ATTENTIONS or False, levels)
 
         channels, time_channels = self.MODEL_CHANNELS, 4 * self.MODEL_CHANNELS
         self.time_embed = nn.Sequential(nn.Linear(channels, time_channels), nn.SiLU(), nn.Linear(time_channels, time_channels))
@@ -76,8 +90,6 @@ class DiffusionUNet(BaseModel):
 
         def transformer(channels: int, depth: int, cross_only: bool) -> SpatialTransformer:
             heads = channels // self.NUM_HEADS_CHANNELS if self.NUM_HEADS is None else self.NUM_HEADS
-            if channels % heads:
-                raise ValueError(f'{channels} channels cannot be shared by {heads} attention heads')
             return SpatialTransformer(channels, heads, depth, self.CONTEXT_DIM, self.USE_LINEAR_IN_TRANSFORMER, self.DROPOUT, cross_only)
 
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(self.IN_CHANNELS, channels, 3, padding=1))])
@@ -190,16 +202,8 @@ class DiffusionUNet(BaseModel):
             return nn.Embedding(self.NUM_CLASSES, width)
         if self.NUM_CLASSES == 'continuous':
             return nn.Linear(1, width)
-        if self.ADM_IN_CHANNELS is None:
-            raise ValueError('NUM_CLASSES is sequential: give the width of y as ADM_IN_CHANNELS (2816 for SDXL)')
         # a Sequential in a Sequential: label_emb.0.0 and label_emb.0.2 are the published names
         return nn.Sequential(nn.Sequential(nn.Linear(self.ADM_IN_CHANNELS, width), nn.SiLU(), nn.Linear(width, width)))
-
-    def _per_level(self, key: str, value: Any) -> list[Any]:
-        values = value if isinstance(value, list) else [value] * len(self.CHANNEL_MULT)
-        if len(values) != len(self.CHANNEL_MULT):
-            raise ValueError(f'{key} has {len(values)} entries, CHANNEL_MULT {len(self.CHANNEL_MULT)}: one per level')
-        return values
 
     def _cross_attentions(self) -> Iterator[Attention]:
         return (m for m in self.modules() if isinstance(m, Attention) and m.reads_context)
@@ -210,6 +214,25 @@ class DiffusionUNet(BaseModel):
         for attn in self._cross_attentions():
             attn.place = (start, start + 2 * attn.channels)
             start += 2 * attn.channels
+
+
+def per_level(value: Any, levels: int) -> list[Any]:
+    return value if isinstance(value, list) else [value] * levels
+
+
+def _head_faults(cfg: Config) -> Iterator[Fault]:
+    """The first transformer whose channels its heads cannot share."""
+    depths = per_level(cfg.TRANSFORMER_DEPTH, len(cfg.CHANNEL_MULT))
+    widths = [mult for level, mult in enumerate(cfg.CHANNEL_MULT) if 2 ** level in cfg.ATTENTION_RESOLUTIONS and depths[level]]
+    if depths[-1] if cfg.TRANSFORMER_DEPTH_MIDDLE is None else cfg.TRANSFORMER_DEPTH_MIDDLE:
+        widths.append(cfg.CHANNEL_MULT[-1])
+    key = 'NUM_HEADS' if cfg.NUM_HEADS_CHANNELS is None else 'NUM_HEADS_CHANNELS'
+    for channels in (mult * cfg.MODEL_CHANNELS for mult in widths):
+        if channels % cfg[key]:
+            shared = f'shared by {cfg[key]} attention heads' if key == 'NUM_HEADS' else f'cut into heads of {cfg[key]}'
+            yield Fault(key, f'{channels} channels cannot be {shared}')
+            return
+
 
 
 class KeysValues(NamedTuple):

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from scepter.core import checkpoints, streams
-from scepter.core.calls import accepted
-from scepter.core.config import Config, ConfigError, masked, plain
+from scepter.core.config import Config, ConfigError, Fault, masked, plain
 from scepter.core.env import Stopped, seed_everything, we
 from scepter.core.errors import CheckpointError, DataError, NonFiniteError
-from scepter.core.images import save_results
 from scepter.core.logger import get_logger, set_up_logging
 from scepter.core.registry import DATASETS, HOOKS, LR_SCHEDULERS, METRICS, MODELS, OPTIMIZERS, SOLVERS
 from scepter.core.schema import Component, param, part, parts
-from scepter.data.loader import Loader, OrderedLoader
+from scepter.data.loader import Loader
+from scepter.solvers import evaluation
 from scepter.solvers.optim import NamedOptimizer, OptimizerPlace, build_optimizers, rate_function
 from scepter.solvers.parallel import average_gradients
 
@@ -65,12 +64,30 @@ class BaseSolver(Component, base=True):
     RESUME_FROM: str | None = param(None, 'Absent: a fresh run. auto: the newest checkpoint, else fresh. latest: the newest. A path: that.')
     KEEP_CHECKPOINTS: int | None = param(None, 'How many of the newest checkpoints to keep; default all.', least=1)
 
+    @classmethod
+    def check(cls, cfg: Config) -> Iterator[Fault]:
+        yield from super().check(cfg)
+        modes = _modes(cfg)
+        if not modes:
+            yield Fault('', 'nothing to do: give TRAIN_DATA, or TEST_DATA')
+        for mode in modes:
+            if cfg[f'{mode.upper()}_DATA'] is None:
+                yield Fault('MODE', f'has {mode}, but there is no {mode.upper()}_DATA')
+        if 'train' not in modes:
+            return
+        if (cfg.MAX_STEPS is None) == (cfg.MAX_EPOCHS is None):
+            how = 'neither is given' if cfg.MAX_STEPS is None else f'they are {cfg.MAX_STEPS} and {cfg.MAX_EPOCHS:g}; null takes one away'
+            yield Fault('MAX_STEPS', f'give one of MAX_STEPS and MAX_EPOCHS: {how}')
+        if cfg.OPTIMIZER is None:
+            yield Fault('OPTIMIZER', 'is needed to train, e.g. {NAME: AdamW, LEARNING_RATE: 1e-4}')
+        if cfg.EVAL_INTERVAL and cfg.EVAL_DATA is None:
+            yield Fault('EVAL_INTERVAL', f'is {cfg.EVAL_INTERVAL}, but there is no EVAL_DATA to evaluate on')
+
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger or get_logger())
         self.experiment = Config({'SOLVER': cfg})    # the whole file; the door replaces it, so that a checkpoint can rebuild all
         self.work_dir = Path(self.WORK_DIR)
-        wanted = self.MODE if self.MODE is not None else [m for m in ('train', 'test') if self.cfg[f'{m.upper()}_DATA'] is not None]
-        self._mode_set = set(wanted)
+        self._mode_set = _modes(self.cfg)
         self.mode = 'train'
         self.step = 0
         self.outputs: Outputs = {}
@@ -99,9 +116,6 @@ class BaseSolver(Component, base=True):
         self.datasets = {'train': build(self.TRAIN_DATA) if 'train' in self._mode_set else None,
                          'eval': build(self.EVAL_DATA) if 'train' in self._mode_set and self.EVAL_INTERVAL else None,
                          'test': build(self.TEST_DATA) if 'test' in self._mode_set else None}
-        for mode in self._mode_set:
-            if self.datasets[mode] is None:
-                raise ConfigError(f'MODE has {mode}, but there is no {mode.upper()}_DATA')
         if self.datasets['train'] is not None:
             if len(self.datasets['train']) == 0:
                 raise DataError('TRAIN_DATA holds no sample')
@@ -126,8 +140,6 @@ class BaseSolver(Component, base=True):
         self.optimizers: list[NamedOptimizer] = []
         if 'train' not in self._mode_set:
             return
-        if self.OPTIMIZER is None:
-            raise ConfigError('SOLVER.OPTIMIZER is needed to train, e.g. {NAME: AdamW, LEARNING_RATE: 1e-4}')
         self.optimizers = build_optimizers(self.OPTIMIZER, self.model)
         self.factor = rate_function(self.LR_SCHEDULER, self.WARMUP_STEPS, self.max_steps)
         self.scaler = torch.amp.GradScaler(we.device.type, enabled=self.dtype == torch.float16)
@@ -206,60 +218,12 @@ class BaseSolver(Component, base=True):
         return {**{k: v for k, v in outputs.items() if k not in totals}, **scalars, **rates}
 
     def run_eval(self) -> None:
-        """Measure on EVAL_DATA: the loss at fixed levels and noise, and METRICS on what forward_test gives."""
-        if self.datasets['eval'] is None:
-            raise ConfigError('EVAL_INTERVAL is set, but there is no EVAL_DATA')
-        self._call('before_eval', 'train')
-        with self.ema_weights():
-            self.eval_outputs = self._run_over('eval', with_loss=self.EVAL_LOSS, with_results=bool(self.metrics or self.hooks['eval']))
-        self.train_mode()
-        self._call('after_eval', 'train')
+        """Measure on EVAL_DATA (solvers/evaluation.py)."""
+        evaluation.run_eval(self)
 
     def run_test(self) -> None:
-        """Let the network draw or predict all of TEST_DATA, into WORK_DIR/test_results/."""
-        with self.ema_weights():
-            self._run_over('test', with_loss=False, with_results=True)
-
-    def _run_over(self, mode: str, with_loss: bool, with_results: bool) -> dict[str, float]:
-        self._set_mode(mode)
-        dataset = self.datasets[mode]
-        loader = OrderedLoader(dataset, seed=we.seed, rank=we.rank, world_size=we.world_size,
-                               skipped_file=self.work_dir / 'skipped.jsonl', logger=self.logger)
-        losses, count = 0.0, 0
-        for metric in self.metrics if mode == 'eval' else []:
-            metric.reset()
-        self._call('before_all_iter', mode)
-        for batch, n in loader:
-            if we.stop_signal and not we.is_distributed:
-                break
-            self.batches = [(batch, n)]
-            self._call('before_iter', mode)
-            moved = self.to_device(batch)
-            self.outputs = {}
-            # keyed by the sample and never by the step: the same levels and the same noise in every evaluation
-            with torch.no_grad(), streams.current(streams.seed_global(we.seed, mode), n), self.autocast():
-                if with_loss:
-                    loss = self.model.forward_train(**moved)['loss']
-                    losses += float(loss) * len(n)
-                    self.outputs['loss'] = float(loss)
-                if with_results:
-                    self.outputs['results'] = self.model.forward_test(
-                        **accepted(self.model.forward_test, {**self.test_arguments(), **moved}))
-            count += len(n)
-            if mode == 'eval':
-                for metric in self.metrics:
-                    metric.update(self.outputs['results'], moved)
-            if mode == 'test':
-                save_results(self.outputs['results'], n.tolist(), self.work_dir / 'test_results')
-            self._call('after_iter', mode)
-        figures: dict[str, float] = {}
-        if with_loss:
-            total, seen = (sum(values) for values in zip(*we.gather((losses, count))))
-            figures['loss'] = total / max(1, seen)
-        for metric in self.metrics if mode == 'eval' else []:
-            figures |= metric.compute()
-        self._call('after_all_iter', mode)
-        return figures
+        """Let the network draw or predict all of TEST_DATA, into WORK_DIR/test_results/ (solvers/evaluation.py)."""
+        evaluation.run_test(self)
 
     def test_arguments(self) -> dict[str, Any]:
         """What forward_test is given beside the batch."""
@@ -375,14 +339,9 @@ class BaseSolver(Component, base=True):
         """Whether the step that has just run changed the weights."""
         return self._bad_steps == 0
 
-    @contextlib.contextmanager
-    def ema_weights(self) -> Iterator[None]:
+    def ema_weights(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the network has its averaged weights, where a hook keeps some."""
-        keepers = [hook for hook in self.hooks['train'] if hasattr(hook, 'swapped')]
-        with contextlib.ExitStack() as stack:
-            for hook in keepers:
-                stack.enter_context(hook.swapped(self.model))
-            yield
+        return evaluation.ema_weights(self)
 
     # ---------------------------------------------------------------- sizes
     def _cut_batch(self, global_size: int | None) -> None:
@@ -400,8 +359,6 @@ class BaseSolver(Component, base=True):
         self.micro_batch_size, self.global_batch_size = share // self.accu_step, global_size
 
     def _count_steps(self) -> int:
-        if (self.MAX_STEPS is None) == (self.MAX_EPOCHS is None):
-            raise ConfigError('give one of SOLVER.MAX_STEPS and SOLVER.MAX_EPOCHS')
         if self.MAX_STEPS is not None:
             return self.MAX_STEPS
         return math.ceil(len(self.datasets['train']) * self.MAX_EPOCHS / self.global_batch_size)
@@ -507,6 +464,11 @@ class BaseSolver(Component, base=True):
 
     _loader: Loader | None = None
     _known_sources: dict[str, dict[str, Any]] | None = None
+
+
+def _modes(cfg: Config) -> set[str]:
+    """What a run does: what MODE says, else what there is data for."""
+    return set(cfg.MODE) if cfg.MODE is not None else {mode for mode in ('train', 'test') if cfg[f'{mode.upper()}_DATA'] is not None}
 
 
 def _leaves(value: Any, path: str = '') -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """The solver of diffusion models: how they draw in evaluations and tests."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from scepter.core.registry import SOLVERS
+from scepter.core.config import Config, Fault
+from scepter.core.registry import MODELS, SOLVERS
 from scepter.core.schema import Component, param
 from scepter.solvers.base import BaseSolver
 
@@ -33,6 +35,14 @@ class LatentDiffusionSolver(BaseSolver):
     """BaseSolver with the settings that diffusion models draw with."""
 
     SAMPLE_ARGS: SampleArgs = param({}, 'How evaluations and tests draw.')
+
+    @classmethod
+    def check(cls, cfg: Config) -> Iterator[Fault]:
+        yield from super().check(cfg)
+        step = MODELS.filled(cfg.MODEL).get('SIZE_FACTOR')
+        size = cfg.SAMPLE_ARGS.IMAGE_SIZE
+        if isinstance(step, int) and any(side % step for side in (size if isinstance(size, list) else [size or 0])):
+            yield Fault('SAMPLE_ARGS.IMAGE_SIZE', f"is {size}: sides are multiples of the network's SIZE_FACTOR, which is {step}")
 
     def test_arguments(self) -> dict[str, Any]:
         return SampleArgs(self.SAMPLE_ARGS).given()

@@ -228,6 +228,7 @@ SOLVER:
     EMBED_DIM: 4
     ENCODER: {NAME: Encoder, CH: 32, CH_MULT: [1, 2], NUM_RES_BLOCKS: 1, Z_CHANNELS: 4}
     DECODER: {NAME: Decoder, CH: 32, CH_MULT: [1, 2], NUM_RES_BLOCKS: 1, Z_CHANNELS: 4}
+  TRAIN_DATA: {NAME: ImageTextFolderDataset, DATA_FOLDER: x, BATCH_SIZE: 2}
   TRAIN_HOOKS:
   - {NAME: LogHook, LOG_INTERVAL: 20}
   - {NAME: CheckpointHook, INTERVAL: 0}
@@ -235,6 +236,7 @@ SOLVER:
 SOLVER:
   NAME: LatentDiffusionSolver
   WORK_DIR: outputs/fuzz
+  MAX_EPOCHS: 1.5
   SAMPLE_ARGS: {SAMPLER: ddim, GUIDE_SCALE: 2.0}
   OPTIMIZER: {one: {NAME: SGD, LR: 0.1, EVERY: 2}}
   MODEL:
@@ -243,7 +245,7 @@ SOLVER:
     DIFFUSION_MODEL: {NAME: DiffusionUNet, IN_CHANNELS: 4, OUT_CHANNELS: 4, MODEL_CHANNELS: 64, CHANNEL_MULT: [1], NUM_RES_BLOCKS: 1,
                       ATTENTION_RESOLUTIONS: [1], NUM_HEADS: 4, CONTEXT_DIM: 8}
     FIRST_STAGE_MODEL: {NAME: AutoencoderKL, ENCODER: {NAME: Encoder}, DECODER: {NAME: Decoder}}
-    COND_STAGE_MODEL: {NAME: FrozenCLIPEmbedder, FREEZE: false}
+    COND_STAGE_MODEL: {NAME: FrozenCLIPEmbedder, FREEZE: false, USE_GRAD: true}
   TRAIN_DATA: {NAME: ImageTextFolderDataset, DATA_FOLDER: x, TRANSFORMS: [{NAME: RecordedCrop, SIZE: 8}]}
 ''')]
 

@@ -6,9 +6,9 @@ import traceback
 import pytest
 
 import scepter.components  # noqa: F401
-from scepter.core.config import Config, ConfigError
+from scepter.core.config import NOWHERE, Config, ConfigError
 from scepter.core.registry import Registry, need
-from scepter.core.schema import Component, param, registries
+from scepter.core.schema import REQUIRED, Component, param, registries, value_faults
 
 SHIPPED = [r for r in registries() if not r.name.startswith('TEST_') and list(r)]
 
@@ -48,9 +48,9 @@ def test_each_default_fits_its_own_declaration(registry: Registry):
         if registry.get(name).__module__.startswith('torch'):
             continue
         node = Config.parse(registry.get_config_template(name))[registry.name]
-        required = {k for k, entry in registry.schema(name).para_dict().items() if entry['required']}
+        with_default = [p for p in registry.schema(name).values() if p.default is not REQUIRED]
 
-        faults = [f for f in registry.faults(node, '') if f.path.split('.')[0] not in required]
+        faults = [f for p in with_default for f in value_faults(node[p.name], p, p.name, NOWHERE)]
         assert not faults, (name, faults)
 
 

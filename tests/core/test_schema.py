@@ -306,3 +306,7 @@ def test_a_foreign_class_says_itself_what_it_refuses():
 
     assert [(f.path, f.origin.line) for f in library.faults(node, 'AT', beside=schema_of(Place))] == [('AT', 1)]
     assert not list(library.faults(Config({**node, 'MOMENTUM': 0.9}), 'AT', beside=schema_of(Place)))
+
+
+def test_a_whole_number_beyond_all_floats_is_a_fault_and_no_overflow():
+    assert [f.path for f in PARTS.faults(Config({'NAME': 'Ranged', 'RATE': 10 ** 400, 'COUNT': 10 ** 400}), '')] == ['RATE', 'COUNT']

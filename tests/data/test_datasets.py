@@ -317,7 +317,7 @@ def test_prompts_come_from_the_config_or_a_file(tmp_path):
     assert prompts(PROMPTS=['a cat']) == [{'prompt': 'a cat'}]
     assert prompts(PROMPTS=['a cat'], N_PROMPT='blurry', PROMPT_PREFIX='photo of ') == [{'n_prompt': 'blurry', 'prompt': 'photo of a cat'}]
     assert [p['prompt'] for p in prompts(PROMPT_FILE=str(tmp_path / 'prompts.txt'))] == ['a cat', 'a "dog", running']
-    with pytest.raises(ConfigError, match='either PROMPTS or PROMPT_FILE'):
+    with pytest.raises(ConfigError, match=r'give either PROMPTS \(got 0\) or PROMPT_FILE'):
         prompts()
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from scepter.core import streams
+from scepter.core.config import ConfigError
 from scepter.core.registry import MODELS
 from scepter.models.autoencoder import DiagonalGaussian, in_tiles
 from tests.models.oracles import KL_F8, autoencoder, diffusers_autoencoder, relative_error
@@ -104,8 +105,16 @@ def test_tiled_decoding_sees_no_more_than_a_tile():
 
 
 def test_a_tile_that_the_autoencoder_cannot_halve_is_refused():
-    with pytest.raises(ValueError, match='TILE_SIZE is 100: use a multiple of 8'):
+    with pytest.raises(ConfigError, match='TILE_SIZE is 100: use a multiple of 8'):
         MODELS.build({**KL_F8, 'TILE_SIZE': 100})
+
+
+@pytest.mark.parametrize(('part', 'changes', 'place'), [
+    ('ENCODER', {'CH_MULT': []}, 'ENCODER.CH_MULT'), ('DECODER', {'CH_MULT': [1, 2]}, 'DECODER.CH_MULT'),
+    ('DECODER', {'Z_CHANNELS': 8}, 'DECODER.Z_CHANNELS'), ('ENCODER', {'DOUBLE_Z': False}, 'ENCODER.DOUBLE_Z'),
+    ('ENCODER', {'CH': 48}, 'ENCODER.CH')])
+def test_halves_that_do_not_fit_together_are_refused_before_they_are_built(part: str, changes: dict, place: str):
+    assert place in [fault.path for fault in MODELS.faults({**KL_F8, part: {**KL_F8[part], **changes}}, '')]
 
 
 @torch.no_grad()

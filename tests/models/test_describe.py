@@ -12,8 +12,8 @@ import scepter.components  # noqa: F401  (registers)
 from scepter.core import streams
 from scepter.core.config import Config
 from scepter.core.errors import CheckpointError
-from scepter.core.registry import MODELS, SCHEDULES
-from scepter.models.weights import describe
+from scepter.core.registry import BACKBONES, EMBEDDERS, MODELS, SCHEDULES
+from scepter.models.weights import describe, load_pretrained
 from scepter.solvers.diffusion import SampleArgs
 from tests.models.strangers import pipeline, rewrite
 
@@ -86,6 +86,79 @@ def test_the_config_can_be_saved_and_loaded(folders, tmp_path):
     assert Config.load(tmp_path / 'saved.yaml') == config
 
 
+# ---------------------------------------------------------------- beside a config
+def load(folder, **changes):
+    config = describe(folder).config.SOLVER.MODEL
+    for key, value in changes.items():
+        *path, last = key.split('__')
+        node = config
+        for name in path:
+            node = node[int(name)] if name.isdigit() else node[name]
+        node[last] = value
+    return MODELS.build(config)
+
+
+CONTRADICTIONS = {    # kind, the key that is said otherwise, its value, both values in the message
+    'prediction': ('sd21', 'PARAMETERIZATION', 'x0', "'x0'", "prediction_type says 'v'"),
+    'scale': ('sd15', 'SCALE_FACTOR', 0.18215, '0.18215', 'scaling_factor says 0.5'),
+    'heads': ('sd15', 'DIFFUSION_MODEL__NUM_HEADS', 4, '4, 4 heads', 'attention_head_dim says 8, 8 heads'),
+    'levels': ('sd15', 'TIMESTEPS', 500, '500', 'num_train_timesteps says 1000'),
+    'betas': ('sd15', 'SCHEDULE_ARGS', {'NAME': 'linear'}, 'linear', 'beta_schedule says {"NAME": "scaled_linear"'),
+    'zero SNR': ('sd21', 'ZERO_TERMINAL_SNR', False, 'False', 'rescale_betas_zero_snr says True'),
+    'heads of a tower': ('sd15', 'COND_STAGE_MODEL__HEADS', 2, '2 heads', 'num_attention_heads says 4 heads'),
+    'layer of a tower': ('sdxl', 'COND_STAGE_MODEL__EMBEDDERS__0__LAYER_IDX', -1, 'after 3 blocks', 'after 2 blocks'),
+    'norm of a tower': ('sdxl', 'COND_STAGE_MODEL__EMBEDDERS__1__USE_FINAL_LAYER_NORM', True, 'normed', 'not normed'),
+    'empty prompts': ('sdxl', 'COND_STAGE_MODEL__ZERO_EMPTY', False, 'False', 'force_zeros_for_empty_prompt says True')}
+
+
+@pytest.mark.parametrize('case', CONTRADICTIONS)
+def test_a_config_that_says_otherwise_than_the_folder_is_an_error_with_both_values(folders, case):
+    kind, key, value, ours, theirs = CONTRADICTIONS[case]
+    with pytest.raises(CheckpointError) as error:
+        load(folders(kind)[1], **{key: value})
+    assert ours in str(error.value) and theirs in str(error.value)
+    assert error.value.exit_code == 4
+
+
+def test_what_ignore_keys_names_may_differ_from_the_folder(folders):
+    path = folders('sd15')[1]
+    with pytest.raises(CheckpointError, match=r'IGNORE_KEYS: \[PARAMETERIZATION, ZERO_TERMINAL_SNR\]'):
+        load(path, PARAMETERIZATION='v', ZERO_TERMINAL_SNR=True)
+    model = load(path, PARAMETERIZATION='v', ZERO_TERMINAL_SNR=True, IGNORE_KEYS=['PARAMETERIZATION', 'ZERO_*'])
+    assert model.PARAMETERIZATION == 'v'
+
+
+def test_the_same_network_said_in_other_words_is_no_contradiction(folders):
+    load(folders('sd21')[1], COND_STAGE_MODEL__LAYER='penultimate', COND_STAGE_MODEL__DEPTH=4, COND_STAGE_MODEL__USE_FINAL_LAYER_NORM=True)
+    load(folders('sdxl')[1], SCHEDULE_ARGS={'NAME': 'quadratic'}, DIFFUSION_MODEL__TRANSFORMER_DEPTH=[0, 2])
+
+
+def test_a_part_is_held_against_its_own_config_too(folders, folder):
+    node = describe(folder).config.SOLVER.MODEL.DIFFUSION_MODEL
+    for source in (folder, folder / 'unet'):
+        with pytest.raises(CheckpointError, match=r'4, 4 heads.*8, 8 heads'):
+            BACKBONES.build({**node, 'NUM_HEADS': 4, 'PRETRAINED_MODEL': str(source)})
+    rewrite(folder / 'vae' / 'config.json', norm_num_groups=16)
+    with pytest.raises(CheckpointError, match='norm_num_groups 16'):
+        load_pretrained(MODELS.build(describe(folders('sd15')[1]).config.SOLVER.MODEL.FIRST_STAGE_MODEL), folder / 'vae')
+
+
+def test_an_autoencoder_of_its_own_brings_its_scale(folders, folder):
+    rewrite(folder / 'vae' / 'config.json', scaling_factor=0.25)
+    vae = str(folder / 'vae')
+    with pytest.raises(CheckpointError, match=r'scaling_factor 0.25.*SCALE_FACTOR.* 0.5'):
+        load(folders('sd15')[1], FIRST_STAGE_MODEL__PRETRAINED_MODEL=vae)
+    load(folders('sd15')[1], FIRST_STAGE_MODEL__PRETRAINED_MODEL=vae, SCALE_FACTOR=0.25)    # the folder's own VAE is not used
+    load(folders('sd15')[1], FIRST_STAGE_MODEL__PRETRAINED_MODEL=vae, IGNORE_KEYS=['SCALE_FACTOR'])
+
+
+def test_a_tower_of_another_activation_is_not_taken_for_openclips(folders):
+    clip = {'NAME': 'FrozenOpenCLIPEmbedder', 'ARCH': 'custom', 'WIDTH': 32, 'DEPTH': 3, 'HEADS': 4, 'LAYER': 'last'}
+    with pytest.raises(CheckpointError, match='hidden_act says FrozenCLIPEmbedder'):
+        EMBEDDERS.build({**clip, 'PRETRAINED_MODEL': str(folders('sd15')[1] / 'text_encoder')})
+
+
+# ---------------------------------------------------------------- what cannot be
 UNET, VAE, TEXT, SCHEDULER = 'unet/config.json', 'vae/config.json', 'text_encoder/config.json', 'scheduler/scheduler_config.json'
 REFUSED = {
     'norm groups of the UNet': (UNET, {'norm_num_groups': 16}), 'norm groups of the VAE': (VAE, {'norm_num_groups': 16}),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import scepter.models.losses  # noqa: F401  (registers)
+from scepter.core.config import ConfigError
 from scepter.core.registry import LOSSES
 
 
@@ -30,5 +31,5 @@ def test_label_smoothing_spreads_its_share_over_all_classes():
 
 
 def test_label_smoothing_beyond_its_range_is_refused():
-    with pytest.raises(ValueError, match=r'LABEL_SMOOTHING is 1\.5'):
+    with pytest.raises(ConfigError, match=r'LABEL_SMOOTHING: expected at least 0, below 1, got 1\.5'):
         LOSSES.build({'NAME': 'CrossEntropy', 'LABEL_SMOOTHING': 1.5})

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from scepter.core.config import ConfigError
 from scepter.core.registry import BACKBONES
 from tests.models.oracles import REFINER, SD15, SD21, SDXL, diffusers_unet, relative_error, tiny, unet
 
@@ -124,12 +125,15 @@ def test_an_option_keeps_the_size_and_uses_every_weight(changes):
 @pytest.mark.parametrize(('changes', 'message'), [
     ({'NUM_HEADS_CHANNELS': 16}, 'either NUM_HEADS'),
     ({'NUM_HEADS': None}, 'either NUM_HEADS'),
-    ({'NUM_HEADS': 3}, '32 channels cannot be shared by 3'),
+    ({'NUM_HEADS': 3}, 'NUM_HEADS: 32 channels cannot be shared by 3'),
+    ({'NUM_HEADS': None, 'NUM_HEADS_CHANNELS': 48}, 'NUM_HEADS_CHANNELS: 32 channels cannot be cut into heads of 48'),
+    ({'CHANNEL_MULT': []}, 'CHANNEL_MULT has 0 entries'),
+    ({'MODEL_CHANNELS': 48}, 'MODEL_CHANNELS: expected at least 32, a multiple of 32, got 48'),
     ({'TRANSFORMER_DEPTH': [1]}, 'TRANSFORMER_DEPTH has 1 entries, CHANNEL_MULT 2'),
     ({'NUM_CLASSES': 'sequential', 'ADM_IN_CHANNELS': None}, 'ADM_IN_CHANNELS'),
     ({'CONTEXT_DIM': None, 'DISABLE_MIDDLE_SELF_ATTN': True}, 'CONTEXT_DIM is null')], ids=str)
 def test_an_architecture_that_cannot_be_is_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         BACKBONES.build({**SMALL, **changes})
 
 

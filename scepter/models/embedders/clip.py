@@ -1,12 +1,14 @@
 """CLIP's text tower, under the names that CompVis files and published folders use."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from scepter.core.config import Config, Fault
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import EMBEDDERS
 from scepter.core.schema import param
@@ -17,6 +19,7 @@ from scepter.models.embedders.text_tower import (
     causal_attention,
     init_block_std,
     refuse,
+    shape_faults,
     table,
 )
 from scepter.models.embedders.tokenizer import ClipTokenizer
@@ -39,6 +42,15 @@ class FrozenCLIPEmbedder(TextTowerEmbedder):
     DEPTH: int = param(12, 'Its transformer blocks.', least=1)
     HEADS: int = param(12, 'Its attention heads.', least=1)
 
+    @classmethod
+    def check(cls, cfg: Config) -> Iterator[Fault]:
+        yield from super().check(cfg)
+        if cfg.PRETRAINED_MODEL is None:
+            yield from shape_faults(cfg.WIDTH, cfg.HEADS)
+        if cfg.LAYER == 'hidden' and (cfg.LAYER_IDX is None or (cfg.PRETRAINED_MODEL is None and not _has_layer(cfg.DEPTH, cfg.LAYER_IDX))):
+            depths = f'{-cfg.DEPTH - 1} to {cfg.DEPTH}' if cfg.PRETRAINED_MODEL is None else 'a number, e.g. -2 for the last but one'
+            yield Fault('LAYER_IDX', f'LAYER: hidden needs {depths}, got {cfg.LAYER_IDX}')
+
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
         if self.PRETRAINED_MODEL is None:
@@ -47,8 +59,8 @@ class FrozenCLIPEmbedder(TextTowerEmbedder):
             with local_copy(self.PRETRAINED_MODEL) as folder:
                 self._build(ClipText.from_folder(folder), folder)
         depth = self.tower.depth
-        if self.LAYER == 'hidden' and (self.LAYER_IDX is None or not -depth - 1 <= self.LAYER_IDX <= depth):
-            raise refuse(self, 'LAYER_IDX', f'LAYER: hidden needs one of {-depth - 1} to {depth}, got {self.LAYER_IDX}')
+        if self.LAYER == 'hidden' and not _has_layer(depth, self.LAYER_IDX):    # only the folder told the depth
+            raise refuse(self, 'LAYER_IDX', f'LAYER: hidden needs {-depth - 1} to {depth}, got {self.LAYER_IDX}')
         if self.FREEZE:
             self.freeze()
         else:
@@ -68,6 +80,11 @@ class FrozenCLIPEmbedder(TextTowerEmbedder):
     @property
     def tower(self) -> ClipText:
         return self.transformer.text_model
+
+
+def _has_layer(depth: int, index: int) -> bool:
+    """Whether a tower of so many blocks has a hidden state of this number: 0 is the embedding, -1 the last block's."""
+    return -depth - 1 <= index <= depth
 
 
 class ClipText(Tower):

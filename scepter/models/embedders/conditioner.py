@@ -1,15 +1,16 @@
 """Stable Diffusion XL's condition: two text towers side by side, and the sizes of the picture as a vector."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from scepter.core.config import Config, Fault
 from scepter.core.registry import EMBEDDERS
-from scepter.core.schema import param, parts
+from scepter.core.schema import REQUIRED, param, parts
 from scepter.models.embedders.base import BaseEmbedder
-from scepter.models.embedders.text_tower import refuse
 from scepter.models.layers import timestep_embedding
 
 # how many numbers each entry of a batch has
@@ -24,22 +25,29 @@ class GeneralConditioner(BaseEmbedder):
     original_size, crop_top_left, aesthetic_score. The sizes are (height, width) and (top, left), original_size that before any resizing.
     """
 
-    EMBEDDERS: list = parts(EMBEDDERS, 'The text towers; their contexts are joined along the features, the last gives the pooled vector.')
+    EMBEDDERS: list = parts(EMBEDDERS, 'The text towers; their contexts are joined along the features, the last gives the pooled vector.',
+                           default=REQUIRED)
     SIZES: list[Literal['original_size', 'crop_top_left', 'target_size', 'aesthetic_score']] = param(
         ['original_size', 'crop_top_left', 'target_size'], 'Entries of the batch that the network is told, in this order.')
     SIZE_DIM: int = param(256, 'Features for each of their numbers.', least=2)
     ZERO_EMPTY: bool = param(False, 'An empty prompt is all zeros, as the published SDXL base was trained, not the code of an empty text.')
 
+    @classmethod
+    def check(cls, cfg: Config) -> Iterator[Fault]:
+        yield from super().check(cfg)
+        if not cfg.EMBEDDERS:
+            yield Fault('EMBEDDERS', 'expected at least one text tower')
+            return
+        towers = [EMBEDDERS.filled(node) for node in cfg.EMBEDDERS]
+        if towers[-1].get('RETURN_POOLED') is False:
+            yield Fault('EMBEDDERS', 'the last tower gives the pooled vector: set its RETURN_POOLED to true')
+        lengths = [tower.MAX_LENGTH for tower in towers if 'MAX_LENGTH' in tower]
+        if len(set(lengths)) > 1:
+            yield Fault('EMBEDDERS', f'towers that stand side by side need one MAX_LENGTH, got {lengths}')
+
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
-        if not self.EMBEDDERS:
-            raise refuse(self, 'EMBEDDERS', 'expected at least one text tower')
         self.embedders = nn.ModuleList(EMBEDDERS.build(node, logger=logger) for node in self.EMBEDDERS)
-        if not getattr(self.embedders[-1], 'RETURN_POOLED', True):
-            raise refuse(self, 'EMBEDDERS', 'the last tower gives the pooled vector: set its RETURN_POOLED to true')
-        lengths = [embedder.MAX_LENGTH for embedder in self.embedders]
-        if len(set(lengths)) > 1:
-            raise refuse(self, 'EMBEDDERS', f'towers that stand side by side need one MAX_LENGTH, got {lengths}')
 
     @property
     def vector_width(self) -> int:

@@ -1,15 +1,17 @@
 """OpenCLIP's text tower, under the names that SGM files use."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scepter.core.config import Config, Fault
 from scepter.core.registry import EMBEDDERS
 from scepter.core.schema import param
-from scepter.models.embedders.text_tower import TextTowerEmbedder, Tower, causal_attention, init_block_std, refuse, table
+from scepter.models.embedders.text_tower import TextTowerEmbedder, Tower, causal_attention, init_block_std, shape_faults, table
 from scepter.models.embedders.tokenizer import ClipTokenizer
 from scepter.models.weights import load_pretrained, local_copy
 
@@ -25,7 +27,8 @@ class FrozenOpenCLIPEmbedder(TextTowerEmbedder):
     asks for are not built, and a file may hold them all the same.
     """
 
-    ARCH: str = param('ViT-H-14', f'The tower: one of {", ".join(ARCHITECTURES)}, or `custom`, which WIDTH, DEPTH and HEADS describe.')
+    ARCH: Literal['ViT-L-14', 'ViT-H-14', 'ViT-bigG-14', 'custom'] = param(
+        'ViT-H-14', 'The tower: a published one, or `custom`, which WIDTH, DEPTH and HEADS describe.')
     PRETRAINED_MODEL: str | None = param(None, 'Weights of OpenCLIP, Hugging Face or a Stable Diffusion: file, folder, URL or hf://.')
     TOKENIZER_PATH: str | None = param(None, 'Folder of another tokenizer than the one that open_clip_torch ships.')
     LAYER: Literal['last', 'pooled', 'penultimate'] = param('penultimate', 'Which activation to hand on.')
@@ -35,9 +38,21 @@ class FrozenOpenCLIPEmbedder(TextTowerEmbedder):
     DEPTH: int | None = param(None, 'Its transformer blocks.', least=1)
     HEADS: int | None = param(None, 'Its attention heads.', least=1)
 
+    @classmethod
+    def check(cls, cfg: Config) -> Iterator[Fault]:
+        yield from super().check(cfg)
+        custom = (cfg.WIDTH, cfg.DEPTH, cfg.HEADS)
+        if cfg.ARCH == 'custom' and None in custom:
+            yield Fault('ARCH', f'custom needs WIDTH, DEPTH and HEADS, got {custom}')
+        elif cfg.ARCH == 'custom':
+            yield from shape_faults(cfg.WIDTH, cfg.HEADS)
+        elif custom != (None, None, None):
+            yield Fault('WIDTH', f'WIDTH, DEPTH and HEADS are for ARCH: custom, but ARCH is {cfg.ARCH}')
+
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
-        width, depth, heads, pooled_width = self._sizes()
+        width, depth, heads, pooled_width = \
+            (self.WIDTH, self.DEPTH, self.HEADS, self.WIDTH) if self.ARCH == 'custom' else ARCHITECTURES[self.ARCH]
         needs_pooled = self.RETURN_POOLED or self.LAYER == 'pooled'
         self.model = OpenClipText(width, depth, heads, self.MAX_LENGTH, pooled_width if needs_pooled else None,
                                   leave_out_last=self.LAYER == 'penultimate' and not needs_pooled)
@@ -53,18 +68,6 @@ class FrozenOpenCLIPEmbedder(TextTowerEmbedder):
             self.freeze()
         elif not needs_pooled:
             self.model.freeze_from(self.taken_state)
-
-    def _sizes(self) -> tuple[int, int, int, int]:
-        custom = (self.WIDTH, self.DEPTH, self.HEADS)
-        if self.ARCH == 'custom':
-            if None in custom:
-                raise refuse(self, 'ARCH', f'custom needs WIDTH, DEPTH and HEADS, got {custom}')
-            return (*custom, self.WIDTH)
-        if self.ARCH not in ARCHITECTURES:
-            raise refuse(self, 'ARCH', f'expected one of {", ".join(ARCHITECTURES)}, custom; got {self.ARCH}')
-        if custom != (None, None, None):
-            raise refuse(self, 'WIDTH', f'WIDTH, DEPTH and HEADS are for ARCH: custom, but ARCH is {self.ARCH}')
-        return ARCHITECTURES[self.ARCH]
 
     @property
     def tower(self) -> OpenClipText:

@@ -1,7 +1,7 @@
 """What CLIP and OpenCLIP share: the transformer's mathematics, and prompts -> context with chunks and weights."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,12 @@ class TextTowerEmbedder(BaseEmbedder, base=True):
     USE_FINAL_LAYER_NORM: bool = param(False, 'The final layer norm also on an inner activation; last and pooled always have it.')
 
     tokenizer: ClipTokenizer
+
+    @classmethod
+    def check(cls, cfg: Config) -> Iterator[Fault]:
+        yield from super().check(cfg)
+        if not cfg.FREEZE and not cfg.USE_GRAD:
+            yield Fault('FREEZE', 'is false, but without USE_GRAD: true no gradient comes to the tower, so it would not be trained')
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """int64 [B, n * MAX_LENGTH]. Tokenize what is guided together in one call: chunks then are as many for all."""
@@ -157,6 +163,12 @@ def init_block_std(width: int, depth: int) -> tuple[float, float, float]:
 def table(count: int, width: int) -> nn.Embedding:
     """An embedding whose weights are still to be filled. PyTorch's own start takes four seconds of imports on the meta device."""
     return nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)
+
+
+def shape_faults(width: int, heads: int, key: str = 'HEADS') -> Iterator[Fault]:
+    """Of a tower whose heads cannot share its channels."""
+    if width % heads:
+        yield Fault(key, f'{heads} attention heads cannot share {width} channels (WIDTH) evenly')
 
 
 def refuse(embedder: BaseEmbedder, key: str, problem: str) -> ConfigError:

@@ -1,4 +1,5 @@
 """Foreign files, read and written: CompVis and SGM single files, diffusers folders, Hugging Face text towers, our checkpoints."""
+from scepter.models.weights.compare import refuse_contradictions
 from scepter.models.weights.describe import Description, Taken, describe
 from scepter.models.weights.export import export_diffusers, export_single
 from scepter.models.weights.files import Weights, local_copy, read_json, read_weights
@@ -6,5 +7,6 @@ from scepter.models.weights.layouts import latent_diffusion_weights, text_tower_
 from scepter.models.weights.loading import family_of, load_into, load_pretrained, refuse_unfilled
 
 __all__ = ['Description', 'Taken', 'Weights', 'describe', 'export_diffusers', 'export_single', 'family_of', 'latent_diffusion_weights',
-           'load_into', 'load_pretrained', 'local_copy', 'read_json', 'read_weights', 'refuse_unfilled', 'text_tower_weights',
+           'load_into', 'load_pretrained', 'local_copy', 'read_json', 'read_weights', 'refuse_contradictions', 'refuse_unfilled',
+           'text_tower_weights',
            'weights_for', 'whole_model']

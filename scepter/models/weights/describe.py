@@ -12,7 +12,7 @@ Raises CheckpointError: for what is no whole model, with its name and what to do
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +20,12 @@ from scepter.core.config import Config
 from scepter.core.errors import CheckpointError
 from scepter.models.weights import configs
 from scepter.models.weights.configs import Node, Said
-from scepter.models.weights.files import local_copy, read_json
+from scepter.models.weights.files import local_copy, read_settings
 
 PIPELINES = {f'StableDiffusion{kind}Pipeline': 'XL' in kind for kind in
              ('', 'Img2Img', 'Inpaint', 'XL', 'XLImg2Img', 'XLInpaint')}    # class of model_index.json -> whether it is SDXL's
+
+Settings = Mapping[str, Mapping[str, Any]]    # of read_settings
 
 
 class Taken(NamedTuple):
@@ -34,7 +36,7 @@ class Taken(NamedTuple):
     is_convention: bool = False
 
     def __str__(self) -> str:
-        return f'{self.key} = {_short(self.value)}    {self.source}'
+        return f'{self.key} = {short(self.value)}    {self.source}'
 
 
 class Description(NamedTuple):
@@ -56,46 +58,53 @@ def describe_folder(folder: Path, name: str) -> Node:
     """The node of a diffusers folder. name: what to call it in messages."""
     if (folder / 'MANIFEST.json').is_file():
         raise CheckpointError(f'{name} is a checkpoint of ours: its own config.yaml says what it is')
-    index = read_json(folder / 'model_index.json') if (folder / 'model_index.json').is_file() else {}
-    is_xl = _is_xl(index, folder, name)
-    values = {part: read_json(file) for part in ('unet', 'vae', 'text_encoder', 'text_encoder_2')
-              if (file := folder / part / 'config.json').is_file() and index.get(part, [''])[:1] != [None]}
-    lacking = [part for part in ('unet', 'vae', *([] if 'text_encoder_2' in values else ['text_encoder'])) if part not in values]
+    settings = read_settings(folder)
+    model = said_of(settings, name)
+    lacking = [part for part, key in (('unet', 'DIFFUSION_MODEL'), ('vae', 'FIRST_STAGE_MODEL'), ('text_encoder', 'COND_STAGE_MODEL'))
+               if key not in model]
     if lacking:
         raise CheckpointError(f'{name}: no {lacking[0]}/config.json; a folder that opens without YAML has unet, vae and text_encoder')
-    unet, vae = configs.unet(values['unet'], name), configs.vae(values['vae'], name)
-    size_factor = 2 ** (len(vae['ENCODER']['CH_MULT'].value) - 1)
-    model: Node = {
-        'NAME': 'LatentDiffusion', **_process(folder, name),
-        'SCALE_FACTOR': configs.scaling_factor(values['vae'], name),
-        'SIZE_FACTOR': Said(size_factor, 'vae/config.json: block_out_channels'),
-        'IMAGE_SIZE': _image_size(values['unet'], size_factor, is_xl),
-        'DIFFUSION_MODEL': unet, 'FIRST_STAGE_MODEL': vae,
-        'COND_STAGE_MODEL': _conditioner(values, index, unet, name) if is_xl else _with_tokenizer(
-            configs.text_tower(values['text_encoder'], name), folder / 'tokenizer', name)}
-    if is_xl:
-        towers = [part for part in ('text_encoder', 'text_encoder_2') if part in values]
-        for part, tower in zip(towers, model['COND_STAGE_MODEL']['EMBEDDERS']):
-            _with_tokenizer(tower, folder / part.replace('text_encoder', 'tokenizer'), name)
+    is_xl = 'EMBEDDERS' in model['COND_STAGE_MODEL']
+    if 'PARAMETERIZATION' not in model:
+        model['PARAMETERIZATION'] = Said('eps', f'no {configs.SCHEDULER}: what most published models predict', True)
+    levels = len(model['FIRST_STAGE_MODEL']['ENCODER']['CH_MULT'].value)
+    model['SIZE_FACTOR'] = Said(2 ** (levels - 1), 'vae/config.json: block_out_channels')
+    model['IMAGE_SIZE'] = _image_size(settings['unet'], model['SIZE_FACTOR'].value, is_xl)
+    for part, tower in zip(_towers(settings), model['COND_STAGE_MODEL']['EMBEDDERS'] if is_xl else [model['COND_STAGE_MODEL']]):
+        _give_tokenizer(tower, folder / part.replace('text_encoder', 'tokenizer'), name)
     check_whole(model, name)
-    return {'SOLVER': {'NAME': 'LatentDiffusionSolver', 'MODEL': model, 'SAMPLE_ARGS': _sample_args(folder, name, index, model, is_xl)}}
+    return {'SOLVER': {'NAME': 'LatentDiffusionSolver', 'MODEL': model, 'SAMPLE_ARGS': _sample_args(settings, name, model, is_xl)}}
 
 
-def _is_xl(index: Mapping[str, Any], folder: Path, name: str) -> bool:
-    pipeline = index.get('_class_name')
-    if pipeline is None:
-        return (folder / 'text_encoder_2').is_dir()
-    if pipeline not in PIPELINES:
+def said_of(settings: Settings, name: str, left_out: Collection[str] = ()) -> Node:
+    """What the configs of a folder say of a LatentDiffusion: the keys for the parts that are there.
+
+    left_out: sections that are not looked at, e.g. DIFFUSION_MODEL. Raises CheckpointError for what no network of ours can be.
+    """
+    index = settings.get('model_index', {})
+    pipeline, towers = index.get('_class_name'), _towers(settings)
+    if pipeline is not None and pipeline not in PIPELINES:
         raise CheckpointError(f'{name} is a {pipeline} of diffusers; those that open here are {", ".join(PIPELINES)}')
-    return PIPELINES[pipeline]
+    is_xl = PIPELINES[pipeline] if pipeline is not None else 'text_encoder_2' in towers
+    model: Node = {'NAME': 'LatentDiffusion'}
+    if 'scheduler' in settings and 'SCHEDULE_ARGS' not in left_out:
+        model |= configs.process(settings['scheduler'], name)
+    if 'unet' in settings and 'DIFFUSION_MODEL' not in left_out:
+        model['DIFFUSION_MODEL'] = configs.unet(settings['unet'], name)
+    if 'vae' in settings and 'FIRST_STAGE_MODEL' not in left_out:
+        model['SCALE_FACTOR'] = configs.scaling_factor(settings['vae'], name)
+        model['FIRST_STAGE_MODEL'] = configs.vae(settings['vae'], name)
+    if towers and 'COND_STAGE_MODEL' not in left_out:
+        if not is_xl:
+            model['COND_STAGE_MODEL'] = configs.text_tower(settings[towers[0]], name, towers[0])
+        elif 'DIFFUSION_MODEL' in model:
+            model['COND_STAGE_MODEL'] = _conditioner(settings, towers, model['DIFFUSION_MODEL'], name)
+    return model
 
 
-def _process(folder: Path, name: str) -> Node:
-    file = folder / configs.SCHEDULER
-    if file.is_file():
-        return configs.process(read_json(file), name)
-    convention = Said('eps', f'no {configs.SCHEDULER}: what most published models predict', True)
-    return {'PARAMETERIZATION': convention}
+def _towers(settings: Settings) -> list[str]:
+    index = settings.get('model_index', {})
+    return [part for part in ('text_encoder', 'text_encoder_2') if part in settings and index.get(part, [''])[:1] != [None]]
 
 
 def _image_size(unet: Mapping[str, Any], size_factor: int, is_xl: bool) -> Said:
@@ -107,48 +116,35 @@ def _image_size(unet: Mapping[str, Any], size_factor: int, is_xl: bool) -> Said:
     return Said(1024 if is_xl else 512, 'no sample_size in unet/config.json: the usual size', True)
 
 
-def _conditioner(values: Mapping[str, Any], index: Mapping[str, Any], unet: Node, name: str) -> Node:
+def _conditioner(settings: Settings, parts: list[str], unet: Node, name: str) -> Node:
     """SDXL's towers side by side; the sizes that the network is told follow from the width of its vector."""
-    parts = [part for part in ('text_encoder', 'text_encoder_2') if part in values]
-    towers = [configs.text_tower(values[part], name, part, 'last' if part == parts[-1] else 'beside') for part in parts]
-    size_dim = values['unet'].get('addition_time_embed_dim')
-    if 'ADM_IN_CHANNELS' not in unet or type(size_dim) is not int or size_dim < 1:
-        raise CheckpointError(f'{name}: unet/config.json has addition_embed_type {values["unet"].get("addition_embed_type")!r} and '
-                              f'addition_time_embed_dim {size_dim!r}, but the UNet of Stable Diffusion XL is told sizes by text_time')
+    towers = [configs.text_tower(settings[part], name, part, 'last' if part == parts[-1] else 'beside') for part in parts]
+    kind, size_dim = (settings['unet'].get(key) for key in ('addition_embed_type', 'addition_time_embed_dim'))
+    if kind is None or type(size_dim) is not int or size_dim < 1:
+        raise CheckpointError(f'{name}: unet/config.json has addition_embed_type {kind!r} and addition_time_embed_dim {size_dim!r}, but '
+                              'the UNet of Stable Diffusion XL is told sizes by text_time')
+    zero_empty = bool(settings.get('model_index', {}).get('force_zeros_for_empty_prompt', True))
     return conditioner(towers, unet['ADM_IN_CHANNELS'], Said(size_dim, 'unet/config.json: addition_time_embed_dim'),
-                       Said(bool(index.get('force_zeros_for_empty_prompt', True)), 'model_index.json: force_zeros_for_empty_prompt'), name)
+                       Said(zero_empty, 'model_index.json: force_zeros_for_empty_prompt'), name)
 
 
-def conditioner(towers: list[Node], vector: Said, size_dim: Said, zero_empty: Said, name: str) -> Node:
-    """A GeneralConditioner whose pooled vector and sizes are as wide together as the network's vector."""
-    pooled = towers[-1]['WIDTH'].value
-    sizes = {6: ['original_size', 'crop_top_left', 'target_size'], 5: ['original_size', 'crop_top_left', 'aesthetic_score']}
-    count, rest = divmod(vector.value - pooled, size_dim.value)
-    if rest or count not in sizes:
-        raise CheckpointError(f'{name}: the UNet takes a vector of {vector.value} ({vector.source}); expected the pooled {pooled} and '
-                              f'{size_dim.value} for each of 6 numbers (base) or 5 (refiner)')
-    return {'NAME': 'GeneralConditioner', 'SIZES': Said(sizes[count], vector.source), 'SIZE_DIM': size_dim, 'ZERO_EMPTY': zero_empty,
-            'EMBEDDERS': towers}
-
-
-def _with_tokenizer(tower: Node, folder: Path, name: str) -> Node:
+def _give_tokenizer(tower: Node, folder: Path, name: str) -> None:
     """Give a tower the tokenizer of its folder where that is not the one we have anyway."""
-    from scepter.models.embedders.tokenizer import ClipTokenizer
+    from scepter.models.embedders.tokenizer import ClipTokenizer  # embedders import this package
     if not folder.is_dir():
-        return tower
+        return
     theirs, ours = ClipTokenizer.from_folder(folder), ClipTokenizer.shipped(pad=0 if 'ARCH' in tower else None)
     if (theirs.vocabulary, theirs.merges, theirs.added, theirs.pad) != (ours.vocabulary, ours.merges, ours.added, ours.pad):
         if '://' in name:
             raise CheckpointError(f'{name}: its {folder.name} is not the usual one of CLIP: download the folder and give its path')
         tower['TOKENIZER_PATH'] = Said(str(Path(name) / folder.name), f'{folder.name}: not the usual vocabulary')
-    return tower
 
 
-def _sample_args(folder: Path, name: str, index: Mapping[str, Any], model: Node, is_xl: bool) -> Node:
+def _sample_args(settings: Settings, name: str, model: Node, is_xl: bool) -> Node:
     """What the folder's scheduler and pipeline draw with."""
-    file = folder / configs.SCHEDULER
-    node = configs.sampling(read_json(file), name) if file.is_file() else {}
-    pipeline = f"the default of {index.get('_class_name', 'StableDiffusionXLPipeline' if is_xl else 'StableDiffusionPipeline')}"
+    node = configs.sampling(settings['scheduler'], name) if 'scheduler' in settings else {}
+    usual = 'StableDiffusionXLPipeline' if is_xl else 'StableDiffusionPipeline'
+    pipeline = f"the default of {settings.get('model_index', {}).get('_class_name', usual)}"
     zero_snr = model.get('ZERO_TERMINAL_SNR', Said(False, '')).value
     return {**node, 'SAMPLE_STEPS': Said(50, pipeline, True), 'GUIDE_SCALE': Said(5.0 if is_xl else 7.5, pipeline, True),
             'GUIDE_RESCALE': Said(0.7, 'usual with zero terminal SNR (2305.08891)', True) if zero_snr else Said(0.0, pipeline, True),
@@ -167,6 +163,18 @@ def check_whole(model: Node, name: str) -> None:
                               f'open here take these, or {2 * latent.value + 1} for inpainting')
     if gives.value != latent.value:
         raise CheckpointError(f'{name}: {gives.source} is {gives.value}, but a latent has {latent.value} channels')
+
+
+def conditioner(towers: list[Node], vector: Said, size_dim: Said, zero_empty: Said, name: str) -> Node:
+    """A GeneralConditioner whose pooled vector and sizes are as wide together as the network's vector."""
+    pooled = towers[-1]['WIDTH'].value
+    sizes = {6: ['original_size', 'crop_top_left', 'target_size'], 5: ['original_size', 'crop_top_left', 'aesthetic_score']}
+    count, rest = divmod(vector.value - pooled, size_dim.value)
+    if rest or count not in sizes:
+        raise CheckpointError(f'{name}: the UNet takes a vector of {vector.value} ({vector.source}); expected the pooled {pooled} and '
+                              f'{size_dim.value} for each of 6 numbers (base) or 5 (refiner)')
+    return {'NAME': 'GeneralConditioner', 'SIZES': Said(sizes[count], vector.source), 'SIZE_DIM': size_dim, 'ZERO_EMPTY': zero_empty,
+            'EMBEDDERS': towers}
 
 
 def values_of(node: Any) -> Any:
@@ -190,6 +198,6 @@ def taken_of(node: Any, key: str = '') -> Iterator[Taken]:
             yield from taken_of(value, f'{key}[{i}]')
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) < 80 else f'{text[:60]} ...'

@@ -26,6 +26,8 @@ FILES = ('.safetensors', *PICKLES)
 # what a folder of one model calls its weights, in order of preference; the half-precision variant serves where the full one is absent
 STEMS = ('diffusion_pytorch_model', 'model', 'pytorch_model', 'open_clip_model', 'open_clip_pytorch_model')
 INERT = 'pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint'    # see _Inert
+INVERSION = ('a textual inversion: vectors for a new word. It is no model, and no text tower here takes new words: give the model that it '
+             'was made for')
 PIPELINE_PARTS = ('unet', 'vae', 'text_encoder', 'text_encoder_2')
 
 
@@ -39,7 +41,8 @@ class Entry(NamedTuple):
 class Weights(Mapping[str, Tensor]):
     """Names and shapes at once, each tensor when it is asked for, so a model never stands twice in memory.
 
-    `source` says where they come from, for messages; `settings` holds the config.json beside each part of a diffusers folder.
+    `source` says where they come from, for messages; `settings` holds the JSON files of a diffusers folder (read_settings), or that of one
+    model's folder as ''.
     """
 
     def __init__(self, entries: Mapping[str, Entry], source: str = 'the weights', settings: Mapping[str, dict] | None = None):
@@ -121,13 +124,18 @@ def read_weights(path: str | Path, use_ema: bool = False) -> Weights:
     parts = [part for part in PIPELINE_PARTS if (path / part).is_dir()]
     if not parts:
         return read_model_folder(path)
-    entries, settings = {}, {}
+    entries = {}
     for part in parts:
         folder = path / f'{part}_ema' if use_ema and (path / f'{part}_ema').is_dir() else path / part
-        found = read_model_folder(folder)
-        entries |= found.under(f'{part}.').entries
-        settings[part] = found.settings.get('', {})
-    return Weights(entries, str(path), settings)
+        entries |= read_model_folder(folder).under(f'{part}.').entries
+    return Weights(entries, str(path), read_settings(path))
+
+
+def read_settings(folder: Path) -> dict[str, dict]:
+    """The configs of a pipeline's folder that are there: model_index, scheduler, and those of its parts."""
+    files = {'model_index': 'model_index.json', 'scheduler': 'scheduler/scheduler_config.json',
+             **{part: f'{part}/config.json' for part in PIPELINE_PARTS}}
+    return {part: read_json(folder / file) for part, file in files.items() if (folder / file).is_file()}
 
 
 def read_our_checkpoint(path: Path, use_ema: bool) -> Weights:
@@ -279,6 +287,10 @@ def unwrap(found: Any, path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(found, dict):
         raise CheckpointError(f'{path}: expected a dict of tensors, found {type(found).__name__}')
+    if {'string_to_param', 'string_to_token'} & found.keys():
+        raise CheckpointError(f'{path} is {INVERSION}')
+    if {'image_proj', 'ip_adapter'} <= found.keys():
+        raise CheckpointError(f'{path} is an IP-Adapter, which works beside a model: give the model itself')
     tensors = {n: t for n, t in found.items() if isinstance(n, str) and isinstance(t, Tensor)}
     others = [n for n, t in found.items() if n not in tensors and isinstance(t, (dict, list, tuple, Tensor))]
     if others or not tensors:

@@ -1,7 +1,7 @@
 """Weights into networks: which names a network of ours wants, and an error for each that does not fit."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from scepter.core.errors import CheckpointError
 from scepter.core.logger import get_logger
+from scepter.models.weights.compare import refuse_contradictions, scale_beside
 from scepter.models.weights.files import Weights, local_copy, read_weights
+from scepter.models.weights.foreign import PARTS, foreign_kind, lone_parts
 from scepter.models.weights.hugging_face import in_layout_of
 from scepter.models.weights.layouts import weights_for
 
@@ -22,7 +24,8 @@ def load_pretrained(model: nn.Module, path: str | Path, ignore_keys: Sequence[st
     """Load a whole model or any part of one from any place that FS knows, whatever names the file uses.
 
     A part below that has a file of its own keeps what that gave. Answers the names that stay as they were.
-    Missing, unexpected and mis-shaped keys are a CheckpointError unless ignore_keys (exact names or globs) names them.
+    Missing, unexpected and mis-shaped keys are a CheckpointError unless ignore_keys (exact names or globs) names them; so is what a file
+    says otherwise than the model's config (compare.py).
     """
     owned = {part: names for part, names in filled_by_files(model).items() if part}
     kept = set().union(*owned.values())
@@ -30,7 +33,10 @@ def load_pretrained(model: nn.Module, path: str | Path, ignore_keys: Sequence[st
         is_ours = (local / 'MANIFEST.json').is_file() and hasattr(model, 'trained_state')
         # a checkpoint of ours leaves out the frozen parts that come from files of their own
         absent = set(model.state_dict()) - set(model.trained_state()) if is_ours else ()
-        weights = weights_for(model, read_weights(local, use_ema))
+        weights = read_weights(local, use_ema)
+        refuse_contradictions(model, weights, ignore_keys, source=str(path))
+        model.__dict__['published_scale'] = scale_beside(weights)
+        weights = weights_for(model, weights)
         for part, names in owned.items():
             if not names.isdisjoint(weights):
                 get_logger().info(f'{part} keeps the weights of {source_of(model.get_submodule(part))}, which its config names; '
@@ -86,14 +92,31 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], ignore_keys: Sequ
     refused = [n for n in misshaped if not is_ignored(n)]
     if missing or unexpected or refused:
         shapes = [f'{n}: expected {list(targets[n].shape)}, found {list(weights.shape(n))}' for n in refused]
-        rows = [f'{len(names)} {kind}:{_some(names)}' for kind, names in
-                (('missing', missing), ('unexpected', unexpected), ('of another shape', shapes)) if names]
-        raise CheckpointError(f'{source} does not fit {type(model).__name__}, which has {len(targets)} tensors; the file has {len(weights)}'
-                              f'{_kind_of(weights)}\n' + '\n'.join(rows) + '\nName in IGNORE_KEYS what may be left as it is.')
+        raise CheckpointError(f'{source} {_misfit(model, targets, weights, missing, unexpected, shapes)}')
     for name in shared:
         if name not in misshaped:
             _put(model, name, targets[name], weights[name])
     return [n for n in targets if n not in weights or n in misshaped]
+
+
+def _misfit(model: nn.Module, targets: Collection[str], weights: Weights, missing: list[str], unexpected: list[str],
+            misshaped: list[str]) -> str:
+    """Why weights do not fit a model: what the file is, where it is something else, or names and shapes, and what to do."""
+    if kind := foreign_kind(weights):
+        return kind
+    lost, parts = set(missing), PARTS if any(n.startswith('first_stage_model.') for n in targets) else ()
+    lacking = [part for part in parts if any(n.startswith(f'{part}.') for n in targets)
+               and lost.issuperset(n for n in targets if n.startswith(f'{part}.'))]
+    if lacking and (lone := lone_parts(weights, lacking)):
+        return lone
+    rows = [f'{len(names)} {kind}:{_some(names)}' for kind, names in
+            (('missing', missing), ('unexpected', unexpected), ('of another shape', misshaped)) if names]
+    if lacking or lost.issuperset(targets):
+        rows.append('Nothing in it is of this network: give another file.')
+    else:
+        rows.append('Name in IGNORE_KEYS what may be left as it is.')
+    return (f'does not fit {type(model).__name__}, which has {len(targets)} tensors; the file has {len(weights)}{_kind_of(weights)}\n'
+            + '\n'.join(rows))
 
 
 @torch.no_grad()

@@ -1,0 +1,158 @@
+"""What a file says of its model, held against the config that it is loaded under.
+
+Shapes are compared when weights are loaded. This is about what no shape shows: a network that was taught to predict v draws noise where it
+is taken for one that predicts eps, and nothing else would tell.
+"""
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from scepter.core.config import Config
+from scepter.core.errors import CheckpointError
+from scepter.core.registry import BACKBONES, EMBEDDERS, SCHEDULES, Registry
+from scepter.core.schema import Component, schema_of
+from scepter.models.weights import configs
+from scepter.models.weights.configs import Node
+from scepter.models.weights.describe import said_of, short, taken_of, values_of
+from scepter.models.weights.files import Weights
+
+SECTIONS = ('DIFFUSION_MODEL', 'FIRST_STAGE_MODEL', 'COND_STAGE_MODEL')
+
+
+class Contradiction(NamedTuple):
+    """One key of the config, its value there, and what the file says."""
+    key: str
+    ours: str
+    theirs: str
+    source: str
+
+    def __str__(self) -> str:
+        return f'{self.key}: the config has {self.ours}, but {self.source} says {self.theirs}'
+
+
+def refuse_contradictions(model: nn.Module, weights: Weights, ignore_keys: Collection[str] = (), source: str | None = None) -> None:
+    """Raise a CheckpointError with both values of all that the file of these weights says otherwise than the model's config.
+
+    weights: as they were read. model: a LatentDiffusion, or one part of it. ignore_keys: names or globs of keys of its config (weights
+    are named there too) that may differ; a section named there, e.g. DIFFUSION_MODEL, or with a PRETRAINED_MODEL of its own, is not
+    looked at.
+    """
+    name = source or weights.source
+    said, cfg = said_beside(model, weights, ignore_keys, name)
+    found = [c for c in compare(said, cfg) if not _is_named(c.key, ignore_keys)]
+    if found:
+        keys = ', '.join(c.key for c in found)
+        raise CheckpointError(f'{name} is not what the config says:\n' + ''.join(f'  {c}\n' for c in found) +
+                              f'Correct the config; where it is meant to differ, say so: IGNORE_KEYS: [{keys}]')
+
+
+def scale_beside(weights: Weights) -> float | None:
+    """The scaling_factor that stands beside weights, of an autoencoder or of a whole; None where nothing does."""
+    values = weights.settings.get('vae', weights.settings.get('', {}))
+    return configs.scaling_factor(values, weights.source).value if 'scaling_factor' in values else None
+
+
+def said_beside(model: nn.Module, weights: Weights, ignore_keys: Collection[str], name: str) -> tuple[Node, Mapping[str, Any]]:
+    """(what stands beside these weights of the model, the model's config), both as of a LatentDiffusion with these keys alone."""
+    settings = weights.settings
+    cfg = getattr(model, 'cfg', {})
+    if 'FIRST_STAGE_MODEL' in cfg:
+        own = [key for key in SECTIONS if (cfg.get(key) or {}).get('PRETRAINED_MODEL')]
+        own += ['SCHEDULE_ARGS'] if 'DIFFUSION_MODEL' in own else []
+        return said_of(settings, name, [*own, *(key for key in (*SECTIONS, 'SCHEDULE_ARGS') if _is_named(key, ignore_keys))]), cfg
+    alone = settings.get('', {})
+    if 'NUM_HEADS_CHANNELS' in cfg and (values := settings.get('unet', alone)):
+        return {'DIFFUSION_MODEL': configs.unet(values, name)}, {'DIFFUSION_MODEL': cfg}
+    if {'ENCODER', 'DECODER'} <= cfg.keys() and (values := settings.get('vae', alone)):
+        return {'FIRST_STAGE_MODEL': configs.vae(values, name)}, {'FIRST_STAGE_MODEL': cfg}
+    if 'HEADS' in cfg and alone:    # which state is handed on is for the embedder to say
+        sizes = {key: value for key, value in configs.text_tower(alone, name).items() if not key.startswith('LAYER')}
+        return {'COND_STAGE_MODEL': sizes}, {'COND_STAGE_MODEL': {**cfg, 'PRETRAINED_MODEL': None}}
+    return {}, {}
+
+
+def compare(said: Node, cfg: Mapping[str, Any]) -> Iterator[Contradiction]:
+    """Every key of a LatentDiffusion of which a file says otherwise than a config, both with the keys that they have."""
+    ours, theirs = facts(cfg), facts(values_of(said))
+    rows = {row.key: row for row in taken_of(said)}
+    for key, fact in theirs.items():
+        row = next((rows[name] for name in (key, *fact.read_from) if name in rows), None)
+        if key in ours and row is not None and not row.is_convention and not fact.equals(ours[key]):
+            yield Contradiction(key, ours[key].shown, fact.shown, row.source)
+
+
+# ---------------------------------------------------------------- what no shape shows
+class Fact(NamedTuple):
+    """A value in a form that can be compared. read_from: the keys that it was read from, where that is not its own name."""
+    value: Any
+    shown: str
+    read_from: tuple[str, ...] = ()
+
+    def equals(self, other: Fact) -> bool:
+        if isinstance(self.value, torch.Tensor):    # of another length: TIMESTEPS says it
+            return len(self.value) != len(other.value) or torch.allclose(self.value, other.value, atol=1e-5)
+        return bool(self.value == other.value)
+
+
+def facts(model: Mapping[str, Any]) -> dict[str, Fact]:
+    """key -> what the config of a LatentDiffusion, or a part of one, says that shapes do not show."""
+    found = {key: Fact(model[key], repr(model[key])) for key in ('PARAMETERIZATION', 'TIMESTEPS', 'ZERO_TERMINAL_SNR', 'SCALE_FACTOR')
+             if key in model}
+    if 'SCHEDULE_ARGS' in model:
+        alphas, _ = SCHEDULES.build(Config.of(model['SCHEDULE_ARGS']), n=model.get('TIMESTEPS', 1000))
+        found['SCHEDULE_ARGS'] = Fact(alphas, short(model['SCHEDULE_ARGS']), ('SCHEDULE_ARGS.NAME',))
+    if (heads := _heads(_filled(BACKBONES, model.get('DIFFUSION_MODEL')))) is not None:
+        found['DIFFUSION_MODEL.NUM_HEADS'] = heads
+    text = model.get('COND_STAGE_MODEL') or {}
+    text = _filled(EMBEDDERS, text) if 'EMBEDDERS' in text else text
+    for key in ('SIZES', 'SIZE_DIM', 'ZERO_EMPTY'):
+        if key in text:
+            found[f'COND_STAGE_MODEL.{key}'] = Fact(text[key], repr(text[key]))
+    towers = {f'COND_STAGE_MODEL.EMBEDDERS[{i}]': tower for i, tower in enumerate(text['EMBEDDERS'])} if 'EMBEDDERS' in text \
+        else {'COND_STAGE_MODEL': text}
+    for key, tower in towers.items():
+        found |= {f'{key}.{name}': fact for name, fact in _tower(tower).items()}
+    return found
+
+
+def _heads(unet: Mapping[str, Any]) -> Fact | None:
+    """The attention heads of every level that has some, and of the middle; None for a network of another kind."""
+    if not {'NUM_HEADS', 'NUM_HEADS_CHANNELS', 'CHANNEL_MULT', 'ATTENTION_RESOLUTIONS'} <= unet.keys():
+        return None
+    widths = [m * unet['MODEL_CHANNELS'] for m in unet['CHANNEL_MULT']]
+    used = [w for i, w in enumerate(widths) if 2 ** i in unet['ATTENTION_RESOLUTIONS'] or i == len(widths) - 1]
+    heads = [unet['NUM_HEADS'] or w // unet['NUM_HEADS_CHANNELS'] for w in used]
+    return Fact(heads, f'{", ".join(map(str, heads))} heads', ('DIFFUSION_MODEL.NUM_HEADS', 'DIFFUSION_MODEL.NUM_HEADS_CHANNELS'))
+
+
+def _tower(tower: Mapping[str, Any]) -> dict[str, Fact]:
+    """Kind, heads and handed-on state of a text tower of ours; nothing where a file of its own says them."""
+    from scepter.models.embedders.openclip import ARCHITECTURES  # embedders import this package
+    if tower.get('NAME') not in ('FrozenCLIPEmbedder', 'FrozenOpenCLIPEmbedder') or tower.get('PRETRAINED_MODEL') is not None:
+        return {}
+    tower = _filled(EMBEDDERS, tower)
+    sizes = ARCHITECTURES.get(tower.get('ARCH', 'custom'))
+    depth, heads = (tower['DEPTH'], tower['HEADS']) if sizes is None else sizes[1:3]
+    state = {'last': depth, 'penultimate': depth - 1, 'pooled': depth}.get(tower['LAYER'])
+    if state is None:
+        state = tower['LAYER_IDX'] if tower['LAYER_IDX'] >= 0 else depth + 1 + tower['LAYER_IDX']
+    normed = tower['LAYER'] in ('last', 'pooled') or tower['USE_FINAL_LAYER_NORM']
+    return {'NAME': Fact(tower['NAME'], tower['NAME']), 'HEADS': Fact(heads, f'{heads} heads'),
+            'LAYER': Fact((state, normed), f'the state after {state} blocks{", normed" if normed else ", not normed"}')}
+
+
+def _is_named(key: str, ignore_keys: Collection[str]) -> bool:
+    return any(key == name or fnmatchcase(key, name) for name in ignore_keys)
+
+
+def _filled(registry: Registry, node: Any) -> Mapping[str, Any]:
+    """A node with the defaults of its component; empty where there is none, as it stands where it is no component of ours."""
+    if not isinstance(node, Mapping) or 'NAME' not in node:
+        return {}
+    kind = registry.get(node['NAME'])
+    return schema_of(kind).fill(Config.of(node)) if isinstance(kind, type) and issubclass(kind, Component) else node
