@@ -104,16 +104,11 @@ def overhead(args: argparse.Namespace) -> None:
             return built
 
         ours, peer = solver(), solver()
-        ours.max_steps = ours.step
         ours.before_all_iter()
 
         def solve() -> None:
             for _ in range(steps):
-                ours.before_iter()
-                ours.outputs = ours.run_step_train(ours.batches)
-                ours.step += 1
-                ours.after_iter()
-                ours.save_if_requested()
+                ours.one_step()
 
         compare('overhead', solve, bare_loop(peer.model, peer.datasets['train'], cfg.SOLVER, steps, peer.autocast, we.device), args.pairs,
                 's/step', share=steps, recipe='examples/digits')

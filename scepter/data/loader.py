@@ -3,9 +3,9 @@
     epoch, place = divmod(n, len(dataset))        index = streams.permute(seed, epoch, place, len(dataset))
 
 Step s of training covers n in [s * G, (s + 1) * G), G the global batch, cut into micro-batches and each of those into ranks. So 1, 2
-and 4 processes with the same G see the same samples, each sample comes once per epoch, and to resume is to begin at a step.
+and 4 processes with the same G see the same samples, each sample comes once per epoch, and to resume is to begin at a number.
 
-    loader = Loader(dataset, seed=2024, rank=we.rank, world_size=we.world_size, start_step=step)
+    loader = Loader(dataset, seed=2024, rank=we.rank, world_size=we.world_size, first=samples)
     batch, n = next(loader)        # dict, int64 [B]
 """
 from __future__ import annotations
@@ -35,19 +35,20 @@ Batch = tuple[dict[str, Any], Tensor]
 class Loader(Iterator[Batch]):
     """The endless stream, for training. Yields (batch, n): the samples as the dataset collates them, and their draw numbers, int64 [B].
 
+    first: the number of the sample to begin with, over all processes.
     batch_size: of one process and micro-batch; the dataset's own BATCH_SIZE when left out, and likewise num_workers.
     skipped_file: where each unreadable file is noted, one JSON line (path, reason) each; `skipped` holds those met so far.
     Raises DataError when more files are unreadable than MAX_BAD_FRACTION allows, or when workers keep dying.
     """
 
     def __init__(self, dataset: BaseDataset, batch_size: int | None = None, *, seed: int, rank: int = 0, world_size: int = 1,
-                 accu_step: int = 1, start_step: int = 0, num_workers: int | None = None, shuffle: bool = True,
+                 first: int = 0, num_workers: int | None = None, shuffle: bool = True,
                  skipped_file: str | Path | None = None, logger: logging.Logger | None = None):
         size = dataset.BATCH_SIZE if batch_size is None else batch_size
         if len(dataset) == 0:
             raise DataError(f'{type(dataset).__name__} holds no sample')
         self._reader = Reader(dataset, seed, shuffle=shuffle, replace=True)
-        firsts = count((start_step * accu_step * world_size + rank) * size, world_size * size)
+        firsts = count(first + rank * size, world_size * size)
         self._batches = _Batches(self._reader, (range(first, first + size) for first in firsts), num_workers, skipped_file, logger)
 
     @property

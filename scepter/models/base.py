@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -41,8 +41,11 @@ class BaseModel(Component, nn.Module, base=True):
 class TrainModule(BaseModel, base=True):
     """What a solver trains: it owns its loss (forward_train) and what it draws (forward_test)."""
 
-    def forward(self, **batch: Any) -> dict[str, Any] | list[dict[str, Any]]:
-        return self.forward_train(**batch) if self.training else self.forward_test(**batch)
+    def forward(self, task: Literal['train', 'test'] | None = None, /, **batch: Any) -> Any:
+        """forward_train or forward_test; by default the one that the mode says. The one way in for solvers: DDP, FSDP2 and
+        torch.compile act on a module's call, not on its methods."""
+        is_training = self.training if task is None else task == 'train'
+        return self.forward_train(**batch) if is_training else self.forward_test(**batch)
 
     def forward_train(self, **batch: Any) -> dict[str, Any]:
         """A batch -> {'loss': scalar, 'probe_data': dict of what to look at, and any other scalar, which is logged}."""

@@ -56,12 +56,12 @@ def run_over(solver: BaseSolver, mode: str, with_loss: bool, with_results: bool)
         # keyed by the sample and never by the step: the same levels and the same noise in every evaluation
         with torch.no_grad(), streams.current(streams.seed_global(we.seed, mode), n), solver.autocast():
             if with_loss:
-                loss = solver.model.forward_train(**moved)['loss']
+                loss = solver.model('train', **moved)['loss']
                 losses += float(loss) * len(n)
                 solver.outputs['loss'] = float(loss)
             if with_results:
-                solver.outputs['results'] = solver.model.forward_test(
-                    **accepted(solver.model.forward_test, {**solver.test_arguments(), **moved}))
+                given = accepted(solver.model.forward_test, {**solver.test_arguments(), **moved})
+                solver.outputs['results'] = solver.model('test', **given)
         count += len(n)
         for metric in metrics:
             metric.update(solver.outputs['results'], moved)

@@ -4,18 +4,20 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from scepter.core.config import Config, ConfigError
+from scepter.core.errors import CheckpointError
 from scepter.core.registry import LR_SCHEDULERS, OPTIMIZERS
 from scepter.core.schema import Bounds, Component, param, split_node
 
 for _name, _value in vars(torch.optim).items():
-    if isinstance(_value, type) and issubclass(_value, torch.optim.Optimizer) and _value is not torch.optim.Optimizer:
+    # LBFGS calls the network itself, several times a step; SparseAdam takes gradients that cannot be averaged or clipped
+    if isinstance(_value, type) and issubclass(_value, torch.optim.Optimizer) and _name not in ('Optimizer', 'LBFGS', 'SparseAdam'):
         OPTIMIZERS.register_class(_name)(_value)
 OPTIMIZERS.trial = lambda: {'params': [nn.Parameter(torch.zeros(2, 2))]}
 
@@ -72,12 +74,15 @@ class OptimizerPlace(Component):
 
     PARAMS: list[str] = param(['*'], 'Names (globs) of the parameters it owns; each parameter belongs to the first that names it.')
     LOSS: str = param('loss', "The key of the network's outputs that it follows.")
-    EVERY: int = param(1, 'It steps once in so many steps.', least=1)
+    EVERY: int = param(1, 'It steps once in so many steps, by the gradients of that step.', least=1)
     LR_SCALE: float = param(1.0, "Multiplies the solver's rate for this optimizer.", least=0)
 
 
 class NamedOptimizer:
-    """One torch optimizer with the names of what it owns.    state: tensors by parameter name, so that no order matters"""
+    """One torch optimizer with the names of what it owns.    state: tensors by parameter name, so that no order matters
+
+    With EVERY it steps once in so many steps, by the gradients of that step alone.
+    """
 
     def __init__(self, name: str, node: Config, owned: dict[str, nn.Parameter], groups: list[dict[str, Any]]):
         own, (schema, beside) = split_node(node, OptimizerPlace)
@@ -109,24 +114,40 @@ class NamedOptimizer:
         return {f'{name}/{key}': value if isinstance(value, Tensor) else torch.tensor(value)
                 for name, p in self.owned.items() for key, value in state.get(p, {}).items() if value is not None}
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> list[str]:
-        """Take the state of each owned parameter by its name. Answers the names that had none."""
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint says of it beside its tensors: its class, and which of its parameters have no state (yet)."""
+        stateless = [name for name, p in self.owned.items() if not self.optimizer.state.get(p)]
+        return {'class': type(self.optimizer).__name__, 'stateless': stateless}
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], stateless: Collection[str], where: str) -> None:
+        """Take the state of each owned parameter by its name, in the parameter's own layout, as the fused kernels need it.
+
+        stateless: parameters that had none. Raises CheckpointError where another one has none, or a state is of another shape.
+        """
         found: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             name, _, entry = key.rpartition('/')
             found.setdefault(name, {})[entry] = value
-        missing = []
+        missing = [name for name in self.owned if name not in found and name not in stateless]
+        if missing:
+            raise CheckpointError(f'{where}: the optimizer {self.name} has no state for {", ".join(missing[:5])}'
+                                  f'{" ..." if len(missing) > 5 else ""}; this config trains other parameters')
         for name, p in self.owned.items():
-            if name not in found:
-                missing.append(name)
-                continue
-            # torch keeps Adam's step counter on the CPU unless the step is fused on the device or captured
-            state: dict[str, Any] = {}
-            for entry, value in found[name].items():
-                on_device = value.ndim > 0 or (entry == 'step' and self.optimizer.param_groups[0].get('fused'))
-                state[entry] = value.clone().to(p.device if on_device else 'cpu')
-            self.optimizer.state[p] = state
-        return missing
+            if name in found:
+                self.optimizer.state[p] = {entry: self._like_its_parameter(value, p, entry, f'{where}: {self.name}/{name}/{entry}')
+                                           for entry, value in found[name].items()}
+
+    def _like_its_parameter(self, value: Tensor, p: nn.Parameter, entry: str, where: str) -> Tensor:
+        if value.ndim == 0:
+            # torch keeps the step counter on the CPU unless the step is fused or captured, and all else beside the parameter
+            group = self.optimizer.param_groups[0]
+            return value.clone().to('cpu' if entry == 'step' and not (group.get('fused') or group.get('capturable')) else p.device)
+        if value.shape == p.shape:
+            # a state in another memory order than its weight is read in the wrong order by the fused kernels, without a word
+            return torch.empty_like(p, requires_grad=False).copy_(value)
+        if value.ndim != p.ndim or any(v not in (1, d) for v, d in zip(value.shape, p.shape)):     # Adafactor keeps rows and columns
+            raise CheckpointError(f'{where} has shape {list(value.shape)}, the parameter has {list(p.shape)}')
+        return value.clone().to(p.device)
 
 
 def build_optimizers(cfg: Config, model: nn.Module) -> list[NamedOptimizer]:

@@ -1,7 +1,7 @@
 """Several processes, one gradient."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,21 +11,28 @@ from scepter.core.env import we
 BUCKET = 25 * 2 ** 20     # bytes; large enough for a network's full speed, small enough not to double the gradients' memory
 
 
-def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replace each gradient by its mean over all processes, in buckets of one type; a missing one counts as zero.
+def average_gradients(parameters: Sequence[Tensor]) -> None:
+    """Replace each gradient by its mean over all processes, in buckets of one type.
 
-    Called once per optimizer step, after the last of ACCU_STEP backward passes: nothing is sent for the others.
+    One that only some processes have counts as zero in the others; one that none has stays absent, or an optimizer would let such
+    weights decay on several processes and not on one. Called once per optimizer step, after the last of ACCU_STEP backward passes:
+    nothing is sent for the others.
     """
-    if not we.is_distributed:
+    if not we.is_distributed or not parameters:
         return
+    has_grad = we.all_reduce(torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=we.device), 'max').tolist()
     bucket: list[Tensor] = []
-    for parameter in parameters:
-        if parameter.grad is None:    # another rank may have one
+    held = 0
+    for parameter, is_there in zip(parameters, has_grad):
+        if not is_there:
+            continue
+        if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        if bucket and (bucket[0].dtype != parameter.grad.dtype or sum(g.nbytes for g in bucket) > BUCKET):
+        if bucket and (bucket[0].dtype != parameter.grad.dtype or held > BUCKET):
             _average(bucket)
-            bucket = []
+            bucket, held = [], 0
         bucket.append(parameter.grad)
+        held += parameter.grad.nbytes
     if bucket:
         _average(bucket)
 

@@ -67,7 +67,7 @@ def assert_equal(a: list, b: list) -> None:
 def test_every_epoch_holds_each_sample_once(size, batch, world, accu, seed):
     dataset, group = Numbers({'SIZE': size}), batch * world * accu
     steps = -(-2 * size // group)
-    ranks = [stream(dataset, steps * accu, batch_size=batch, seed=seed, rank=r, world_size=world, accu_step=accu) for r in range(world)]
+    ranks = [stream(dataset, steps * accu, batch_size=batch, seed=seed, rank=r, world_size=world) for r in range(world)]
     index_of = {int(n): i for batches in ranks for b, ns in batches for n, i in zip(ns, b['index'].tolist())}
     assert sorted(index_of) == list(range(steps * group))
     for epoch in range(2):
@@ -89,7 +89,7 @@ def test_without_shuffle_the_order_is_the_datasets():
 @pytest.mark.parametrize('accu', [1, 2])
 def test_any_number_of_processes_sees_the_same_samples_in_each_step(world, accu):
     dataset, batch = Numbers({'SIZE': 11}), 16 // world // accu
-    ranks = [stream(dataset, 3 * accu, batch_size=batch, rank=r, world_size=world, accu_step=accu) for r in range(world)]
+    ranks = [stream(dataset, 3 * accu, batch_size=batch, rank=r, world_size=world) for r in range(world)]
     alone = stream(dataset, 3, batch_size=16)
     for step, (expected, n) in enumerate(alone):
         rows = {}
@@ -101,10 +101,10 @@ def test_any_number_of_processes_sees_the_same_samples_in_each_step(world, accu)
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_to_begin_at_a_step_is_to_have_run_to_it(workers):
+def test_to_begin_at_a_number_is_to_have_run_to_it(workers):
     dataset = Numbers({'SIZE': 10})
-    run = stream(dataset, 12, batch_size=4, accu_step=2)
-    assert_equal(run[6:], stream(dataset, 6, batch_size=4, accu_step=2, start_step=3, num_workers=workers))
+    run = stream(dataset, 12, batch_size=4)
+    assert_equal(run[6:], stream(dataset, 6, batch_size=4, first=24, num_workers=workers))
 
 
 @pytest.mark.parametrize('workers', [1, 2, 3])
@@ -131,14 +131,14 @@ def test_an_unreadable_sample_is_replaced_in_its_slot_and_nowhere_else():
 
 def test_the_replacement_is_the_same_after_a_resume():
     dataset = Numbers({'SIZE': 6, 'BAD': [1, 4]})
-    assert_equal(stream(dataset, 9)[5:], stream(dataset, 4, start_step=5))
+    assert_equal(stream(dataset, 9)[5:], stream(dataset, 4, first=5 * dataset.BATCH_SIZE))
 
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_an_unreadable_file_is_named_once(workers, tmp_path, said):
     file = tmp_path / 'run' / 'skipped.jsonl'
     stream(Numbers({'SIZE': 6, 'BAD': [2]}), 12, num_workers=workers, skipped_file=file)
-    stream(Numbers({'SIZE': 6, 'BAD': [2]}), 12, num_workers=workers, skipped_file=file, start_step=12)
+    stream(Numbers({'SIZE': 6, 'BAD': [2]}), 12, num_workers=workers, skipped_file=file, first=48)
     assert [json.loads(line) for line in file.read_text().splitlines()] == [{'path': 'sample 2', 'reason': 'damaged'}]
     assert sum('sample 2' in m for m in said) == 2    # once by each of the two runs
 

@@ -83,7 +83,7 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
 
 def test_a_global_batch_wins_over_batch_size(tmp_path):
     solver = run(config(tmp_path, steps=1, GLOBAL_BATCH_SIZE=12, TRAIN_DATA={'NAME': 'TinyPoints', 'BATCH_SIZE': 5}))
-    assert (solver.micro_batch_size, solver.accu_step, solver.global_batch_size) == (4, 3, 12)
+    assert solver.plan[:3] == (4, 3, 12)
 
 
 def test_epochs_are_a_second_way_to_say_steps(tmp_path):
@@ -153,7 +153,7 @@ def test_a_named_loss_reaches_only_what_its_own_optimizer_owns(tmp_path):
     first, last = solver.model.net[0].weight, solver.model.net[3].weight
     outputs = solver.model.forward_train(**batch)
     expected = torch.autograd.grad(outputs['loss'], first)[0], torch.autograd.grad(outputs['other_loss'], last)[0]
-    solver._backward(solver.model.forward_train(**batch), 1)
+    solver.train_step._backward(solver.model.forward_train(**batch), solver.optimizers, 1)
     assert torch.allclose(first.grad, expected[0])
     assert torch.allclose(last.grad, expected[1])
 
@@ -165,7 +165,7 @@ def test_optimizers_that_follow_one_loss_share_one_backward_pass(tmp_path):
     passes = []
     outputs = solver.model.forward_train(image=torch.randn(4, 2), number=torch.arange(4))
     outputs['loss'].register_hook(passes.append)
-    solver._backward(outputs, 1)
+    solver.train_step._backward(outputs, solver.optimizers, 1)
     assert len(passes) == 1
     assert all(p.grad is not None for p in solver.model.parameters())
 

@@ -1,0 +1,125 @@
+"""One step of the optimizers: forward, backward, average, clip, and update, or refuse."""
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scepter.core import streams
+from scepter.core.config import ConfigError
+from scepter.core.env import we
+from scepter.core.errors import NonFiniteError
+from scepter.core.logger import get_logger
+from scepter.solvers.optim import NamedOptimizer
+from scepter.solvers.parallel import average_gradients
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+PATIENCE = 3     # steps in a row with a loss or gradient that is not finite, before the run gives up
+Outputs = dict[str, Any]
+Batches = list[tuple[dict[str, Any], Tensor]]     # (what the network gets, draw numbers [B]) of each of ACCU_STEP parts
+
+
+class TrainStep:
+    """From ACCU_STEP batches to new weights. A step whose loss or gradient is not finite changes nothing.
+
+    Holds what belongs to the arithmetic alone: optimizers, the rate as a function of the step, the scaler of float16, and how many
+    steps in a row were refused. Nothing of an earlier step's gradients is kept: an optimizer with EVERY takes those of its own step.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: list[NamedOptimizer], factor: Callable[[int], float], dtype: torch.dtype,
+                 clip: float | None, prepare: Callable[[dict[str, Any]], dict[str, Any]]):
+        self.model, self.optimizers, self.factor, self.dtype, self.clip, self.prepare = model, optimizers, factor, dtype, clip, prepare
+        self.scaler = torch.amp.GradScaler(we.device.type, enabled=dtype == torch.float16)
+        self.refused = 0           # steps in a row
+        self.has_changed = False   # whether the last step changed the weights
+
+    def __call__(self, batches: Batches, step: int) -> Outputs:
+        """The network's outputs for the last batch, its scalars averaged over batches and processes, and lr and grad_norm.
+
+        Raises NonFiniteError at the PATIENCEth refused step in a row.
+        """
+        due = [o for o in self.optimizers if step % o.every == 0]
+        totals: dict[str, Tensor] = {}
+        for batch, n in batches:
+            with streams.current(we.seed, n, step), self.autocast():
+                outputs = self.model('train', **self.prepare(batch))
+            for key, value in outputs.items():
+                if isinstance(value, Tensor) and value.ndim == 0:
+                    totals[key] = totals.get(key, 0) + value.detach().float() / len(batches)
+            self._backward(outputs, due, len(batches))
+        parameters = [p for o in due for p in o.owned.values()]
+        average_gradients(parameters)
+        if self.scaler.is_enabled():
+            for o in due:
+                self.scaler.unscale_(o.optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+        names = list(totals)
+        # the step's one look at the device
+        figures = we.all_reduce(torch.stack([*totals.values(), norm.float().to(we.device)]), 'mean').tolist()
+        scalars = dict(zip([*names, 'grad_norm'], figures))
+        for o in self.optimizers:
+            o.set_rate(self.factor(step))
+        if self._is_finite(scalars, step, batches):
+            self._update(due, parameters, norm, scalars['grad_norm'])
+        if self.scaler.is_enabled() and due:
+            self.scaler.update()
+        for o in self.optimizers:
+            o.zero_grad()
+        rates = {f'lr_{o.name}' if i else 'lr': o.rate for i, o in enumerate(self.optimizers)}
+        return {**{k: v for k, v in outputs.items() if k not in totals}, **scalars, **rates}
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.dtype == torch.float32 else torch.autocast(we.device.type, self.dtype)
+
+    def _backward(self, outputs: Outputs, due: list[NamedOptimizer], parts: int) -> None:
+        followers: dict[str, list[Tensor]] = {}    # one pass for each loss, however many optimizers follow it
+        for o in self.optimizers:
+            if o.loss not in outputs:
+                raise ConfigError(f'the optimizer {o.name} follows {o.loss}, but {type(self.model).__name__}.forward_train gave '
+                                  f'{", ".join(outputs)}')
+        for o in due:
+            followers.setdefault(o.loss, []).extend(o.owned.values())
+        is_whole = len(followers) == 1 and len(due) == len(self.optimizers)
+        for i, (name, owned) in enumerate(followers.items()):
+            loss = self.scaler.scale(outputs[name] / parts)
+            if is_whole:
+                loss.backward()
+            elif loss.requires_grad:    # each loss reaches only what its own optimizers own
+                loss.backward(inputs=owned, retain_graph=i + 1 < len(followers))
+
+    def _is_finite(self, scalars: dict[str, float], step: int, batches: Batches) -> bool:
+        losses_finite = all(math.isfinite(scalars[o.loss]) for o in self.optimizers)
+        self.has_changed = losses_finite and math.isfinite(scalars['grad_norm'])
+        if self.has_changed:
+            self.refused = 0
+            return True
+        if losses_finite and self.scaler.is_enabled() and self.scaler.get_scale() > 1:
+            return False        # float16 looks for the scale at which its gradients do not overflow; below 1 there is none
+        self.refused += 1
+        shown = ', '.join(f'{k} {v:g}' for k, v in scalars.items())
+        get_logger().warning(f'step {step}: not finite ({shown}); weights, optimizer and EMA stay as they were '
+                             f'({self.refused} of {PATIENCE})')
+        if self.refused >= PATIENCE:
+            numbers = ', '.join(str(int(v)) for _, n in batches for v in n[:8])
+            raise NonFiniteError(f'{PATIENCE} steps in a row were not finite, the last at step {step} (samples {numbers}, ...). '
+                                 'Lower the learning rate, set GRADIENT_CLIP, or look at these samples; the last checkpoint is intact')
+        return False
+
+    def _update(self, due: list[NamedOptimizer], parameters: list[Tensor], norm: Tensor, norm_value: float) -> None:
+        if self.clip is not None and norm_value > self.clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm, foreach=True)
+        for o in due:
+            self.scaler.step(o.optimizer) if self.scaler.is_enabled() else o.step()
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor computes in it; elsewhere it is emulated, and slower than float32."""
+    if device.type == 'cuda':
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == 'cpu':
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else torch.float32
+    return torch.float32
