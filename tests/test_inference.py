@@ -201,7 +201,7 @@ def test_an_image_is_kept_the_more_the_weaker_it_is_changed(draw, folder, tmp_pa
 
 
 def test_only_what_the_mask_has_white_is_made_anew(draw, folder, tmp_path):
-    photo = ['--image', folder / 'photo.png', '--sample_steps', 4, '--sampler', 'euler_ancestral']
+    photo = ['--image', folder / 'photo.png', '--image_size', '72,64', '--sample_steps', 4, '--sampler', 'euler_ancestral']
 
     def masked(colour: int) -> Path:
         Image.new('L', (64, 72), colour).save(tmp_path / 'mask.png')
