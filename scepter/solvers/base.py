@@ -334,6 +334,7 @@ class BaseSolver(Component, base=True):
 
     _loader: Loader | None = None
     _known_sources: dict[str, dict[str, Any]] | None = None
+    _checkpoint: checkpoints.Checkpoint | None = None
 
 
 def _modes(cfg: Config) -> set[str]:
