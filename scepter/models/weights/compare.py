@@ -20,6 +20,7 @@ from scepter.models.weights import configs
 from scepter.models.weights.configs import Node
 from scepter.models.weights.describe import said_of, short, taken_of, values_of
 from scepter.models.weights.files import Weights
+from scepter.models.weights.shapes import process
 
 SECTIONS = ('DIFFUSION_MODEL', 'FIRST_STAGE_MODEL', 'COND_STAGE_MODEL')
 
@@ -62,9 +63,14 @@ def said_beside(model: nn.Module, weights: Weights, ignore_keys: Collection[str]
     settings = weights.settings
     cfg = getattr(model, 'cfg', {})
     if 'FIRST_STAGE_MODEL' in cfg:
-        own = [key for key in SECTIONS if (cfg.get(key) or {}).get('PRETRAINED_MODEL')]
-        own += ['SCHEDULE_ARGS'] if 'DIFFUSION_MODEL' in own else []
-        return said_of(settings, name, [*own, *(key for key in (*SECTIONS, 'SCHEDULE_ARGS') if _is_named(key, ignore_keys))]), cfg
+        own = {key for key in SECTIONS if (cfg.get(key) or {}).get('PRETRAINED_MODEL') or _is_named(key, ignore_keys)}
+        if 'DIFFUSION_MODEL' in own or _is_named('SCHEDULE_ARGS', ignore_keys):    # the process is the network's
+            own.add('SCHEDULE_ARGS')
+        if settings.keys() & {'unet', 'vae'}:
+            return said_of(settings, name, own), cfg
+        gone = {'SCALE_FACTOR'} if 'FIRST_STAGE_MODEL' in own else set()
+        said = process(weights)
+        return {key: said[key] for key in said if key not in gone and (key == 'SCALE_FACTOR' or 'SCHEDULE_ARGS' not in own)}, cfg
     alone = settings.get('', {})
     if 'NUM_HEADS_CHANNELS' in cfg and (values := settings.get('unet', alone)):
         return {'DIFFUSION_MODEL': configs.unet(values, name)}, {'DIFFUSION_MODEL': cfg}

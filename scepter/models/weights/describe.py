@@ -6,7 +6,8 @@
                   can be saved, and trained from
         .taken    list of Taken(key, value, source, is_convention); str() of one is the line to print
 
-path: a diffusers folder, or any place of one that FS knows. A checkpoint of ours has a config of its own (models/restore.py).
+path: a diffusers folder or a single file, or any place of one that FS knows. A checkpoint of ours has a config of its own
+(models/restore.py), and so has a single file that tools/checkpoint.py made.
 Raises CheckpointError: for what is no whole model, with its name and what to do, and for what no network of ours can be, with the key.
 """
 from __future__ import annotations
@@ -20,7 +21,8 @@ from scepter.core.config import Config
 from scepter.core.errors import CheckpointError
 from scepter.models.weights import configs
 from scepter.models.weights.configs import Node, Said
-from scepter.models.weights.files import local_copy, read_settings
+from scepter.models.weights.files import local_copy, read_file, read_settings
+from scepter.models.weights.shapes import describe_single
 
 PIPELINES = {f'StableDiffusion{kind}Pipeline': 'XL' in kind for kind in
              ('', 'Img2Img', 'Inpaint', 'XL', 'XLImg2Img', 'XLInpaint')}    # class of model_index.json -> whether it is SDXL's
@@ -48,7 +50,8 @@ class Description(NamedTuple):
 def describe(path: str | Path) -> Description:
     """The config of the model at a path, and where each of its values was taken from. Raises CheckpointError; see the top of this file."""
     with local_copy(path) as local:
-        node = describe_folder(local, str(path))
+        node = describe_single(read_file(local), str(path)) if local.is_file() else describe_folder(local, str(path))
+    check_whole(node['SOLVER']['MODEL'], str(path))
     node['SOLVER']['MODEL'] = {'PRETRAINED_MODEL': str(path), **node['SOLVER']['MODEL']}
     return Description(Config(values_of(node)), list(taken_of(node)))
 
@@ -72,7 +75,6 @@ def describe_folder(folder: Path, name: str) -> Node:
     model['IMAGE_SIZE'] = _image_size(settings['unet'], model['SIZE_FACTOR'].value, is_xl)
     for part, tower in zip(_towers(settings), model['COND_STAGE_MODEL']['EMBEDDERS'] if is_xl else [model['COND_STAGE_MODEL']]):
         _give_tokenizer(tower, folder / part.replace('text_encoder', 'tokenizer'), name)
-    check_whole(model, name)
     return {'SOLVER': {'NAME': 'LatentDiffusionSolver', 'MODEL': model, 'SAMPLE_ARGS': _sample_args(settings, name, model, is_xl)}}
 
 
@@ -124,8 +126,9 @@ def _conditioner(settings: Settings, parts: list[str], unet: Node, name: str) ->
         raise CheckpointError(f'{name}: unet/config.json has addition_embed_type {kind!r} and addition_time_embed_dim {size_dim!r}, but '
                               'the UNet of Stable Diffusion XL is told sizes by text_time')
     zero_empty = bool(settings.get('model_index', {}).get('force_zeros_for_empty_prompt', True))
-    return conditioner(towers, unet['ADM_IN_CHANNELS'], Said(size_dim, 'unet/config.json: addition_time_embed_dim'),
-                       Said(zero_empty, 'model_index.json: force_zeros_for_empty_prompt'), name)
+    return configs.conditioner(towers, towers[-1]['WIDTH'].value, unet['ADM_IN_CHANNELS'],
+                               Said(size_dim, 'unet/config.json: addition_time_embed_dim'),
+                               Said(zero_empty, 'model_index.json: force_zeros_for_empty_prompt'), name)
 
 
 def _give_tokenizer(tower: Node, folder: Path, name: str) -> None:
@@ -163,18 +166,6 @@ def check_whole(model: Node, name: str) -> None:
                               f'open here take these, or {2 * latent.value + 1} for inpainting')
     if gives.value != latent.value:
         raise CheckpointError(f'{name}: {gives.source} is {gives.value}, but a latent has {latent.value} channels')
-
-
-def conditioner(towers: list[Node], vector: Said, size_dim: Said, zero_empty: Said, name: str) -> Node:
-    """A GeneralConditioner whose pooled vector and sizes are as wide together as the network's vector."""
-    pooled = towers[-1]['WIDTH'].value
-    sizes = {6: ['original_size', 'crop_top_left', 'target_size'], 5: ['original_size', 'crop_top_left', 'aesthetic_score']}
-    count, rest = divmod(vector.value - pooled, size_dim.value)
-    if rest or count not in sizes:
-        raise CheckpointError(f'{name}: the UNet takes a vector of {vector.value} ({vector.source}); expected the pooled {pooled} and '
-                              f'{size_dim.value} for each of 6 numbers (base) or 5 (refiner)')
-    return {'NAME': 'GeneralConditioner', 'SIZES': Said(sizes[count], vector.source), 'SIZE_DIM': size_dim, 'ZERO_EMPTY': zero_empty,
-            'EMBEDDERS': towers}
 
 
 def values_of(node: Any) -> Any:

@@ -42,7 +42,7 @@ class Weights(Mapping[str, Tensor]):
     """Names and shapes at once, each tensor when it is asked for, so a model never stands twice in memory.
 
     `source` says where they come from, for messages; `settings` holds the JSON files of a diffusers folder (read_settings), or that of one
-    model's folder as ''.
+    model's folder as '', or the metadata of a .safetensors.
     """
 
     def __init__(self, entries: Mapping[str, Entry], source: str = 'the weights', settings: Mapping[str, dict] | None = None):
@@ -54,7 +54,8 @@ class Weights(Mapping[str, Tensor]):
         if isinstance(tensors, Weights):
             return tensors
         if isinstance(tensors, TensorFile):
-            return cls({n: Entry(s.shape, s.dtype, partial(tensors.__getitem__, n)) for n, s in tensors.slots.items()}, str(tensors.path))
+            return cls({n: Entry(s.shape, s.dtype, partial(tensors.__getitem__, n)) for n, s in tensors.slots.items()}, str(tensors.path),
+                       {'metadata': tensors.metadata})
         return cls({n: Entry(tuple(t.shape), t.dtype, partial(tensors.__getitem__, n)) for n, t in tensors.items()}, source)
 
     def __getitem__(self, name: str) -> Tensor:

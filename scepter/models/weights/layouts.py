@@ -13,7 +13,7 @@ BUFFERS = frozenset({
     'alphas_cumprod', 'alphas_cumprod_prev', 'betas', 'log_one_minus_alphas_cumprod', 'posterior_log_variance_clipped',
     'posterior_mean_coef1', 'posterior_mean_coef2', 'posterior_variance', 'sqrt_alphas_cumprod', 'sqrt_one_minus_alphas_cumprod',
     'sqrt_recip_alphas_cumprod', 'sqrt_recipm1_alphas_cumprod', 'logvar', 'lvlb_weights', 'scale_factor', 'denoiser.sigmas',
-    'model_ema.decay', 'model_ema.num_updates'})
+    'model_ema.decay', 'model_ema.num_updates', 'v_pred', 'ztsnr'})    # the last two are markers (shapes.py)
 # ... and what their text towers hold beside what any activation needs
 TOWER_BUFFERS = frozenset({
     'transformer.text_model.embeddings.position_ids', 'transformer.embeddings.position_ids', 'model.attn_mask', 'model.logit_scale'})
