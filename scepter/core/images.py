@@ -125,17 +125,23 @@ def grid(images: list[Tensor], columns: int) -> np.ndarray:
     return np.concatenate([np.concatenate(tiles[i:i + columns], axis=1) for i in range(0, len(tiles), columns)])
 
 
-def save_results(results: list[dict[str, Any]], numbers: list[int], folder: str | Path) -> None:
-    """One PNG per result that has an image, its words and numbers inside; the others' go to results.jsonl."""
+def save_results(results: list[dict[str, Any]], numbers: list[int], folder: str | Path,
+                 told: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """One PNG per result that has an image: inside are its number, its words and what is `told` of all. Answers the rows of the others."""
+    rows = []
     for result, number in zip(results, numbers):
         words = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in result.items()
                  if not isinstance(value, Tensor) or (value.numel() <= 4096 and value.ndim < 3)}
-        if isinstance(result.get('image'), Tensor):
-            save_png(result['image'], Path(folder) / file_name(number, str(result.get('prompt', ''))), words)
-        else:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            with open(Path(folder) / 'results.jsonl', 'a', encoding='utf-8') as file:
-                file.write(json.dumps({'number': number, **words}, default=str) + '\n')
+        if 'seed' in words:
+            words['row_seed'] = words.pop('seed')
+        pictures = {suffix: result[key] for key, suffix in (('image', '.png'), ('train_n_image', '-train_n.png'))
+                    if isinstance(result.get(key), Tensor)}
+        for suffix, picture in pictures.items():
+            save_png(picture, Path(folder) / file_name(number, str(result.get('prompt', '')), suffix),
+                     {'number': number, **(told or {}), **words})
+        if not pictures:
+            rows.append({'number': number, **words})
+    return rows
 
 
 def file_name(number: int, prompt: str = '', suffix: str = '.png') -> str:

@@ -90,6 +90,7 @@ class BaseSolver(Component, base=True):
         self.samples = 0     # the clock: the number of the next sample in the endless stream
         self.outputs: Outputs = {}
         self.eval_outputs: dict[str, float] = {}
+        self.is_eval_due = False      # the evaluation of this step was cut off by a stop signal
         self.batches: Batches = []
         self.hooks = {mode: [HOOKS.build(c, logger=self.logger) for c in self.cfg[f'{mode.upper()}_HOOKS']] for mode in MODES}
         self._save_reasons: list[str] = []
@@ -170,6 +171,9 @@ class BaseSolver(Component, base=True):
     def run_train(self) -> None:
         self.train_mode()
         self.before_all_iter()
+        if self.is_eval_due and self.EVAL_INTERVAL:
+            self.run_eval()
+            self.save_if_requested()
         while self.step < self.max_steps:
             self.one_step()
         self.after_all_iter()
@@ -193,7 +197,7 @@ class BaseSolver(Component, base=True):
         evaluation.run_eval(self)
 
     def run_test(self) -> None:
-        """Let the network draw or predict all of TEST_DATA, into WORK_DIR/test_results/ (solvers/evaluation.py)."""
+        """Let the network draw or predict all of TEST_DATA, into WORK_DIR/test_results (solvers/evaluation.py)."""
         evaluation.run_test(self)
 
     def test_arguments(self) -> dict[str, Any]:
@@ -286,8 +290,9 @@ class BaseSolver(Component, base=True):
 
     def save_if_requested(self) -> None:
         """The one place that saves. A stop signal saves too, and then ends the run."""
-        stop = we.any(we.stop_signal)
-        if (self._save_reasons or stop) and self._saved_step != self.step:
+        wish = we.any(2 * we.stop_signal + bool(self._save_reasons))    # of any process; one exchange for both questions
+        stop = wish // 2
+        if wish and self._saved_step != self.step:
             self.save_checkpoint()
         self._save_reasons = []
         if stop:
@@ -333,8 +338,8 @@ class BaseSolver(Component, base=True):
         return self._known_sources
 
     _loader: Loader | None = None
-    _known_sources: dict[str, dict[str, Any]] | None = None
     _checkpoint: checkpoints.Checkpoint | None = None
+    _known_sources: dict[str, dict[str, Any]] | None = None
 
 
 def _modes(cfg: Config) -> set[str]:

@@ -1,12 +1,13 @@
 """METRICS: what an evaluation measures.    update(results, batch) on each batch, compute() at the end of all"""
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from scepter.core.env import we
+from scepter.core.errors import DataError
 from scepter.core.registry import BACKBONES, METRICS
 from scepter.core.schema import Component, param, part
 
@@ -65,23 +66,47 @@ class FrechetDistance(Metric):
         self.reset()
 
     def reset(self) -> None:
-        self.seen: dict[str, list[np.ndarray]] = {'real': [], 'drawn': []}
+        self.moments = {'real': Moments(), 'drawn': Moments()}
 
     @torch.no_grad()
     def update(self, results: list[dict[str, Any]], batch: dict[str, Any]) -> None:
         drawn = torch.stack([r['image'] for r in results]).to(we.device).float() * 2 - 1
         for kind, images in (('drawn', drawn), ('real', batch['image'].to(we.device).float())):
             features = self.network(images).double().cpu()
-            self.seen[kind].append((features.flatten(2).mean(2) if features.ndim > 2 else features).numpy())
+            self.moments[kind] += Moments.of((features.flatten(2).mean(2) if features.ndim > 2 else features).numpy())
 
     def compute(self) -> dict[str, float]:
-        gathered = we.gather(self.seen)
-        features = {kind: np.concatenate([f for seen in gathered for f in seen[kind]]) for kind in ('real', 'drawn')}
-        moments = {kind: (f.mean(0), np.atleast_2d(np.cov(f, rowvar=False))) for kind, f in features.items()}
+        real, drawn = (sum(parts, Moments()) for parts in zip(*we.gather((self.moments['real'], self.moments['drawn']))))
+        if min(real.count, drawn.count) < 2:
+            raise DataError(f'a Fréchet distance of {real.count} real and {drawn.count} drawn images: EVAL_DATA needs two samples at least')
         if self.SAVE and we.is_main:
-            np.savez(self.SAVE, **{f'{kind}_{name}': value for kind, (mean, cov) in moments.items()
-                                   for name, value in (('mean', mean), ('cov', cov), ('count', len(features[kind])))})
-        return {'frechet_distance': frechet_distance(*moments['real'], *moments['drawn'])}
+            np.savez(self.SAVE, **{f'{kind}_{name}': value for kind, m in (('real', real), ('drawn', drawn))
+                                   for name, value in (('mean', m.mean), ('cov', m.cov), ('count', m.count))})
+        return {'frechet_distance': frechet_distance(real.mean, real.cov, drawn.mean, drawn.cov)}
+
+
+class Moments(NamedTuple):
+    """Count, mean [D] and centred products [D, D] of features, which add over batches and processes (Chan et al. 1979)."""
+    count: int = 0
+    mean: np.ndarray | float = 0.0
+    products: np.ndarray | float = 0.0
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> Moments:
+        centred = features - (mean := features.mean(0))
+        return cls(len(features), mean, centred.T @ centred)
+
+    def __add__(self, other: Moments) -> Moments:    # type: ignore[override]
+        count = self.count + other.count
+        if not self.count or not other.count:
+            return self if self.count else other
+        step = other.mean - self.mean
+        return Moments(count, self.mean + step * (other.count / count),
+                       self.products + other.products + np.outer(step, step) * (self.count * other.count / count))
+
+    @property
+    def cov(self) -> np.ndarray:
+        return self.products / (self.count - 1)
 
 
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:

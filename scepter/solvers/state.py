@@ -65,7 +65,8 @@ def contents(solver: BaseSolver) -> tuple[dict[str, dict[str, Tensor]], dict[str
     scaler = solver.train_step.scaler
     state = {'step': solver.step, 'samples': solver.samples, 'seed': we.seed, 'global_batch_size': solver.plan.global_size,
              'world_size': we.world_size, 'optimizers': {o.name: o.record() for o in solver.optimizers},
-             'scaler': scaler.state_dict() if scaler.is_enabled() else {}, 'hooks': hooks, 'sources': solver.sources()}
+             'scaler': scaler.state_dict() if scaler.is_enabled() else {}, 'hooks': hooks, 'sources': solver.sources(),
+             'is_eval_due': solver.is_eval_due}
     return groups, state
 
 
@@ -81,7 +82,7 @@ def restore(solver: BaseSolver, loaded: Checkpoint) -> None:
         group = getattr(hook, 'group', name)
         if name in state['hooks']:
             hook.load_state_dict(state['hooks'][name], loaded.group(group) if group in loaded.groups else {})
-    solver.step, solver.samples = solver.plan.step, solver.plan.samples
+    solver.step, solver.samples, solver.is_eval_due = solver.plan.step, solver.plan.samples, state.get('is_eval_due', False)
     if we.seed != state['seed']:
         solver.logger.warning(f'ENV.SEED is {we.seed}, but {loaded.path} was trained with {state["seed"]}: going on with that one')
         we.seed = state['seed']

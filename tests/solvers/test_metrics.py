@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scepter.core.registry import BACKBONES, METRICS
 from scepter.models.base import BaseModel
-from scepter.solvers.metrics import frechet_distance
+from scepter.solvers.metrics import Moments, frechet_distance
 
 
 def test_accuracy_counts_the_k_likeliest_over_all_batches():
@@ -49,3 +49,11 @@ def test_a_feature_network_measures_drawn_against_real_images(tmp_path):
     assert measure(0.0) == pytest.approx(0, abs=1e-6)
     assert measure(0.25) == pytest.approx(3 * 0.5 ** 2, rel=1e-4)      # features are in -1..1
     assert np.load(tmp_path / 'features.npz')['real_count'] == 32
+
+
+def test_moments_of_parts_add_up_to_those_of_the_whole():
+    features = np.random.default_rng(0).normal(size=(50, 6)) + 1e4      # far from nought, where plain sums of squares would fail
+    parts = sum((Moments.of(part) for part in np.split(features, [1, 20, 21])), Moments())
+    assert parts.count == 50
+    assert np.allclose(parts.mean, features.mean(0), rtol=1e-12)
+    assert np.allclose(parts.cov, np.cov(features, rowvar=False), rtol=1e-9)

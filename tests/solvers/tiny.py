@@ -1,6 +1,7 @@
 """The smallest real experiment: a few weights, sixteen samples, every part registered as a user would."""
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 import scepter.components  # noqa: F401
+from scepter.core import streams
 from scepter.core.config import Config
 from scepter.core.env import we
-from scepter.core.registry import DATASETS, MODELS, SOLVERS
+from scepter.core.registry import DATASETS, HOOKS, MODELS, SOLVERS
 from scepter.core.schema import param
 from scepter.data.datasets import BaseDataset
 from scepter.diffusion.process import Diffusion
 from scepter.diffusion.schedules import cosine
+from scepter.hooks.base import Hook
 from scepter.models.base import TrainModule
 
 
@@ -49,7 +52,6 @@ class TinyDenoiser(TrainModule):
         self.calls = 0
 
     def forward_train(self, image: Tensor, number: Tensor, **batch: Any) -> dict[str, Any]:
-        from scepter.core import streams
         self.numbers.append(number.tolist())
         self.seen += len(image)
         t = streams.integers('timestep', 100, len(image))
@@ -64,6 +66,40 @@ class TinyDenoiser(TrainModule):
 
     def forward_test(self, image: Tensor, number: Tensor, **batch: Any) -> list[dict[str, Any]]:
         return [{'prompt': f'point {n}', 'value': float(p.sum())} for n, p in zip(number.tolist(), image)]
+
+
+@MODELS.register_class()
+class TinyPainter(TinyDenoiser):
+    """Draws noise of four pixels for each sample, keyed by what it is handed."""
+
+    def forward_test(self, number: Tensor, row_seeds: list[int], **batch: Any) -> list[dict[str, Any]]:
+        noise = streams.normal_rows(row_seeds, 'start', (3, 2, 2)) + self.net[3].bias.mean()
+        return [{'prompt': 'a point', 'image': picture.sigmoid(), 'seed': s} for picture, s in zip(noise, row_seeds)]
+
+
+@HOOKS.register_class()
+class StopAfter(Hook):
+    """A signal reaches one of the processes after so many batches of its mode."""
+
+    BATCHES: int = param(1)
+    RANK: int = param(0)
+
+    def before_all_iter(self, solver: Any) -> None:
+        self.batches = 0
+
+    def after_iter(self, solver: Any) -> None:
+        self.batches += 1
+        if we.rank == self.RANK and self.batches == self.BATCHES:
+            we.stop_signal = signal.SIGTERM     # as the handler of core/env.py notes it
+
+
+@HOOKS.register_class()
+class SaveOnMain(Hook):
+    """Only the main process asks for a checkpoint."""
+
+    def after_iter(self, solver: Any) -> None:
+        if we.is_main:
+            solver.request_save()
 
 
 def config(work_dir: Path, steps: int = 10, **solver: Any) -> Config:
