@@ -7,7 +7,9 @@ workers, or the order of calls, so a resume needs only the step, and no two rank
         noise = streams.normal('noise', x0)            # row i is keyed by n[i]
         t = streams.integers('timestep', 1000, len(x0))
 
-Outside of such a context the same calls draw from torch's global generator, so a network also works on its own.
+Outside of such a context the same calls draw from torch's global generator, so a network also works on its own. A block that is computed
+again in the backward pass draws again: `models.layers.checkpoint` gives it the keys that it had. torch's own checkpoint finds them where
+backward() is called inside of the context, as the solver does.
 Normals come from Philox (Salmon et al. 2011) with (seed, use) as its key and n as its counter; single numbers from SplitMix64.
 """
 from __future__ import annotations
@@ -32,22 +34,61 @@ class Keys(NamedTuple):
     step: int
 
 
+NO_CONTEXT = Keys(0, np.empty(0, np.int64), -1)    # stands for: drawn from torch's generator, on purpose
+
 _keys: ContextVar[Keys | None] = ContextVar('keys', default=None)
+_entered: list[Keys] = []    # the contexts of all threads that have not ended, and
+_has_ended = False           # whether any has
 
 
 @contextmanager
 def current(seed: int, n: Tensor | Sequence[int], step: int = 0) -> Iterator[None]:
     """Inside, the draws of this module are keyed by `seed` and by n [B], the draw numbers of the batch's rows."""
-    token = _keys.set(Keys(seed, np.asarray(n, dtype=np.int64), step))
+    global _has_ended
+    keys = Keys(seed, np.asarray(n, dtype=np.int64), step)
+    _entered.append(keys)
+    try:
+        with restored(keys):
+            yield
+    finally:
+        _entered[:] = [other for other in _entered if other is not keys]
+        _has_ended = True
+
+
+def captured() -> Keys:
+    """The keys of now, for `restored` to bring back where a part of the network is computed again."""
+    return _current() or NO_CONTEXT
+
+
+@contextmanager
+def restored(keys: Keys) -> Iterator[None]:
+    """Inside, draws have these keys, in whatever thread this is."""
+    token = _keys.set(keys)
     try:
         yield
     finally:
         _keys.reset(token)
 
 
+def _current() -> Keys | None:
+    """The keys of now; None outside of any context.
+
+    Backward passes of a GPU run in threads of their own, which know no context: there the latest one that has been entered holds.
+    Raises RuntimeError where a draw of a backward pass may belong to a context that has ended: any number would make a wrong gradient.
+    """
+    keys = _keys.get()
+    if keys is None and torch._C._current_graph_task_id() != -1:
+        if _entered:
+            return _entered[-1]
+        if _has_ended:
+            raise RuntimeError('a keyed draw in a backward pass, whose keys are gone: this part of the network is computed again by '
+                               'torch.utils.checkpoint. Use scepter.models.layers.checkpoint, or call backward() inside of streams.current')
+    return None if keys is NO_CONTEXT else keys
+
+
 def normal(use: str, like: Tensor) -> Tensor:
     """Standard normals of the shape, type and device of like [B, ...]; row i depends on n[i] alone."""
-    keys = _keys.get()
+    keys = _current()
     if keys is None:
         return torch.randn_like(like)
     _check_rows(keys, len(like), use)
@@ -56,7 +97,7 @@ def normal(use: str, like: Tensor) -> Tensor:
 
 def uniform(use: str, count: int) -> Tensor:
     """[count] float32 in [0, 1), on the CPU; entry i depends on n[i] alone."""
-    keys = _keys.get()
+    keys = _current()
     if keys is None:
         return torch.rand(count)
     _check_rows(keys, count, use)
@@ -65,7 +106,7 @@ def uniform(use: str, count: int) -> Tensor:
 
 def integers(use: str, high: int, count: int) -> Tensor:
     """[count] int64 in 0 .. high-1, on the CPU; entry i depends on n[i] alone."""
-    keys = _keys.get()
+    keys = _current()
     if keys is None:
         return torch.randint(0, high, (count,))
     _check_rows(keys, count, use)

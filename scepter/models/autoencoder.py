@@ -15,14 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 from scepter.core import streams
 from scepter.core.config import Config, Fault
 from scepter.core.registry import BACKBONES, LOSSES, MODELS
 from scepter.core.schema import param, part
 from scepter.models.base import BaseModel, TrainModule
-from scepter.models.layers import GROUPS, GroupNorm32, SiLU, attention, to_image, to_tokens, upsample_conv
+from scepter.models.layers import GROUPS, GroupNorm32, SiLU, attention, checkpoint, to_image, to_tokens, upsample_conv
 
 
 @MODELS.register_class()
@@ -361,9 +360,7 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_checkpointed and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, use_reentrant=False)
-        return self._forward(x)
+        return checkpoint(self._forward, x) if self.is_checkpointed else self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
         h = self.conv1(self.act(self.norm1(x)))

@@ -3,11 +3,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+from scepter.core import streams
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -76,6 +80,24 @@ def _opaque_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @_opaque_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def checkpoint(compute: Callable[..., Tensor], *args: Any) -> Tensor:
+    """compute(*args), whose activations are not kept: the backward pass computes them again, from the same random numbers.
+
+    Dropout repeats itself because torch puts its generators back, and autocast likewise; keyed draws because their keys are brought back
+    here: the backward pass runs outside of their context, on a GPU in another thread.
+    """
+    if not torch.is_grad_enabled():
+        return compute(*args)
+    if torch.compiler.is_compiling():
+        return torch_checkpoint(compute, *args, use_reentrant=False)
+    keys = streams.captured()
+
+    def with_keys(*args: Any) -> Tensor:
+        with streams.restored(keys):
+            return compute(*args)
+    return torch_checkpoint(with_keys, *args, use_reentrant=False)
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:

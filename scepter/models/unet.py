@@ -15,13 +15,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from scepter.core.config import Config, Fault
 from scepter.core.registry import BACKBONES
 from scepter.core.schema import param
 from scepter.models.base import BaseModel
-from scepter.models.layers import GROUPS, GroupNorm32, SiLU, attention, timestep_embedding, to_image, to_tokens, upsample_conv
+from scepter.models.layers import GROUPS, GroupNorm32, SiLU, attention, checkpoint, timestep_embedding, to_image, to_tokens, upsample_conv
 
 
 @BACKBONES.register_class()
@@ -272,9 +271,7 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        if self.is_checkpointed and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, embedding, size, use_reentrant=False)
-        return self._forward(x, embedding, size)
+        return checkpoint(self._forward, x, embedding, size) if self.is_checkpointed else self._forward(x, embedding, size)
 
     def _forward(self, x: Tensor, embedding: Tensor, size: tuple[int, int] | None) -> Tensor:
         norm, act, conv = self.in_layers
@@ -335,9 +332,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor, context: Tensor | KeysValues | None) -> Tensor:
-        if self.is_checkpointed and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, context, use_reentrant=False)
-        return self._forward(x, context)
+        return checkpoint(self._forward, x, context) if self.is_checkpointed else self._forward(x, context)
 
     def _forward(self, x: Tensor, context: Tensor | KeysValues | None) -> Tensor:
         x = self.attn1(self.norm1(x), context).add_(x)

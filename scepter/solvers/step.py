@@ -45,12 +45,13 @@ class TrainStep:
         due = [o for o in self.optimizers if step % o.every == 0]
         totals: dict[str, Tensor] = {}
         for batch, n in batches:
-            with streams.current(we.seed, n, step), self.autocast():
-                outputs = self.model('train', **self.prepare(batch))
+            with streams.current(we.seed, n, step):    # backward too: what is computed again there draws again
+                with self.autocast():
+                    outputs = self.model('train', **self.prepare(batch))
+                self._backward(outputs, due, len(batches))
             for key, value in outputs.items():
                 if isinstance(value, Tensor) and value.ndim == 0:
                     totals[key] = totals.get(key, 0) + value.detach().float() / len(batches)
-            self._backward(outputs, due, len(batches))
         parameters = [p for o in due for p in o.owned.values()]
         average_gradients(parameters)
         if self.scaler.is_enabled():

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import functools
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+import torch.utils.checkpoint
+from torch import Tensor, nn
 
+from scepter.core import streams
 from scepter.models import layers
-from scepter.models.layers import GroupNorm32, SiLU, attention, timestep_embedding, to_image, to_tokens, upsample_conv
+from scepter.models.layers import GroupNorm32, SiLU, attention, checkpoint, timestep_embedding, to_image, to_tokens, upsample_conv
 from tests.models.oracles import relative_error
 
 
@@ -123,3 +128,59 @@ def test_enlarging_and_convolving_at_once_is_doing_one_after_the_other(shape):
 def test_enlarging_to_an_odd_size_follows_that_size():
     conv, x = nn.Conv2d(5, 7, 3, padding=1), torch.randn(4, 5, 17, 19)
     torch.testing.assert_close(upsample_conv(x, conv, (33, 38)), conv(F.interpolate(x, size=(33, 38), mode='nearest')))
+
+
+# ------------------------------------------------------------------------------------------------ computed again
+def gradient(run, backward_inside: bool, in_thread: bool) -> Tensor:
+    """Of a weight that keyed noise multiplies, through `run`, which may forget and compute again."""
+    weight = torch.ones(3, 4, requires_grad=True)
+
+    def noisy(w: Tensor) -> Tensor:
+        noise = streams.normal('inner', w) * (1 + streams.uniform('gate', len(w)) + streams.integers('pick', 9, len(w)))[:, None]
+        return (w * noise).sin()
+
+    def backward(loss: Tensor) -> None:
+        if in_thread:    # a GPU's backward runs in one, where no context variable is set
+            thread = threading.Thread(target=loss.backward)
+            thread.start()
+            thread.join()
+        else:
+            loss.backward()
+
+    with streams.current(3, [10, 11, 12]):
+        loss = run(noisy, weight).sum()
+        if backward_inside:
+            backward(loss)
+    if not backward_inside:
+        with streams.current(4, [1, 2, 3]):    # what another batch, or a probe, does before
+            streams.uniform('gate', 3)
+        backward(loss)
+    return weight.grad
+
+
+def plain(run, *args):
+    return run(*args)
+
+
+@pytest.mark.parametrize('in_thread', [False, True])
+def test_a_block_that_is_computed_again_draws_the_same_numbers_again(in_thread):
+    expected = gradient(plain, True, False)
+    assert torch.equal(gradient(checkpoint, False, in_thread), expected)
+    assert torch.equal(gradient(checkpoint, True, in_thread), expected)
+    own = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    assert torch.equal(gradient(own, True, in_thread), expected)
+
+
+def test_a_draw_whose_keys_are_gone_in_the_backward_pass_is_an_error_not_another_number():
+    with pytest.raises(RuntimeError, match=r'scepter\.models\.layers\.checkpoint'):
+        gradient(functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False), False, False)
+
+
+def test_without_keys_a_block_that_is_computed_again_repeats_the_generators_numbers():
+    weight = torch.ones(3, 4, requires_grad=True)
+    torch.manual_seed(0)
+    loss = checkpoint(lambda w: w * streams.normal('inner', w), weight).sum()
+    torch.manual_seed(1)
+    loss.backward()
+    torch.manual_seed(0)
+    assert torch.equal(weight.grad, torch.randn(3, 4))
