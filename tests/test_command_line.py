@@ -139,7 +139,7 @@ def test_all_faults_are_shown_at_once_with_line_path_and_suggestion(experiment: 
         'line 3 SOVLER: no such parameter; did you mean SOLVER?',
         'line 4 ENV2: no such parameter; did you mean ENV?',
         'line 8 SOLVER.MAX_STEPZ: no such parameter; did you mean MAX_STEPS?',
-        'line 9 SOLVER.OPTIMIZER.NAME: OPTIMIZERS has no Adamw; did you mean AdamW?',
+        'line 9 SOLVER.OPTIMIZER.NAME: OPTIMIZERS has no Adamw; did you mean AdamW? (is its file listed under IMPORTS?)',
         'the command line (SOLVER.FAIL=3) SOLVER.FAIL: expected bool, got 3']
 
 
@@ -202,9 +202,52 @@ def test_imports_of_a_checkpoint_are_not_carried_out_unless_named_on_the_command
     source, = file.parent.glob('solver*.py')
 
     assert main('--cfg', file, '--check') == 2
-    assert 'IMPORTS: not carried out, since this config lies in a checkpoint: name the files with --imports' in capsys.readouterr().err
+    assert 'IMPORTS: not carried out, since they stand in a checkpoint: name the files with --imports' in capsys.readouterr().err
     assert source.stem not in sys.modules
     assert main('--cfg', file, '--check', '--imports', source) == 0
+
+
+@pytest.mark.parametrize('way', ['a base', 'a base of a base', 'a base that the checkpoint names', 'a link into it', 'a list of bases'])
+def test_imports_that_a_checkpoint_brings_by_any_way_are_not_carried_out(way: str, experiment: Callable[..., Path],
+                                                                         tmp_path_factory: pytest.TempPathFactory,
+                                                                         capsys: pytest.CaptureFixture):
+    inner = experiment()
+    checkpoint, home = inner.parent, tmp_path_factory.mktemp('home')
+    source, = checkpoint.glob('solver*.py')
+    (checkpoint / 'MANIFEST.json').write_text('{}')
+    mine = home / 'mine.yaml'
+    if way == 'a base':
+        mine.write_text(f'_BASE_: {inner}\n')
+    elif way == 'a base of a base':
+        (home / 'middle.yaml').write_text(f'_BASE_: {inner}\n')
+        mine.write_text('_BASE_: middle.yaml\n')
+    elif way == 'a base that the checkpoint names':    # it lies outside: a stranger's archive may hold both
+        outside = home / 'outside.yaml'
+        outside.write_text(inner.read_text().replace(source.name, str(source)))
+        inner.write_text(f'_BASE_: {outside}\n')
+        mine.write_text(f'_BASE_: {inner}\n')
+    elif way == 'a link into it':
+        mine.symlink_to(inner)
+    else:
+        (home / 'other.yaml').write_text('ENV: {SEED: 2}\n')
+        mine.write_text(f'_BASE_: [{inner}, other.yaml]\n')
+
+    assert main('--cfg', mine, '--check') == 2
+    assert 'IMPORTS: not carried out, since they stand in a checkpoint' in capsys.readouterr().err
+    assert source.stem not in sys.modules
+    assert main('--cfg', mine, '--check', f'IMPORTS=[{source}]') == 0    # the user's own word
+
+
+def test_a_value_of_the_environment_is_not_echoed_by_a_fault(experiment: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+                                                             capsys: pytest.CaptureFixture):
+    monkeypatch.setenv('SCEPTER_SHY', 'pw-7')
+    file = experiment()
+
+    assert main('--cfg', file, '--check', 'SOLVER.MAX_STEPS=${SCEPTER_SHY}', 'SOLVER.OPTIMIZER={NAME: "${SCEPTER_SHY}"}') == 2
+    said = capsys.readouterr().err
+    assert 'pw-7' not in said and "got '${SCEPTER_SHY}'" in said
+    assert main('--cfg', file, '--explain', 'SOLVER.WORK_DIR', 'SOLVER.WORK_DIR=${SCEPTER_SHY}') == 0
+    assert 'pw-7' not in ''.join(capsys.readouterr())
 
 
 # ------------------------------------------------------------------------------------------------ explaining

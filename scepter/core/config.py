@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from scepter.core.errors import ScepterError
-from scepter.core.secrets import FromEnv, hide, hide_in_urls, is_secret, note_secrets
+from scepter.core.secrets import FromEnv, hide_in_urls, is_secret, note_secrets
 
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 1_000_000, 64, 100_000
 
@@ -29,6 +29,7 @@ class Origin(NamedTuple):
     """Where a value came from: a file and a line, or the words that stand in for a file."""
     file: str
     line: int = 0
+    is_foreign: bool = False    # the file lies in a checkpoint, which may come from anybody, or was named by one that does
 
     def __str__(self) -> str:
         return f'{self.file}, line {self.line}' if self.line else self.file
@@ -105,9 +106,12 @@ class Config(dict):
             raise ConfigError(faults, self.file or 'the config')
 
     @classmethod
-    def parse(cls, text: str, name: str = 'the config', environment: bool = True) -> Config:
-        """The config that stands in a text. `_BASE_` is not honoured here. Raises ConfigError."""
-        return _parse(text, name, environment)
+    def parse(cls, text: str, name: str = 'the config', environment: bool = True, is_foreign: bool = False) -> Config:
+        """The config that stands in a text. `_BASE_` is not honoured here. Raises ConfigError.
+
+        is_foreign: it may come from anybody, so that its IMPORTS are not carried out.
+        """
+        return _parse(text, name, environment, is_foreign)
 
     def __getattr__(self, key: str) -> Any:
         try:
@@ -214,13 +218,13 @@ def did_you_mean(word: Any, words: Iterable[Any]) -> str:
 
 
 def masked(value: Any, key: str = '') -> Any:
-    """A copy in which nothing secret stands: '***' for a literal under a secret key, ${NAME} for what is written so, URLs without keys."""
+    """A copy in which nothing secret stands: '***' for a literal under a secret key, ${NAME} as it is written, URLs without keys."""
     if isinstance(value, dict):
         return Config({k: masked(v, k) for k, v in value.items()})
     if isinstance(value, list):
         return [masked(v, key) for v in value]
     if isinstance(value, FromEnv):
-        return value.written if is_secret(key) or hide(value) != value else value
+        return value.written
     if not isinstance(value, str):
         return value
     return '***' if is_secret(key) and value else hide_in_urls(value)
@@ -260,9 +264,9 @@ _TAGS = {f'tag:yaml.org,2002:{kind}' for kind in ('map', 'seq', 'str', 'int', 'f
 class Loader(yaml.SafeLoader):
     """SafeLoader without its surprises: scalars by read_scalar, duplicate keys refused, lines kept. Builds Config and list."""
 
-    def __init__(self, text: str, name: str, environment: bool):
+    def __init__(self, text: str, name: str, environment: bool, is_foreign: bool):
         super().__init__(text)
-        self.file, self.environment, self.count = name, environment, 0
+        self.file, self.environment, self.is_foreign, self.count = name, environment, is_foreign, 0
         self.faults: list[Fault] = []
 
     def fetch_flow_collection_start(self, token: type) -> None:
@@ -337,14 +341,14 @@ class Loader(yaml.SafeLoader):
         return read_scalar(text)
 
     def _origin(self, node: yaml.Node) -> Origin:
-        return Origin(self.file, node.start_mark.line + 1)
+        return Origin(self.file, node.start_mark.line + 1, self.is_foreign)
 
 
-def _parse(text: str, name: str, environment: bool) -> Config:
+def _parse(text: str, name: str, environment: bool, is_foreign: bool = False) -> Config:
     if len(text) > MAX_BYTES:
         raise ConfigError(f'{name} has {len(text):,} characters; a config has at most {MAX_BYTES:,}')
     try:
-        loader = Loader(text, name, environment)
+        loader = Loader(text, name, environment, is_foreign)
         node = loader.get_single_node()
         if node is None:
             raise ConfigError(f'{name} is empty: a config is a YAML mapping, e.g. "SOLVER: {{NAME: LatentDiffusionSolver, ...}}"')
@@ -379,8 +383,9 @@ def find_config(path: str | os.PathLike) -> Path:
     raise ConfigError(f'there is no config {asked}{did_you_mean(asked.name, near) or did_you_mean(short, shipped)}')
 
 
-def _load_file(file: Path, above: tuple[Path, ...], environment: bool) -> Config:
+def _load_file(file: Path, above: tuple[Path, ...], environment: bool, is_foreign: bool = False) -> Config:
     resolved = file.resolve()
+    is_foreign = is_foreign or _lies_in_a_checkpoint(file)
     if resolved in above:
         raise ConfigError(f'_BASE_ goes in a circle: {" -> ".join(str(p) for p in (*above, resolved))}')
     try:
@@ -390,7 +395,7 @@ def _load_file(file: Path, above: tuple[Path, ...], environment: bool) -> Config
         raise ConfigError(f'{file} cannot be read: {error.strerror}') from None
     except UnicodeDecodeError as error:
         raise ConfigError(f'{file} is not UTF-8: byte {error.start} is {raw[error.start]:#04x}') from None
-    cfg = _parse(text, str(file), environment)
+    cfg = _parse(text, str(file), environment, is_foreign)
     if '_BASE_' not in cfg:
         return cfg
     origin, bases = cfg.origin('_BASE_'), cfg.pop('_BASE_')
@@ -402,9 +407,14 @@ def _load_file(file: Path, above: tuple[Path, ...], environment: bool) -> Config
         path = path if path.is_absolute() else Path(os.path.normpath(file.parent / path))
         if not path.is_file():
             raise ConfigError([Fault('_BASE_', f'there is no file {path}', origin)], str(file))
-        merge(merged, _load_file(path, (*above, resolved), environment))
+        merge(merged, _load_file(path, (*above, resolved), environment, is_foreign))
     merge(merged, cfg)
     return merged
+
+
+def _lies_in_a_checkpoint(file: Path) -> bool:
+    """By its own path or by that of what a link leads to."""
+    return any((folder / 'MANIFEST.json').exists() for path in (file.absolute(), file.resolve()) for folder in path.parents)
 
 
 def merge(below: Config, above: Config) -> None:
@@ -438,7 +448,7 @@ def _apply_overrides(cfg: Config, overrides: Sequence[str], environment: bool) -
             yield Fault('', 'expected KEY.PATH=VALUE', origin)
             continue
         try:
-            value = _parse(f'V: {text}\n', f'the command line ({word})', environment).get('V')
+            value = _parse(f'V: {_without_comments(text)}\n', f'the command line ({word})', environment).get('V')
         except ConfigError as error:
             yield Fault(path, error.faults[0].message, origin)
             continue
@@ -464,6 +474,15 @@ def _apply_overrides(cfg: Config, overrides: Sequence[str], environment: bool) -
             else:
                 yield Fault(path, f'the list has {len(node)} entries', origin)
     note_secrets(cfg)
+
+
+def _without_comments(text: str) -> str:
+    """A word of the command line holds no comment: where YAML would see one, '#1' or 'a #1', the whole is a string."""
+    try:
+        end = yaml.compose(f'V: {text}', Loader=yaml.SafeLoader).value[0][1].end_mark.index - len('V: ')
+    except (yaml.YAMLError, RecursionError):    # said in full where it is parsed
+        return text
+    return text if '#' not in text[max(end, 0):] else "'" + text.replace("'", "''") + "'"
 
 
 # ------------------------------------------------------------------------------------------------ YAML out

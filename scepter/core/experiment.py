@@ -50,7 +50,7 @@ def not_carried_out(cfg: Config, words: Sequence[str]) -> list[Fault]:
     """What to add to the faults of a config whose own IMPORTS were left alone."""
     if not cfg.get('IMPORTS') or words:
         return []
-    message = 'not carried out, since this config lies in a checkpoint: name the files with --imports'
+    message = 'not carried out, since they stand in a checkpoint: name the files with --imports'
     return [Fault('IMPORTS', message, cfg.origin('IMPORTS'))]
 
 
@@ -83,9 +83,9 @@ def _found(name: str) -> str | None:
 
 
 def _own_imports(cfg: Config) -> list[str]:
-    """The config's own IMPORTS; none where it lies in a checkpoint, which may come from anybody."""
-    words, file = cfg.get('IMPORTS'), cfg.file
-    if not isinstance(words, list) or (file and (Path(file).parent / 'MANIFEST.json').exists()):
+    """The config's own IMPORTS; none where they stand in a checkpoint, or in a base that one names: it may come from anybody."""
+    words = cfg.get('IMPORTS')
+    if not isinstance(words, list) or cfg.origin('IMPORTS').is_foreign:
         return []
     named_by = Path(cfg.origin('IMPORTS').file)
     folder = named_by.parent if named_by.is_file() else Path()

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from scepter.core.config import NOWHERE, Config, ConfigError, Fault, Origin, did_you_mean, plain
-from scepter.core.schema import Bounds, Component, Schema, dict_to_yaml, registries, schema_of
+from scepter.core.config import NOWHERE, Config, ConfigError, Fault, Origin, did_you_mean
+from scepter.core.schema import Bounds, Component, Schema, dict_to_yaml, registries, schema_of, shown
 
 LIBRARIES = ('torch', 'torchvision')    # whose classes are offered under their own names
 
@@ -91,7 +91,7 @@ class Registry:
         return True
 
     def get(self, name: str) -> Any:
-        """The class or function of this name. Raises KeyError with the nearest name."""
+        """The class or function of this name. Raises KeyError with the nearest name, and the question of IMPORTS."""
         if name in self._entries:
             return self._entries[name]
         offered: dict[str, Any] = {}
@@ -99,8 +99,8 @@ class Registry:
             offered |= find()
         if name in offered:
             return offered[name]
-        raise KeyError(f'{self.name} has no {name}{did_you_mean(name, [*self._entries, *offered])}'
-                       f'{"" if did_you_mean(name, [*self._entries, *offered]) else " (is its file listed under IMPORTS?)"}')
+        nearest = did_you_mean(name, [*self._entries, *offered])
+        raise KeyError(f'{self.name} has no {shown(name)[1:-1]}{nearest} (is its file listed under IMPORTS?)')
 
     def schema(self, name: str) -> Schema:
         """What the component of this name takes."""
@@ -114,7 +114,7 @@ class Registry:
     def faults(self, cfg: Any, where: str, origin: Origin = NOWHERE, beside: Schema | None = None) -> Iterator[Fault]:
         """Every fault in a component's config, and in those below it. beside: further keys that its place allows."""
         if not isinstance(cfg, dict) or not isinstance(cfg.get('NAME'), str):
-            got = repr(plain(cfg))[:60]
+            got = shown(cfg, where)
             if isinstance(cfg, dict) and 'NAME' not in cfg:
                 typo = next((key for key in cfg if did_you_mean(key, ['NAME'])), None)
                 got = f'one without; {typo}: did you mean NAME?' if typo else 'one without'

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from scepter.core.config import NOWHERE, Config, ConfigError, Fault, Origin, did_you_mean, dump, plain, split_path
+from scepter.core.config import NOWHERE, Config, ConfigError, Fault, Origin, did_you_mean, dump, masked, plain, read_scalar, split_path
 from scepter.core.secrets import FromEnv
 
 if TYPE_CHECKING:
@@ -55,9 +55,11 @@ class Bounds:
         if isinstance(value, (list, tuple, dict)):
             for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
                 yield from self.faults(entry, f'{path}.{key}' if isinstance(value, dict) else f'{path}[{key}]', origin)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and not self.admits(value):
-            finite = '' if _is_finite(value) else 'a finite number, '
-            yield Fault(path, f'expected {finite}{self}, got {value}', origin)
+            return
+        number = read_scalar(str(value)) if isinstance(value, FromEnv) else value
+        if isinstance(number, (int, float)) and not isinstance(number, bool) and not self.admits(number):
+            finite = '' if _is_finite(number) else 'a finite number, '
+            yield Fault(path, f'expected {finite}{self}, got {shown(value, path)}', origin)
 
 
 NO_BOUNDS = Bounds()
@@ -357,9 +359,9 @@ def value_faults(value: Any, p: Param, path: str, origin: Any) -> Iterator[Fault
         elif isinstance(value, Config) and 'NAME' in value and p.type in (Any, dict):
             yield from loose_faults(value, path)
         elif not fits(value, p.type):
-            yield Fault(path, f'expected {p.spell()}, got {_show(value)}', origin)
+            yield Fault(path, f'expected {p.spell()}, got {shown(value, path)}', origin)
         elif p.bounds != NO_BOUNDS:
-            yield from p.bounds.faults(convert(value, p), path, origin)
+            yield from p.bounds.faults(value, path, origin)
     elif value is None and p.default is None:
         return
     elif p.place is not None and isinstance(value, Config):
@@ -369,7 +371,7 @@ def value_faults(value: Any, p: Param, path: str, origin: Any) -> Iterator[Fault
             yield from p.registry.faults(node, where, origin, schema_of(p.place))
     elif p.many:
         if not isinstance(value, list):
-            yield Fault(path, f'expected a {p.spell()}, got {_show(value)}', origin)
+            yield Fault(path, f'expected a {p.spell()}, got {shown(value, path)}', origin)
             return
         for i, node in enumerate(value):
             yield from p.registry.faults(node, f'{path}[{i}]', origin)
@@ -421,6 +423,12 @@ def _convert(value: Any, type_: Any) -> Any:
         return _WORDS.get(value.lower(), value)
     if isinstance(value, int) and not isinstance(value, bool) and float in choices and int not in choices:
         return float(value)
+    if isinstance(value, dict):
+        inner = next((get_args(choice)[1] for choice in choices if get_origin(choice) is dict and fits(value, choice)), Any)
+        twin = Config.of(value).copy()
+        for key, entry in value.items():
+            dict.__setitem__(twin, key, _convert(entry, inner))
+        return twin
     if isinstance(value, list):
         for choice in choices:
             inner = get_args(choice)
@@ -431,7 +439,6 @@ def _convert(value: Any, type_: Any) -> Any:
 
 
 def _from_environment(value: FromEnv, choices: Iterable[Any]) -> Any:
-    from scepter.core.config import read_scalar
     read = read_scalar(str(value))
     return read if any(_fits_one(read, choice) for choice in choices) else value
 
@@ -501,8 +508,9 @@ def spell(type_: Any) -> str:
     return getattr(type_, '__name__', str(type_).replace('typing.', ''))
 
 
-def _show(value: Any) -> str:
-    text = repr(plain(value))
+def shown(value: Any, path: str = '') -> str:
+    """A value as a message shows it: short, and without what is secret."""
+    text = repr(plain(masked(value, path.rpartition('.')[2])))
     return text if len(text) <= 60 else text[:57] + '...'
 
 

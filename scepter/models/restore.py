@@ -18,7 +18,7 @@ def config_of(folder: str | Path) -> Config:
     another file now.
     """
     checkpoint = checkpoints.load(folder, verify='size')
-    cfg = Config.parse(checkpoint.config, str(checkpoint.path / 'config.yaml'), environment=False)
+    cfg = Config.parse(checkpoint.config, str(checkpoint.path / 'config.yaml'), environment=False, is_foreign=True)
     object.__setattr__(cfg, 'file', str(checkpoint.path / 'config.yaml'))
     sources, faults = checkpoint.state['sources'], []
     for node in _nodes(cfg.SOLVER.MODEL):

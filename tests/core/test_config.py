@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from scepter.core.config import Config, ConfigError
 from scepter.core.logger import get_logger, set_up_logging
-from scepter.core.secrets import is_secret
+from scepter.core.secrets import hide, is_secret
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -254,3 +254,54 @@ def test_keys_inside_urls_are_hidden_and_the_rest_of_the_url_is_shown(url: str):
     for text in (repr(cfg), cfg.dump(is_secure=True), get_logger().handlers[0].format(record)):
         assert 'canary' not in text and url[:5] in text
     assert 'canary' in str(cfg)
+
+
+def test_what_came_from_the_environment_is_shown_as_its_name_under_any_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                                           capsys: pytest.CaptureFixture):
+    monkeypatch.setenv('SCEPTER_HIDDEN', 'canary-plain-41')
+    monkeypatch.setenv('SCEPTER_SHORT', 'abc')
+    cfg = Config.parse('PROMPT: ${SCEPTER_HIDDEN}\nWORD: ${SCEPTER_SHORT}\nADDRESS: "https://host/${SCEPTER_HIDDEN}/x"\n')
+    set_up_logging(tmp_path, debug=True)
+    try:
+        get_logger().info(f'drawing {cfg.PROMPT} and abc')
+        try:
+            raise FileNotFoundError(2, 'no such file', str(cfg.ADDRESS))
+        except FileNotFoundError:
+            get_logger().exception('it failed')
+        logged = (tmp_path / 'log.txt').read_text() + capsys.readouterr().err
+    finally:
+        set_up_logging(None)
+
+    for text in (repr(cfg), repr(cfg.PROMPT), f'got {cfg.PROMPT!r}', cfg.dump(is_secure=True), str(cfg), logged):
+        assert 'canary' not in text and '${SCEPTER_HIDDEN}' in text
+    assert 'and abc' in logged and "'abc'" not in repr(cfg)    # too short to be known again in running text, but not in a config
+    assert cfg.PROMPT == 'canary-plain-41' and cfg.ADDRESS == 'https://host/canary-plain-41/x'
+
+
+def test_a_process_that_was_handed_a_config_hides_the_same(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv('SCEPTER_HANDED', 'canary-handed-52')
+    handed = pickle.dumps(Config.parse('A: ${SCEPTER_HANDED}\n'))
+    monkeypatch.setattr('scepter.core.secrets._environment', {})
+
+    cfg = pickle.loads(handed)  # noqa: S301
+
+    assert hide(f'see {cfg.A}') == 'see ${SCEPTER_HANDED}'
+
+
+def test_a_value_of_the_environment_is_replaced_only_where_it_stands_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv('SCEPTER_WORD', 'training')
+    monkeypatch.setenv('SCEPTER_NUMBER', '20230101')
+    Config.parse('A: ${SCEPTER_WORD}\nB: ${SCEPTER_NUMBER}\n')
+
+    assert hide('constraining trainings; step 20230101') == 'constraining trainings; step 20230101'
+    assert hide('/data/training/x') == '/data/${SCEPTER_WORD}/x'
+
+
+# ------------------------------------------------------------------------------------------------ overrides are no files
+@pytest.mark.parametrize(('word', 'value'), [('A=#1', '#1'), ('A=a #1', 'a #1'), ('A="#1"', '#1'), ("A=it's #1", "it's #1"), ('A=', None),
+                                             ('A=[1, "#2"]', [1, '#2']), ('A=c#', 'c#'), ('A=3', 3)])
+def test_a_word_of_the_command_line_holds_no_comment(word: str, value: object):
+    cfg = Config()
+    cfg.override([word])
+
+    assert cfg.A == value

@@ -27,7 +27,7 @@ def test_an_unknown_name_is_told_the_nearest_or_to_look_at_imports(registry: Reg
     for name in names(registry):
         with pytest.raises(KeyError) as error:
             registry.get(name + '_')
-        assert f'did you mean {name}?' in str(error.value)
+        assert f'did you mean {name}? (is its file listed under IMPORTS?)' in str(error.value)
     with pytest.raises(KeyError, match='listed under IMPORTS'):
         registry.get('Qqqqqqqqqqqqqqqqq')
 

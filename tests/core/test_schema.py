@@ -253,7 +253,7 @@ def bounded(x: float, power: Annotated[float, Bounds(above=0)] = 1.0) -> float:
 
 @pytest.mark.parametrize(('key', 'value', 'message'), [
     ('COUNT', 0, 'expected at least 1, got 0'), ('SHARE', 1.5, 'expected at least 0, at most 1, got 1.5'), ('SHARE', -1, None),
-    ('RATE', 0, 'expected above 0, got 0.0'), ('RATE', float('inf'), 'expected a finite number, above 0, got inf'), ('RATE', 1e-9, ''),
+    ('RATE', 0, 'expected above 0, got 0'), ('RATE', float('inf'), 'expected a finite number, above 0, got inf'), ('RATE', 1e-9, ''),
     ('COUNT', None, ''), ('COUNT', 1, ''), ('SHARE', 0, ''), ('SHARE', 1, ''), ('BETAS', [0, 0.999], ''), ('SCALES', {'A': 2}, ''),
 ])
 def test_a_number_out_of_its_range_is_a_fault(key: str, value: object, message: str | None):
@@ -310,3 +310,16 @@ def test_a_foreign_class_says_itself_what_it_refuses():
 
 def test_a_whole_number_beyond_all_floats_is_a_fault_and_no_overflow():
     assert [f.path for f in PARTS.faults(Config({'NAME': 'Ranged', 'RATE': 10 ** 400, 'COUNT': 10 ** 400}), '')] == ['RATE', 'COUNT']
+
+
+def test_the_values_of_a_typed_map_are_converted_like_any_other():
+    @PARTS.register_class()
+    class Mapped(Component):
+        SWITCHES: dict[str, bool] = param({}, 'Names and whether they are on.')
+        RATES: dict[str, list[float]] = param({}, 'Names and rates.')
+
+    built = PARTS.build(Config.parse('{NAME: Mapped, SWITCHES: {a: on, b: No, c: true}, RATES: {x: [1, 2.5]}}'))
+
+    assert built.SWITCHES == {'a': True, 'b': False, 'c': True} and all(type(v) is bool for v in built.SWITCHES.values())
+    assert [type(v) for v in built.RATES.x] == [float, float]
+    assert [f.path for f in PARTS.faults(Config({'NAME': 'Mapped', 'SWITCHES': {'a': 'maybe'}}), '')] == ['SWITCHES']
