@@ -15,7 +15,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(__file__))]
+if not __package__:    # run as a file
+    sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(__file__))]
 
 if TYPE_CHECKING:
     from scepter.core.config import Config
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='convert_weights.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('source', metavar='SOURCE', help='what to read')
     parser.add_argument('target', metavar='TARGET', help='a folder, or a file that ends in .safetensors')
     parser.add_argument('--to', choices=('diffusers', 'single', 'scepter'), help='default: single for .safetensors, else diffusers')
@@ -65,8 +66,8 @@ def run(args: argparse.Namespace) -> None:
     if args.to == 'scepter':
         print(write_checkpoint(model, cfg, args))
     else:
-        from export import write
-        write(model, args)
+        import importlib
+        importlib.import_module('scepter.tools.export' if __package__ else 'export').write(model, args)
 
 
 def write_checkpoint(model: object, cfg: Config, args: argparse.Namespace) -> str:

@@ -12,12 +12,13 @@ import inspect
 import json
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+if not __package__:    # run as a file
+    sys.path.insert(0, str(ROOT))
 
 import scepter.components  # noqa: E402, F401  fills the registries
 from scepter.core.config import dump, plain  # noqa: E402
@@ -26,7 +27,7 @@ from scepter.core.experiment import Experiment, import_user_code  # noqa: E402
 from scepter.core.registry import Registry  # noqa: E402
 from scepter.core.schema import NO_BOUNDS, REQUIRED, Bounds, Component, Param, Schema, is_foreign, registries, schema_of  # noqa: E402
 
-PAGE = ROOT / 'docs' / 'components.md'
+PAGE = (ROOT / 'docs' if (ROOT / 'docs').is_dir() else Path()) / 'components.md'    # an installation has no docs: here, then
 HEAD = '''# Components
 
 Everything that a `NAME` in a config can mean, and the keys it takes. Written by `make docs` from the declarations in the source; for one
@@ -52,17 +53,20 @@ SAID = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line (default: this process's)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--schema', metavar='FILE', help='write a JSON Schema of config files instead')
     parser.add_argument('--imports', metavar='FILE', action='append', default=[], help='a file or module with components of yours')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for word in args.imports:
         import_user_code(str(Path(word).resolve()) if word.endswith('.py') else word)
     if args.schema:
         Path(args.schema).write_text(json.dumps(json_schema(), indent=1) + '\n', encoding='utf-8')
     else:
         PAGE.write_text(components_page(), encoding='utf-8')
+    print(args.schema or PAGE)
+    return 0
 
 
 # ------------------------------------------------------------------------------------------------ docs/components.md
@@ -236,4 +240,4 @@ def limits(bounds: Bounds) -> dict[str, float]:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())
