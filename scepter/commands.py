@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def module(command: str) -> types.ModuleType:
     """The module of a command."""
-    if 'scepter.tools' not in sys.modules and importlib.util.find_spec('scepter.tools') is None:    # a checkout, where the tools lie beside the package
+    if 'scepter.tools' not in sys.modules and importlib.util.find_spec('scepter.tools') is None:
+        # a checkout, where the tools lie beside the package
         tools = types.ModuleType('scepter.tools')
         tools.__path__ = [str(Path(__file__).resolve().parents[1] / 'tools')]
         sys.modules['scepter.tools'] = tools
