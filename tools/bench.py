@@ -8,6 +8,7 @@
     python tools/bench.py sdxl-infer          # as sd15-infer, 1024 pixels
     python tools/bench.py checkpointing       # what each level of CHECKPOINTING keeps for the backward pass, and what it costs
 
+All in the type that the machine computes in: bfloat16 where the processor or the GPU has it, else float32; each line says which.
 Each line: {"name", "ours", "peer", "ratio", "low", "high", "unit", "pairs", ...}: medians of both, the median of the pairs' ratios
 and its 95 % interval (bootstrap). Machines drift; a pair sees the same machine, so the ratio is what to trust.
 """
@@ -75,6 +76,17 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
+def native() -> torch.dtype:
+    """What this machine computes in: DTYPE auto of the recipes."""
+    from scepter.core.env import we
+    from scepter.solvers.step import best_dtype
+    return best_dtype(we.device)
+
+
+def spelled(kind: torch.dtype) -> str:
+    return str(kind).removeprefix('torch.')
+
+
 def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
@@ -84,7 +96,7 @@ def machine() -> str:
 
 # ------------------------------------------------------------------------------------------------ the solver's loop
 def overhead(args: argparse.Namespace) -> None:
-    """The digits recipe, by the solver and by a bare loop: same networks, optimizer, data and arithmetic; noise of torch.randn there."""
+    """The digits recipe with its average of the weights, by the solver and by a bare loop: same networks, optimizer, data, arithmetic."""
     import scepter.components  # noqa: F401
     from scepter.core.config import Config
     from scepter.core.env import we
@@ -92,7 +104,8 @@ def overhead(args: argparse.Namespace) -> None:
     from scepter.core.registry import SOLVERS
     steps = 2
     with tempfile.TemporaryDirectory() as folder:
-        cfg = Config.load(ROOT / 'examples' / 'digits' / 'diffusion.yaml', [f'SOLVER.WORK_DIR={folder}', 'SOLVER.TRAIN_HOOKS=[]'])
+        cfg = Config.load(ROOT / 'examples' / 'digits' / 'diffusion.yaml', [f'SOLVER.WORK_DIR={folder}'])
+        cfg.SOLVER.TRAIN_HOOKS = [hook for hook in cfg.SOLVER.TRAIN_HOOKS if hook.NAME == 'ModelEmaHook']
         carry_out_imports(cfg)
         del cfg.SOLVER.MODEL.FIRST_STAGE_MODEL['PRETRAINED_MODEL']
 
@@ -104,6 +117,7 @@ def overhead(args: argparse.Namespace) -> None:
             return built
 
         ours, peer = solver(), solver()
+        ours.before_solve()
         ours.before_all_iter()
 
         def solve() -> None:
@@ -111,17 +125,18 @@ def overhead(args: argparse.Namespace) -> None:
                 ours.one_step()
 
         compare('overhead', solve, bare_loop(peer.model, peer.datasets['train'], cfg.SOLVER, steps, peer.autocast, we.device), args.pairs,
-                's/step', share=steps, recipe='examples/digits')
+                's/step', share=steps, recipe='examples/digits', dtype=spelled(peer.dtype))
 
 
 def bare_loop(model: Any, dataset: Any, cfg: Any, steps: int, autocast: Callable[[], Any], device: Any) -> Callable[[], None]:
-    """What one would write without a framework."""
+    """What one would write without a framework, an average of the weights included."""
     def endless() -> Any:
         while True:
             yield from torch.utils.data.DataLoader(dataset, cfg.TRAIN_DATA.BATCH_SIZE, shuffle=True, drop_last=True)
 
     batches = endless()
     trained = [p for p in model.parameters() if p.requires_grad]
+    average, beta = [p.detach().clone() for p in trained], cfg.TRAIN_HOOKS[0].BETA
     groups = [{'params': list(part.parameters()), 'lr': node.LEARNING_RATE}
               for part, node in ((model.model, cfg.OPTIMIZER.UNET), (model.cond_stage_model, cfg.OPTIMIZER.TEXT))]
     optimizer = torch.optim.AdamW(groups, betas=tuple(cfg.OPTIMIZER.UNET.BETAS), weight_decay=0.0, fused=True)
@@ -146,6 +161,7 @@ def bare_loop(model: Any, dataset: Any, cfg: Any, steps: int, autocast: Callable
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            torch._foreach_lerp_(average, [p.detach() for p in trained], 1 - beta)
             loss.item()
     return loop
 
@@ -162,7 +178,7 @@ def startup(args: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------------------------------------ networks of published size
 def networks(recipe: str) -> tuple[Any, Any, Callable[..., tuple]]:
-    """Our UNet of a shipped recipe and diffusers' of the same weights, in bfloat16 and channels-last, and a maker of their inputs."""
+    """Our UNet of a shipped recipe and diffusers' of the same weights, native type, channels-last; and a maker of their inputs."""
     import diffusers
 
     import scepter.components  # noqa: F401
@@ -177,7 +193,7 @@ def networks(recipe: str) -> tuple[Any, Any, Callable[..., tuple]]:
                 'attention_head_dim': (5, 10, 20), 'cross_attention_dim': 2048, 'use_linear_projection': True,
                 'addition_embed_type': 'text_time', 'addition_time_embed_dim': 256, 'projection_class_embeddings_input_dim': 2816,
                 } if is_xl else {'cross_attention_dim': 768, 'attention_head_dim': 8}
-    kind = torch.bfloat16
+    kind = native()
     torch.set_default_dtype(kind)     # so that neither stands in memory in float32 first
     try:
         torch.manual_seed(0)
@@ -220,7 +236,7 @@ def infer(recipe: str, side: int) -> Callable[[argparse.Namespace], None]:
             known = ours.precompute(cond)
             mine, theirs = ours(x, t, known), peer(x, t, context, added_cond_kwargs=added).sample
             difference = float((mine.float() - theirs.float()).norm() / theirs.float().norm())
-            more = {'recipe': recipe, 'pixels': pixels, 'dtype': 'bfloat16', 'relative_difference': round(difference, 5)}
+            more = {'recipe': recipe, 'pixels': pixels, 'dtype': spelled(native()), 'relative_difference': round(difference, 5)}
 
             def eager_peer() -> Any:
                 return peer(x, t, context, added_cond_kwargs=added).sample
@@ -236,7 +252,7 @@ def infer(recipe: str, side: int) -> Callable[[argparse.Namespace], None]:
 
 
 def sd15_train(args: argparse.Namespace) -> None:
-    """Forward, backward and fused AdamW on one latent, weights in bfloat16."""
+    """Forward, backward and fused AdamW on one latent, weights in the native type."""
     ours, peer, inputs = networks('sd15.yaml')
     pixels = args.size or 512
     x, t, cond, context, _ = inputs(1, pixels // 8)
@@ -252,16 +268,16 @@ def sd15_train(args: argparse.Namespace) -> None:
         return work
 
     compare('sd15.yaml training step, eager / diffusers eager', step(ours, lambda: ours(x, t, cond)),
-            step(peer, lambda: peer(x, t, context).sample), args.pairs, pixels=pixels, dtype='bfloat16')
+            step(peer, lambda: peer(x, t, context).sample), args.pairs, pixels=pixels, dtype=spelled(native()))
 
 
 def checkpointing(args: argparse.Namespace) -> None:
-    """Stable Diffusion 1.5 in bfloat16, one picture: gigabytes kept for the backward pass against level 0, and the time of both passes."""
+    """Stable Diffusion 1.5, native type, one picture: gigabytes kept for the backward pass against level 0, time of both passes."""
     import scepter.components  # noqa: F401
     from scepter.core.config import Config
     from scepter.core.registry import BACKBONES, MODELS
     cfg = Config.load('sd15.yaml').SOLVER.MODEL
-    pixels, kind = args.size or 512, torch.bfloat16
+    pixels, kind = args.size or 512, native()
 
     def unet(level: int) -> tuple[Any, Callable[[Any], torch.Tensor]]:
         network = BACKBONES.build({**cfg.DIFFUSION_MODEL, 'CHECKPOINTING': level}).to(kind)
@@ -285,7 +301,7 @@ def checkpointing(args: argparse.Namespace) -> None:
             base = base or (gigabytes, passes)
             ratio = gigabytes / base[0]
             report(f'checkpointing {level}, {name}', gigabytes, base[0], ratio, ratio, ratio, 'GB', 1, pixels=pixels,
-                   time_ratio=round(passes / base[1], 3))
+                   time_ratio=round(passes / base[1], 3), dtype=spelled(kind))
             del network
 
 
