@@ -39,10 +39,10 @@ from scepter.core.logger import get_logger
 from scepter.core.registry import MODELS
 from scepter.core.schema import check, default, schema_of
 from scepter.data.datasets import UnreadableError, load_image, to_rgb
+from scepter.models import weights
 from scepter.models.base import TrainModule
 from scepter.models.restore import config_of, restore
 from scepter.models.unfilled import unfilled
-from scepter.models.weights import local_copy, read_weights, refuse_unfilled
 from scepter.solvers.diffusion import SampleArgs
 
 DEFAULT_CONFIG = 'sd15/sd15_512_full.yaml'
@@ -129,8 +129,10 @@ def open_config(path: str | None, cfg: str | os.PathLike | Mapping | None, overr
         experiment = config_of(path)
     elif path is not None and (text := own_config(path)) is not None:
         experiment = Config.parse(text, path, environment=False)
-    else:
+    elif path is None or Path(path).is_file():
         experiment, is_theirs = Config.load(DEFAULT_CONFIG), False
+    else:
+        experiment, is_theirs = describe(path), False    # no more than numbers and names of ours is read from it
     experiment.override(overrides)
     words, faults = carry_out_imports(Config() if is_theirs else experiment, imports)
     solver = experiment.get('SOLVER') or Config()
@@ -140,26 +142,34 @@ def open_config(path: str | None, cfg: str | os.PathLike | Mapping | None, overr
     return experiment, is_theirs
 
 
+def describe(path: str) -> Config:
+    """The experiment that a published model's own files tell; what was taken from where is logged."""
+    found = weights.describe(path)
+    rows = '\n'.join(f'  {row}' for row in found.taken)
+    get_logger().info(f'{path} without a config; taken from its own files:\n{rows}')
+    return found.config
+
+
 def open_model(path: str | None, cfg: Config, is_theirs: bool, ema: bool, given_cfg: bool) -> tuple[TrainModule, Future | None]:
     """The network with its weights, and the digest of their file to come. Raises CheckpointError where a weight came from no file."""
     node = cfg.SOLVER.MODEL
     if path is None:
         model = MODELS.build(node, logger=get_logger())
-        refuse_unfilled(model)
+        weights.refuse_unfilled(model)
         return model, None
     if (Path(path) / checkpoints.MANIFEST).is_file():
         with unfilled(node):
             return restore(path, cfg, use_ema=ema, logger=get_logger()), digest_of(path)
-    with local_copy(path) as local:
+    with weights.local_copy(path) as local:
         digest = digest_of(local)
-        read_weights(local)    # first, so that a file that is none is known at once
+        weights.read_weights(local)    # first, so that a file that is none is known at once
         # a file of ours holds the frozen parts as well; in any other, a part that has a file of its own keeps what that gives
         node = without_weights(node) if is_theirs else Config({**node, 'PRETRAINED_MODEL': None} if 'PRETRAINED_MODEL' in node else node)
         with unfilled(node):
             model = MODELS.build(node, logger=get_logger())
         try:
             model.load_pretrained(path, node.get('IGNORE_KEYS', []), use_ema=ema)
-            refuse_unfilled(model)
+            weights.refuse_unfilled(model)
         except CheckpointError as error:
             if given_cfg or is_theirs:
                 raise

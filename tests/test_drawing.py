@@ -113,6 +113,22 @@ def test_a_single_file_of_ours_is_drawn_by_the_config_that_it_carries(place, pip
     assert torch.equal(one('a').results[0]['image'], pipe('a').results[0]['image'])
 
 
+def test_a_folder_of_diffusers_opens_without_a_config_which_can_be_kept(pipe, tmp_path, caplog):
+    from scepter.models.weights import export_diffusers
+    export_diffusers(pipe.model, tmp_path / 'folder')
+    found = []
+    text = said(lambda: found.append(scepter.load(tmp_path / 'folder')), caplog)
+    how = {'sample_steps': 2, 'guide_rescale': 0.5, 'guide_scale': 7.5, 'sampler': 'ddim', 'discretization': 'trailing'}
+    assert torch.allclose(found[0]('a', **how).results[0]['image'], pipe('a', **how).results[0]['image'], atol=1e-4)
+    assert re.search(r'SOLVER.MODEL.SCALE_FACTOR = 0.18215 +vae/config.json', text)
+
+    words = ['--pretrained_model', str(tmp_path / 'folder'), '--prompt', 'a', '--sample_steps', '1', '--num_samples', '1', '--save_folder']
+    assert main([*words, str(tmp_path / 'out'), '--save_cfg', str(tmp_path / 'kept.yaml')]) == 0
+    kept = Config.load(tmp_path / 'kept.yaml')
+    assert (kept.SOLVER.MODEL.SCALE_FACTOR, kept.SOLVER.MODEL.PRETRAINED_MODEL) == (0.18215, str(tmp_path / 'folder'))
+    assert torch.equal(scepter.load(cfg=tmp_path / 'kept.yaml').model.model.out[2].weight, pipe.model.model.out[2].weight)
+
+
 @pytest.mark.parametrize('ignored', ['[]', '["first_stage_model.*"]'])
 def test_a_parts_own_file_wins_over_the_whole_and_a_line_says_so(place, caplog, ignored):
     words = [f'SOLVER.MODEL.FIRST_STAGE_MODEL.PRETRAINED_MODEL={place / "vae.safetensors"}', f'SOLVER.MODEL.IGNORE_KEYS={ignored}']

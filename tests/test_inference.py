@@ -201,17 +201,17 @@ def test_an_image_is_kept_the_more_the_weaker_it_is_changed(draw, folder, tmp_pa
 
 
 def test_only_what_the_mask_has_white_is_made_anew(draw, folder, tmp_path):
-    photo = ['--image', folder / 'photo.png', '--sample_steps', 4, '--sampler', 'euler_ancestral']
+    photo = ['--image', folder / 'photo.png', '--image_size', '72,64', '--sample_steps', 4, '--sampler', 'euler_ancestral']
 
     def masked(colour: int) -> Path:
         Image.new('L', (64, 72), colour).save(tmp_path / 'mask.png')
         return draw(*photo, '--mask', tmp_path / 'mask.png', '--save_folder', tmp_path / str(colour))[0]
     kept = draw(*photo, '--denoising_strength', 0.0)[0]
     anew = draw(*photo, '--denoising_strength', 1.0, '--save_folder', tmp_path / 'anew')[0]
-    assert difference(masked(0), kept) <= 1 and difference(masked(255), anew) <= 1 < difference(kept, anew)
+    assert difference(masked(0), folder / 'photo.png') == 0 and difference(masked(255), anew) <= 1 < difference(kept, anew)
     half, grid = draw(*photo, '--mask', folder / 'mask.png', '--save_folder', tmp_path / 'half', '--grid')
-    moved = np.abs(pixels(half) - pixels(kept))    # the autoencoder's attention carries some of it to the other half
-    assert moved[:, :32].mean() > 1.2 * moved[:, 32:].mean()
+    moved = np.abs(pixels(half) - pixels(folder / 'photo.png'))
+    assert moved[:, :32].mean() > 1 and not moved[:, 32:].any()
     for told in map(read_settings, (half, grid)):
         assert (told['denoising_strength'], told['image'], told['mask']) == (1.0, str(folder / 'photo.png'), str(folder / 'mask.png'))
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scepter.core import streams
 from scepter.core.config import Config, ConfigError, Fault
@@ -158,25 +158,23 @@ class LatentDiffusion(TrainModule):
 
         seed: below 0 for another one each time; picture i of it is keyed (seed, i).  row_seeds: the key of each picture instead.
         image [B, 3, H, W] in -1..1: says the size; with a denoising_strength (0..1) or a mask [B, 1, H, W] (1 where the picture is
-        made anew) it is also what to begin with. run_train_n: draw each once more with TRAIN_N_PROMPT as the negative prompt.
+        made anew) it is also what to begin with; where the mask is 0 the pictures are the image itself.
+        run_train_n: draw each once more with TRAIN_N_PROMPT as the negative prompt.
         on_step: called as (step, steps, x0) at each step.
         sampler_args: the sampler's own options (eta, ...), and clamp, percentile, t_max, ...
         original_size, crop_top_left, target_size [B, 2], aesthetic_score [B, 1]: what SDXL is told; a whole picture of this size.
-        Raises ValueError for a size that the networks cannot make, with the nearest that they can.
+        Raises ValueError for a size that the networks cannot make, with the nearest that they can, and where a network that fills in
+        what a mask leaves open (2C + 1 channels) gets no mask.
         """
         count = len(prompt) if prompt is not None else default(num_samples, 1 if image is None else len(image))
         seeds = streams.row_seeds(default(row_seeds, random.randrange(2 ** 32) if seed < 0 else seed), count)
         height, width = self.size_of(default(image_size, self.IMAGE_SIZE if image is None else list(image.shape[-2:])))
         shape = (self.latent_channels, height // self.size_factor, width // self.size_factor)
         noise = streams.normal_rows(seeds, 'start', shape, self.device)
-        start: dict[str, Any] = {}
-        if denoising_strength is not None or mask is not None:
-            if image is None:
-                raise ValueError('denoising_strength and mask need an image to begin with')
-            x = self.encode_first_stage(image.to(self.device), is_drawn=False)    # a draw here would obey no seed
-            start = {'x': x, 'denoising_strength': default(denoising_strength, 1.0)}
-            if mask is not None:
-                start['mask'] = torch.nn.functional.interpolate(mask.to(self.device).float(), shape[1:], mode='area')
+        start = self._start(image, mask, denoising_strength)
+        network = self._filling_in(image, mask)
+        if network is not self.model:
+            start.pop('mask')    # it sees itself what is to stay
 
         negative = [n_prompt] * count if isinstance(n_prompt, str) else default(n_prompt, [self.default_n_prompt] * count)
 
@@ -188,9 +186,12 @@ class LatentDiffusion(TrainModule):
             conditions = self._conditions(prompt, negative_prompt, guide_scale, **sizes)
             guidance = {} if len(conditions) == 1 else {'guide_scale': guide_scale, 'guide_rescale': guide_rescale}
             latents = self.diffusion.sample(
-                noise, self.model, conditions, solver=sampler, steps=sample_steps, discretization=discretization, seed=seeds,
+                noise, network, conditions, solver=sampler, steps=sample_steps, discretization=discretization, seed=seeds,
                 show_progress=show_progress, on_step=on_step, **guidance, **start, **(sampler_args or {}))
-            return ((self.decode_first_stage(latents).float() + 1) / 2).clamp(0, 1)
+            pictures = ((self.decode_first_stage(latents).float() + 1) / 2).clamp(0, 1)
+            if mask is None or image is None:
+                return pictures
+            return torch.lerp((image.to(pictures) + 1) / 2, pictures, mask.to(pictures))    # the autoencoder would blur what stays
 
         results = [{'image': picture, 'seed': s} for picture, s in zip(draw(negative), seeds)]
         if prompt is not None:
@@ -199,6 +200,29 @@ class LatentDiffusion(TrainModule):
             for result, picture in zip(results, draw([self.train_n_prompt] * count)):
                 result |= {'train_n_prompt': self.train_n_prompt, 'train_n_image': picture}
         return results
+
+    def _start(self, image: Tensor | None, mask: Tensor | None, denoising_strength: float | None) -> dict[str, Any]:
+        """What `Diffusion.sample` begins with, and keeps where the mask is 0."""
+        if denoising_strength is None and mask is None:
+            return {}
+        if image is None:
+            raise ValueError('denoising_strength and mask need an image to begin with')
+        x = self.encode_first_stage(image.to(self.device), is_drawn=False)    # a draw here would obey no seed
+        start = {'x': x, 'denoising_strength': default(denoising_strength, 1.0)}
+        if mask is not None:
+            start['mask'] = nn.functional.interpolate(mask.to(self.device).float(), x.shape[-2:], mode='area')
+        return start
+
+    def _filling_in(self, image: Tensor | None, mask: Tensor | None) -> nn.Module:
+        """The network as it samples: one of 2C + 1 channels reads, beside the latent, the mask and the latent of what the mask leaves."""
+        channels, latent = getattr(self.model, 'IN_CHANNELS', None), self.latent_channels
+        if channels != 2 * latent + 1:
+            return self.model
+        if image is None or mask is None:
+            raise ValueError(f'the network has {channels} input channels, so it fills in what a mask leaves open: give an image and a mask')
+        hole = (mask.to(self.device) >= 0.5).float()
+        known = self.encode_first_stage(image.to(self.device) * (1 - hole), is_drawn=False)
+        return Beside(self.model, torch.cat([nn.functional.interpolate(hole, known.shape[-2:]), known.float()], 1))
 
     def _sizes(self, count: int, height: int, width: int, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """What SDXL is told of a picture's size: that it is a whole one of this size, unless the batch says otherwise."""
@@ -264,6 +288,18 @@ def _size_faults(cfg: Config) -> Iterator[Fault]:
     sides = cfg.IMAGE_SIZE if isinstance(cfg.IMAGE_SIZE, list) else [cfg.IMAGE_SIZE]
     if any(side % cfg.SIZE_FACTOR for side in sides):
         yield Fault('IMAGE_SIZE', f'is {cfg.IMAGE_SIZE}: sides are multiples of SIZE_FACTOR, which is {cfg.SIZE_FACTOR}')
+
+
+class Beside(nn.Module):
+    """A network with further channels [B, D, H, W] beside every state it is given, the same ones for each conditioning of a guidance."""
+
+    def __init__(self, network: nn.Module, channels: Tensor):
+        super().__init__()
+        self.network, self.channels = network, channels
+
+    def forward(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
+        beside = self.channels.to(x).repeat(len(x) // len(self.channels), 1, 1, 1)
+        return self.network(torch.cat([x, beside], 1), t=t, **conditions)
 
 
 def _misfit(part: Any, problem: str) -> ScepterError:

@@ -80,6 +80,41 @@ def test_inpainting_leaves_the_latent_outside_the_mask(model, monkeypatch):
     assert not torch.allclose(latents[0][..., :4], x[..., :4], atol=1e-2)
 
 
+def test_what_a_mask_leaves_is_the_image_itself(model):
+    image = torch.rand(1, 3, 16, 16).mul(2).sub(1)
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., :8] = 1
+    drawn = draw(model, ['a'], image=image, mask=mask)
+    assert torch.allclose(drawn[..., 8:], image[..., 8:] / 2 + 0.5, atol=1e-6)
+    assert not torch.allclose(drawn[..., :8], image[..., :8] / 2 + 0.5, atol=1e-2)
+
+
+def test_a_network_of_nine_channels_fills_in_what_diffusers_does(tmp_path):
+    import diffusers
+
+    from scepter.models.weights import describe
+    from tests.models.strangers import pipeline
+    pipe = diffusers.StableDiffusionInpaintPipeline(**pipeline('sd15', tmp_path, unet={'in_channels': 9}).components,
+                                                    requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():    # an exact posterior: they draw from it, we take its mean
+        pipe.vae.quant_conv.weight[4:] = 0
+        pipe.vae.quant_conv.bias[4:] = -30
+    pipe.save_pretrained(tmp_path / 'folder')
+    model = MODELS.build(describe(tmp_path / 'folder').config.SOLVER.MODEL).eval()
+
+    image, mask = torch.rand(1, 3, 16, 16).mul(2).sub(1), torch.zeros(1, 1, 16, 16)
+    mask[..., 4:12, :8] = 1
+    noise = streams.normal_rows(streams.row_seeds(7, 1), 'start', (4, 8, 8))
+    theirs = pipe('a fox', negative_prompt='grey', image=image, mask_image=mask, height=16, width=16, num_inference_steps=4, latents=noise,
+                  strength=1.0, guidance_scale=5.0, output_type='pt').images
+    ours = draw(model, ['a fox'], n_prompt='grey', image=image, mask=mask, seed=7, sample_steps=4, guide_scale=5.0, guide_rescale=0.0)
+    assert (ours - theirs)[mask.expand(1, 3, -1, -1) == 1].abs().max() < 1e-3
+    assert torch.allclose(ours[..., 8:], image[..., 8:] / 2 + 0.5, atol=1e-6)
+    with pytest.raises(ValueError, match='9 input channels, so it fills in what a mask leaves open'):
+        draw(model, ['a fox'])
+
+
 def test_a_size_that_cannot_work_is_refused_with_the_nearest_that_does(model):
     with pytest.raises(ValueError, match=r'17x30 cannot be made: sides are multiples of 2, e.g. 16x30'):
         draw(model, image_size=[17, 30])
