@@ -13,7 +13,8 @@ BUFFERS = frozenset({
     'alphas_cumprod', 'alphas_cumprod_prev', 'betas', 'log_one_minus_alphas_cumprod', 'posterior_log_variance_clipped',
     'posterior_mean_coef1', 'posterior_mean_coef2', 'posterior_variance', 'sqrt_alphas_cumprod', 'sqrt_one_minus_alphas_cumprod',
     'sqrt_recip_alphas_cumprod', 'sqrt_recipm1_alphas_cumprod', 'logvar', 'lvlb_weights', 'scale_factor', 'denoiser.sigmas',
-    'model_ema.decay', 'model_ema.num_updates', 'v_pred', 'ztsnr'})    # the last two are markers (shapes.py)
+    'model_ema.decay', 'model_ema.num_updates'})
+MARKERS = frozenset({'v_pred', 'ztsnr'})    # tensors without content, whose presence says something (shapes.py)
 # ... and what their text towers hold beside what any activation needs
 TOWER_BUFFERS = frozenset({
     'transformer.text_model.embeddings.position_ids', 'transformer.embeddings.position_ids', 'model.attn_mask', 'model.logit_scale'})
@@ -44,7 +45,7 @@ def from_compvis(weights: Weights) -> Weights:
     averages = {ema_name(n) for n in weights if n.startswith('model.')}
     entries = {}
     for name, entry in weights.entries.items():
-        if name in BUFFERS or name in averages or name.startswith(TRAINING_LOSS):
+        if name in BUFFERS or name in MARKERS or name in averages or name.startswith(TRAINING_LOSS):
             continue
         for theirs, ours in (('model.diffusion_model.', UNET), ('conditioner.', TEXT)):
             if name.startswith(theirs):
