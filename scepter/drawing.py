@@ -30,7 +30,7 @@ from scepter.core import checkpoints, streams
 from scepter.core.calls import accepted
 from scepter.core.config import Config, ConfigError, did_you_mean
 from scepter.core.env import we
-from scepter.core.errors import CheckpointError, DataError
+from scepter.core.errors import DataError
 from scepter.core.experiment import carry_out_imports, not_carried_out
 from scepter.core.files import FS, atomic
 from scepter.core.files.tensors import TensorFile
@@ -85,7 +85,7 @@ def load(path: str | os.PathLike | None = None, cfg: str | os.PathLike | Mapping
 
     path: a checkpoint folder, a run's folder (its newest checkpoint that is whole), a single file, a diffusers folder, or an address
         of one. None: the weights that cfg names.
-    cfg: the experiment whose SOLVER.MODEL to build; without it the one that came with the weights, and Stable Diffusion 1.5 for the rest.
+    cfg: the experiment whose SOLVER.MODEL to build; without it the one that came with the weights, else what the files themselves say.
     dtype: float32, bfloat16, float16; auto is float16 on CUDA and float32 elsewhere.  ema: averaged weights where there are any.
     imports: files or modules with components of yours.  overrides: KEY.PATH=VALUE words.
     allow_downloads: also fetch what a config that came with the weights names; what you name yourself is always fetched.
@@ -99,7 +99,7 @@ def load(path: str | os.PathLike | None = None, cfg: str | os.PathLike | Mapping
             f'the config that came with {path} names it, and that may be anybody\'s. If you trust it, --allow_downloads '
             '(allow_downloads=True) fetches it; or name a copy of yours, KEY.PATH.PRETRAINED_MODEL=...', but=[*_values(overrides), path])
     with refused:
-        model, digest = open_model(path, experiment, is_theirs, ema, given_cfg=cfg is not None)
+        model, digest = open_model(path, experiment, is_theirs, ema)
     device = we.device if device is None else torch.device(device)
     kind = getattr(torch, dtype) if dtype != 'auto' else torch.float16 if device.type == 'cuda' else torch.float32
     model = model.eval().requires_grad_(False).to(device=device, dtype=kind, memory_format=torch.channels_last)
@@ -129,7 +129,7 @@ def open_config(path: str | None, cfg: str | os.PathLike | Mapping | None, overr
         experiment = config_of(path)
     elif path is not None and (text := own_config(path)) is not None:
         experiment = Config.parse(text, path, environment=False)
-    elif path is None or Path(path).is_file():
+    elif path is None:
         experiment, is_theirs = Config.load(DEFAULT_CONFIG), False
     else:
         experiment, is_theirs = describe(path), False    # no more than numbers and names of ours is read from it
@@ -150,7 +150,7 @@ def describe(path: str) -> Config:
     return found.config
 
 
-def open_model(path: str | None, cfg: Config, is_theirs: bool, ema: bool, given_cfg: bool) -> tuple[TrainModule, Future | None]:
+def open_model(path: str | None, cfg: Config, is_theirs: bool, ema: bool) -> tuple[TrainModule, Future | None]:
     """The network with its weights, and the digest of their file to come. Raises CheckpointError where a weight came from no file."""
     node = cfg.SOLVER.MODEL
     if path is None:
@@ -167,14 +167,8 @@ def open_model(path: str | None, cfg: Config, is_theirs: bool, ema: bool, given_
         node = without_weights(node) if is_theirs else Config({**node, 'PRETRAINED_MODEL': None} if 'PRETRAINED_MODEL' in node else node)
         with unfilled(node):
             model = MODELS.build(node, logger=get_logger())
-        try:
-            model.load_pretrained(path, node.get('IGNORE_KEYS', []), use_ema=ema)
-            weights.refuse_unfilled(model)
-        except CheckpointError as error:
-            if given_cfg or is_theirs:
-                raise
-            raise CheckpointError(f'{error}\nWithout --cfg it is drawn as Stable Diffusion 1.5: name the recipe of another network, '
-                                  'e.g. --cfg sdxl/sdxl_1024.yaml') from error
+        model.load_pretrained(path, node.get('IGNORE_KEYS', []), use_ema=ema)
+        weights.refuse_unfilled(model)
     return model, digest
 
 
@@ -188,11 +182,11 @@ def without_weights(node: Any) -> Any:
 
 
 def own_config(path: str) -> str | None:
-    """The YAML that a single file of ours carries (tools/checkpoint.py to-single); None for any other."""
-    if not path.endswith('.safetensors') or not Path(path).is_file():
+    """The YAML that a single file of ours carries; None for any other."""
+    if not path.split('?')[0].endswith('.safetensors') or Path(path).is_dir():
         return None
-    told = TensorFile(Path(path)).metadata
-    return told['config'] if {'config', 'step'} <= told.keys() else None
+    with weights.local_copy(path) as local:
+        return weights.carried_config(TensorFile(local).metadata)
 
 
 def digest_of(path: str | os.PathLike) -> Future:

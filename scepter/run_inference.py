@@ -4,8 +4,9 @@
     python scepter/run_inference.py --prompt "the number three" --pretrained_model outputs/digits/diffusion
 
 --pretrained_model takes a checkpoint of run_train or a run's folder (its newest), a published single file, or a diffusers folder. Without
---cfg the network is built from the config that came with the weights, and from examples/sd15 for any other file. A flag that is not
-given never overrides SAMPLE_ARGS; one that the network does not take is an error. No picture is ever overwritten. In Python: scepter.load.
+--cfg the network is built from the config that came with the weights, else from what the files themselves say (docs/weights.md). A flag
+that is not given never overrides SAMPLE_ARGS; one that the network does not take is an error. No picture is ever overwritten. In Python:
+scepter.load.
 """
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from scepter.core import checkpoints
 from scepter.core.config import Config
@@ -263,7 +264,8 @@ REFUSED = {
     'weights that are not there': (4, ['--pretrained_model', 'gone.safetensors'], 'gone.safetensors'),
     'weights of another architecture': (4, ['--pretrained_model', 'sdxl.safetensors', '--cfg', 'tiny.yaml'],
                                         'sdxl.safetensors does not fit LatentDiffusion'),
-    'weights that need a recipe': (4, ['--pretrained_model', 'sdxl.safetensors'], '--cfg sdxl/sdxl_1024.yaml'),
+    'weights whose heads no shape tells': (4, ['--pretrained_model', 'sdxl.safetensors'], 'not the usual ones of 64 channels: give a YAML'),
+    'a LoRA': (4, ['--pretrained_model', 'lora.safetensors'], 'lora.safetensors is a LoRA'),
     'a file that is no weights': (4, ['--pretrained_model', 'photo.png', '--cfg', 'tiny.yaml'], 'photo.png'),
     'a context that the text tower does not give': (2, ['SOLVER.MODEL.DIFFUSION_MODEL.CONTEXT_DIM=48', '--cfg', 'tiny.yaml'], '48'),
     'an autoencoder with other channels': (2, [
@@ -279,6 +281,7 @@ REFUSED = {
 @pytest.mark.parametrize('case', REFUSED)
 def test_what_cannot_be_drawn_is_refused_with_its_code_and_a_message(case, folder, tmp_path, capsys):
     Image.new('RGB', (3, 3)).save(folder / 'dot.png')
+    save_file({'lora_unet_mid_block.lora_down.weight': torch.zeros(1, 1)}, folder / 'lora.safetensors')
     code, words, said = REFUSED[case]
     words = [str(folder / word) if (folder / word).is_file() else word for word in words]
     if '--cfg' not in words and '--pretrained_model' not in words:

@@ -162,6 +162,14 @@ def test_a_single_file_comes_back_bit_for_bit(models, shape, tmp_path):
     assert_same(other, models[shape])
 
 
+def test_an_exported_file_opens_without_yaml_as_what_no_shape_shows(models, tmp_path):
+    import scepter
+    export_single(models['sd15'], tmp_path / 'model.safetensors')    # 4 heads, where Stable Diffusion 1 has 8
+    pipe = scepter.load(tmp_path / 'model.safetensors', device='cpu')
+    assert pipe.model.model.NUM_HEADS == 4 and pipe.model.SIZE_FACTOR == 2
+    assert_same(pipe.model, models['sd15'])
+
+
 @pytest.mark.parametrize('shape', SHAPES)
 def test_diffusers_computes_the_same_with_what_we_export(models, shape, tmp_path):
     pytest.importorskip('diffusers')

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scepter.core.config import Config
 from scepter.core.files import atomic
 from scepter.core.files.tensors import write_tensors
 from scepter.core.registry import SCHEDULES
@@ -32,7 +33,19 @@ def export_single(model: nn.Module, path: str | Path, dtype: torch.dtype | None 
         prefix = next((p for p in prefixes if name.startswith(p)), None)
         if prefix is not None:
             tensors[prefixes[prefix] + name[len(prefix):]] = value
-    write_whole(path, tensors, metadata(model, 'sgm' if is_sdxl(model) else 'compvis'), dtype)
+    meta = metadata(model, 'sgm' if is_sdxl(model) else 'compvis')
+    # shapes do not show heads, schedules and much else: with its config, the file opens here as what it is
+    meta['config'] = Config({'SOLVER': {'NAME': 'LatentDiffusionSolver', 'MODEL': without_sources(model.cfg)}}).dump(is_secure=True)
+    write_whole(path, tensors, meta, dtype)
+
+
+def without_sources(node: Any) -> Any:
+    """A config that does not say where weights came from."""
+    if isinstance(node, list):
+        return [without_sources(value) for value in node]
+    if not isinstance(node, Mapping):
+        return node
+    return {key: without_sources(value) for key, value in node.items() if key not in ('PRETRAINED_MODEL', 'IGNORE_KEYS')}
 
 
 def write_whole(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, str], dtype: torch.dtype | None) -> None:

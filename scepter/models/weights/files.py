@@ -167,6 +167,11 @@ def read_model_folder(folder: Path) -> Weights:
     raise CheckpointError(f'{folder}: no weights here; expected e.g. {STEMS[0]}.safetensors, found {", ".join(here) or "nothing"}')
 
 
+def carried_config(metadata: Mapping[str, str]) -> str | None:
+    """The YAML that a single file of ours carries in its header (tools/checkpoint.py to-single, tools/export.py); None for any other."""
+    return metadata.get('config') if metadata.keys() & {'step', 'scepter.parity'} else None
+
+
 def read_shards(index: Path) -> dict[str, Entry]:
     """The tensors that an index names, each from its shard. A shard is a file of the same folder, nothing else."""
     table = read_json(index).get('weight_map')

@@ -15,7 +15,7 @@ import torch
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import SCHEDULES
 from scepter.models.weights.configs import Node, Said, conditioner
-from scepter.models.weights.files import Weights
+from scepter.models.weights.files import Weights, carried_config
 from scepter.models.weights.foreign import foreign_kind, lone_parts
 from scepter.models.weights.layouts import TEXT, UNET, VAE, whole_model
 
@@ -25,7 +25,7 @@ BLOCK = 'transformer_blocks.0'
 
 def describe_single(weights: Weights, name: str) -> Node:
     """The node of a single file. Raises CheckpointError for what is no whole model, and for what no network of ours can be."""
-    if {'config', 'step'} <= weights.settings.get('metadata', {}).keys():
+    if carried_config(weights.settings.get('metadata', {})) is not None:
         raise CheckpointError(f'{name} carries a config of its own, which says what it is')
     whole = whole_model(weights)
     if sentence := foreign_kind(weights) or lone_parts(whole):
