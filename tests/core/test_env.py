@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from scepter.core.config import Config, ConfigError
-from scepter.core.env import Stopped, WorkEnv, guarded
+from scepter.core.env import Stopped, WorkEnv, guarded, we
 from scepter.core.errors import CheckpointError, DataError, NonFiniteError, PeerError, ScepterError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,15 +36,10 @@ def test_a_single_process_talks_to_itself_for_free():
 
 
 def test_one_process_runs_in_place_with_the_configs_seed_and_device():
-    we, seen = WorkEnv(), []
+    seen = []
     cfg = Config({'ENV': {'NPROC': 1, 'DEVICE': 'cpu', 'SEED': 5}})
-    from scepter.core import env
-    env_we, env.we = env.we, we
-    try:
-        for _ in range(2):
-            we.init_env(cfg, lambda c: seen.append((c is cfg, we.seed, we.device.type, torch.rand(1).item())))
-    finally:
-        env.we = env_we
+    for _ in range(2):
+        we.init_env(cfg, lambda c: seen.append((c is cfg, we.seed, we.device.type, torch.rand(1).item())))
 
     assert seen[0] == seen[1] and seen[0][:3] == (True, 5, 'cpu')
 
@@ -148,7 +143,7 @@ def test_a_rank_that_fails_ends_the_others_with_its_exit_code(tmp_path: Path):
     output = job.communicate(timeout=240)[0]
 
     assert job.returncode == 3, output
-    assert time.time() - float(next(line for line in output.splitlines() if line[:9].isdigit())) < 5
+    assert time.time() - float(next(line for line in output.splitlines() if line[:9].isdigit())) < 60    # not ENV.TIMEOUT
     assert 'nothing to read here' in output and 'another rank is gone' in output and 'Traceback' not in output
 
 

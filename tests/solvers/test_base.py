@@ -212,13 +212,13 @@ def test_a_stop_signal_saves_the_step_and_ends_with_its_number(tmp_path):
             if solver.step == 4:
                 signal.raise_signal(signal.SIGTERM)
 
-    from scepter.core import env
+    from scepter.core import launch
     we.seed, we.stop_signal = 7, 0
     solver = SOLVERS.build(config(tmp_path).SOLVER)
     solver.hooks['train'].append(StopAt4({}))
     solver.set_up()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    env._listen_for_stop()
+    launch._listen_for_stop()
     try:
         with pytest.raises(Stopped) as stop:
             solver.solve()
