@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,11 +33,10 @@ from scepter.core.config import did_you_mean
 from scepter.core.errors import CheckpointError
 from scepter.core.files import atomic
 from scepter.core.files.atomic import NO_SPACE, Digest
-from scepter.core.files.tensors import TensorFile, nbytes, pack, unpack, write_tensors
+from scepter.core.files.tensors import TensorFile, nbytes, write_tensors
 from scepter.core.logger import get_logger
 
-__all__ = ['Checkpoint', 'latest', 'load', 'load_optimizer_state', 'optimizer_state', 'pack', 'preflight', 'prune', 'resolve', 'save',
-           'unpack']
+__all__ = ['Checkpoint', 'is_checkpoint', 'latest', 'load', 'preflight', 'prune', 'resolve', 'save']
 
 FORMAT = 1
 MANIFEST = 'MANIFEST.json'
@@ -278,11 +277,13 @@ class _Union(Mapping[str, Tensor]):
 
 
 def load(folder: Path | str, verify: Literal['full', 'size'] = 'full') -> Checkpoint:
-    """Open exactly this checkpoint. 'full' reads every byte and compares its sha256, 'size' trusts what has the right length.
+    """Open exactly this checkpoint, or the newest of a run's folder. 'full' compares every file's sha256, 'size' only its length.
 
     Raises CheckpointError naming the file, what was expected and what was found.
     """
     folder = Path(folder)
+    if run := _folders_of_run(folder):
+        return _newest(run, verify)
     if not folder.is_dir():
         raise CheckpointError(_missing(folder))
     manifest = _read_manifest(folder)
@@ -296,16 +297,16 @@ def latest(root: Path | str) -> Checkpoint | None:
     A damaged one is passed over with a warning. Raises CheckpointError where there are some, all damaged.
     """
     found = folders(root)
+    return _newest(found) if found else None
+
+
+def _newest(found: Sequence[Path], verify: Literal['full', 'size'] = 'full') -> Checkpoint:
     for folder in found:
         try:
-            checkpoint = load(folder)
+            return load(folder, verify)
         except CheckpointError as error:
             get_logger().warning(f'DAMAGED CHECKPOINT, falling back to the one before it: {error}')
-            continue
-        return checkpoint
-    if found:
-        raise CheckpointError(f'{root} holds {len(found)} checkpoints, and all are damaged; the warnings above say how')
-    return None
+    raise CheckpointError(f'{found[0].parent} holds {len(found)} checkpoints, and all are damaged; the warnings above say how')
 
 
 def resolve(work_dir: Path | str, resume_from: str | None) -> Checkpoint | None:
@@ -314,7 +315,7 @@ def resolve(work_dir: Path | str, resume_from: str | None) -> Checkpoint | None:
         absent     a fresh run; refused where WORK_DIR already holds checkpoints
         auto       the newest, else a fresh run
         latest     the newest; it must exist
-        a path     exactly that one: no falling back
+        a path     exactly that one: no falling back; of a run's folder the newest
 
     Raises CheckpointError.
     """
@@ -352,6 +353,18 @@ def folders(root: Path | str) -> list[Path]:
     return sorted((f for f in root.iterdir() if step_of(f) >= 0 and f.is_dir()), key=step_of, reverse=True) if root.is_dir() else []
 
 
+def is_checkpoint(path: Path | str) -> bool:
+    """Whether `load` takes this path: a checkpoint, or the folder of a run that holds some."""
+    return (Path(path) / MANIFEST).is_file() or bool(_folders_of_run(Path(path)))
+
+
+def _folders_of_run(path: Path) -> list[Path]:
+    """The checkpoints of a WORK_DIR, or of its folder checkpoints, the newest first; none for a path that is one itself."""
+    if step_of(path) >= 0 or (path / MANIFEST).exists():
+        return []
+    return folders(path / 'checkpoints') or folders(path)
+
+
 def is_sound(folder: Path, verify: Literal['full', 'size'] = 'full') -> bool:
     """Whether load(folder) would succeed."""
     try:
@@ -359,57 +372,6 @@ def is_sound(folder: Path, verify: Literal['full', 'size'] = 'full') -> bool:
     except CheckpointError:
         return False
     return True
-
-
-# -------------------------------------------------------------------- optimizers
-def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
-    """optimizer.state_dict() with parameters called by name instead of by place; hand it to `pack`.
-
-    parameters: the network's named_parameters().
-    """
-    names = {id(parameter): name for name, parameter in parameters}
-    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group['params']]
-    state = optimizer.state_dict()
-    groups = [{**group, 'params': [order[i] for i in group['params']]} for group in state['param_groups']]
-    return {'state': {order[i]: value for i, value in state['state'].items()}, 'param_groups': groups}
-
-
-def load_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[str, Tensor]], saved: Mapping[str, Any]) -> None:
-    """Give each parameter the state it had, found by its name, whatever its place; as in torch, a group's settings are the saved ones.
-
-    Raises CheckpointError where a parameter is new, gone, of another shape, or in another company of parameters than before.
-    """
-    by_name = dict(parameters)
-    names = {id(parameter): name for name, parameter in by_name.items()}
-    order = [[names[id(parameter)] for parameter in group['params']] for group in optimizer.param_groups]
-    home = {name: i for i, group in enumerate(saved['param_groups']) for name in group['params']}
-    _check_names(order, home, saved['param_groups'])
-    place = {name: i for i, name in enumerate(name for group in order for name in group)}
-    for name, values in saved['state'].items():
-        for key, value in values.items():
-            if isinstance(value, Tensor) and value.dim() == by_name[name].dim() and value.shape != by_name[name].shape:
-                raise CheckpointError(f'the optimizer\'s {key} of {name} has shape {list(value.shape)}, '
-                                      f'the parameter has {list(by_name[name].shape)}')
-    groups = [{**saved['param_groups'][home[group[0]]], 'params': [place[name] for name in group]} for group in order]
-    optimizer.load_state_dict({'state': {place[name]: values for name, values in saved['state'].items()}, 'param_groups': groups})
-    for name, values in saved['state'].items():     # torch casts state to the parameter's type; a resume must change no bit
-        current = optimizer.state[by_name[name]]
-        for key, value in values.items():
-            if isinstance(value, Tensor) and current[key].dtype != value.dtype:
-                current[key] = value.to(current[key].device)
-
-
-def _check_names(order: list[list[str]], home: Mapping[str, int], saved: list[dict[str, Any]]) -> None:
-    wanted = {name for group in order for name in group}
-    new, gone = sorted(wanted - home.keys()), sorted(home.keys() - wanted)
-    if new or gone:
-        told = [f'{len(names)} {what}, e.g. {", ".join(names[:3])}' for names, what in ((new, 'new'), (gone, 'gone')) if names]
-        raise CheckpointError(f'the optimizer of this checkpoint is of other parameters: {"; ".join(told)}. '
-                              'Start from its weights alone (PRETRAINED_MODEL), or restore the config')
-    for group in order:
-        if len({home[name] for name in group}) > 1 or len(group) != len(saved[home[group[0]]]['params']):
-            raise CheckpointError(f'the parameter groups of this checkpoint are other ones: {group[0]} was with '
-                                  f'{len(saved[home[group[0]]]["params"]) - 1} others, now with {len(group) - 1}')
 
 
 # -------------------------------------------------------------------- the manifest
@@ -422,7 +384,7 @@ def _seal(manifest: Mapping[str, Any]) -> bytes:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f'{folder} is no checkpoint of ours: it has no {MANIFEST}{_inside(folder)}')
+        raise CheckpointError(f'{folder} is no checkpoint of ours: it has no {MANIFEST}')
     try:
         with open(path, 'rb') as file:
             text = file.read(MANIFEST_LIMIT)
@@ -493,13 +455,8 @@ def _missing(folder: Path) -> str:
     return f'{folder} does not exist (the nearest folder that does is {parent}){hint}'
 
 
-def _inside(folder: Path) -> str:
-    inner = next((f for root in (folder, folder / 'checkpoints') for f in folders(root)), None)
-    return f'; did you mean {inner}?' if inner else ''
-
-
 def _json(value: Any, what: str) -> str:
     try:
         return json.dumps(value, indent=1)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f'{what} is not plain JSON ({error}): pass tensors in a group, see pack()') from error
+        raise CheckpointError(f'{what} is not plain JSON ({error}): pass tensors in a group') from error

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scepter.core import checkpoints
-from scepter.core.checkpoints import MANIFEST, is_sound, latest, load, pack, preflight, prune, resolve, save, unpack
+from scepter.core.checkpoints import MANIFEST, is_sound, latest, load, preflight, prune, resolve, save
 from scepter.core.errors import CheckpointError
 from scepter.core.files import atomic
 from scepter.core.files.tensors import HEADER_LIMIT, TENSOR_LIMIT, TensorFile, write_tensors
@@ -117,64 +117,6 @@ def test_state_that_is_not_json_is_refused_and_leaves_nothing(tmp_path):
         save(tmp_path, 1, {}, {'hook': torch.ones(2)}, '')
 
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_tree_of_tensors_is_packed_and_unpacked_exactly():
-    tree = {'a': [1, (2.5, None)], 3: {'t': torch.ones(2)}, '$odd': {'x': True}, 'list': [torch.zeros(1), 'text']}
-
-    packed, tensors = pack(tree)
-    again = unpack(json.loads(json.dumps(packed)), tensors)
-
-    assert again['a'] == tree['a'] and again['$odd'] == {'x': True}
-    assert again[3]['t'] is tree[3]['t'] and again['list'][0] is tree['list'][0]
-    assert sorted(tensors) == ['3/t', 'list/0']
-
-
-# -------------------------------------------------------------------- the optimizer, by name
-def trained(network: torch.nn.Module, kind: Any = torch.optim.AdamW) -> torch.optim.Optimizer:
-    optimizer = kind(network.parameters(), lr=0.1)
-    for _ in range(3):
-        network(torch.ones(2, 4)).square().sum().backward()
-        optimizer.step()
-    return optimizer
-
-
-@pytest.mark.parametrize('kind', [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop], ids=lambda k: k.__name__)
-def test_the_optimizer_comes_back_by_name_in_another_order(tmp_path, kind):
-    network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
-    old = trained(network, kind)
-    state, tensors = pack(checkpoints.optimizer_state(old, network.named_parameters()))
-    checkpoint = load(save(tmp_path, 3, {'optimizer': tensors}, {'optimizer': state}, ''))
-    new = kind(list(network.parameters())[::-1], lr=0.5)
-
-    checkpoints.load_optimizer_state(new, network.named_parameters(), unpack(checkpoint.state['optimizer'], checkpoint.group('optimizer')))
-
-    assert new.param_groups[0]['lr'] == 0.1
-    for parameter in network.parameters():
-        for key, value in old.state[parameter].items():
-            assert torch.equal(value, new.state[parameter][key]) if isinstance(value, torch.Tensor) else value == new.state[parameter][key]
-
-
-def test_optimizer_state_finer_than_its_parameter_keeps_its_bits():
-    network = torch.nn.Linear(4, 4).bfloat16()
-    optimizer = torch.optim.AdamW(network.parameters())
-    fine = {name: {'step': torch.tensor(1.), 'exp_avg': torch.randn_like(p, dtype=torch.float32)} for name, p in network.named_parameters()}
-
-    groups = checkpoints.optimizer_state(optimizer, network.named_parameters())['param_groups']
-    checkpoints.load_optimizer_state(optimizer, network.named_parameters(), {'state': fine, 'param_groups': groups})
-
-    assert torch.equal(optimizer.state[network.weight]['exp_avg'], fine['weight']['exp_avg'])
-
-
-@pytest.mark.parametrize('other, words', [
-    (torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)), '4 new, e.g. 0.bias, 0.weight, 1.bias; 2 gone, e.g. bias, weight'),
-    (torch.nn.Linear(4, 5), r'shape \[4, 4\], the parameter has \[5, 4\]')])
-def test_the_optimizer_of_another_network_is_refused(other, words):
-    network = torch.nn.Linear(4, 4)
-    state = checkpoints.optimizer_state(trained(network), network.named_parameters())
-
-    with pytest.raises(CheckpointError, match=words):
-        checkpoints.load_optimizer_state(torch.optim.AdamW(other.parameters()), other.named_parameters(), state)
 
 
 # -------------------------------------------------------------------- damage
@@ -703,8 +645,19 @@ def test_a_path_that_is_not_there_names_its_nearest(tmp_path):
 
     with pytest.raises(CheckpointError, match=r'does not exist .*did you mean step-00000100'):
         resolve(tmp_path, str(tmp_path / 'checkpoints' / 'step-0000010'))
-    with pytest.raises(CheckpointError, match=r'has no MANIFEST.json; did you mean .*step-00000100'):
-        resolve(tmp_path, str(tmp_path))
+
+
+@pytest.mark.parametrize('place', ['', 'checkpoints'])
+def test_the_folder_of_a_run_stands_for_its_newest_sound_checkpoint(tmp_path, place, caplog):
+    for step in (1, 2, 3):
+        write(tmp_path / 'run' / 'checkpoints', step)
+    (tmp_path / 'run' / 'checkpoints' / 'step-00000003' / 'state.json').write_text('{}')
+    path = tmp_path / 'run' / place
+
+    assert checkpoints.is_checkpoint(path) and not checkpoints.is_checkpoint(tmp_path)
+    assert read(resolve(tmp_path / 'other', str(path))) == 2
+    with pytest.raises(CheckpointError, match='step-00000003'):
+        load(tmp_path / 'run' / 'checkpoints' / 'step-00000003')
 
 
 # -------------------------------------------------------------------- tools/checkpoint.py

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,43 +119,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
                 yield tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy().data
 
     return write_file(path, chunks())
-
-
-def pack(tree: Any, name: str = '') -> tuple[Any, dict[str, Tensor]]:
-    """Part nested dicts, lists and tuples into plain JSON and their tensors, named by their path: 'ema/decay', 'state/0/exp_avg'.
-
-    `unpack` gives back an equal tree: tuples stay tuples, and keys that are not strings stay what they were.
-    """
-    if isinstance(tree, Tensor):
-        return {'$tensor': name}, {name: tree}
-    if not isinstance(tree, (dict, list, tuple)):
-        return tree, {}
-    pairs = list(tree.items() if isinstance(tree, dict) else enumerate(tree))
-    packed = [(key, *pack(value, f'{name}/{key}' if name else str(key))) for key, value in pairs]
-    tensors = {key: tensor for _, _, inner in packed for key, tensor in inner.items()}
-    if isinstance(tree, dict) and all(isinstance(key, str) and not key.startswith('$') for key in tree):
-        return {key: value for key, value, _ in packed}, tensors
-    if isinstance(tree, dict):
-        return {'$dict': [[key, value] for key, value, _ in packed]}, tensors
-    values = [value for _, value, _ in packed]
-    return (values if isinstance(tree, list) else {'$tuple': values}), tensors
-
-
-def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The tree that `pack` took apart. Raises CheckpointError where a tensor is missing."""
-    if isinstance(packed, list):
-        return [unpack(value, tensors) for value in packed]
-    if not isinstance(packed, dict):
-        return packed
-    if '$tensor' in packed:
-        if packed['$tensor'] not in tensors:
-            raise CheckpointError(f'the checkpoint holds no tensor {packed["$tensor"]}, which its state refers to')
-        return tensors[packed['$tensor']]
-    if '$tuple' in packed:
-        return tuple(unpack(value, tensors) for value in packed['$tuple'])
-    if '$dict' in packed:
-        return {key: unpack(value, tensors) for key, value in packed['$dict']}
-    return {key: unpack(value, tensors) for key, value in packed.items()}
 
 
 def nbytes(tensors: Mapping[str, Tensor]) -> int:
