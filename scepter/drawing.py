@@ -33,7 +33,6 @@ from scepter.core.env import we
 from scepter.core.errors import DataError
 from scepter.core.experiment import carry_out_imports, not_carried_out
 from scepter.core.files import FS, atomic
-from scepter.core.files.tensors import TensorFile
 from scepter.core.images import free_path, grid, png_text, save_new, save_png, to_uint8
 from scepter.core.logger import get_logger
 from scepter.core.registry import MODELS
@@ -41,7 +40,7 @@ from scepter.core.schema import check, default, schema_of
 from scepter.data.datasets import UnreadableError, load_image, to_rgb
 from scepter.models import weights
 from scepter.models.base import TrainModule
-from scepter.models.restore import config_of, restore
+from scepter.models.restore import config_of, has_config, restore
 from scepter.models.unfilled import unfilled
 from scepter.solvers.diffusion import SampleArgs
 
@@ -108,13 +107,13 @@ def load(path: str | os.PathLike | None = None, cfg: str | os.PathLike | Mapping
 
 def newest_checkpoint(path: str | os.PathLike) -> Path | None:
     """The checkpoint that a local path means: itself, or the newest whole one of a run's folder; None where it is neither."""
+    if not checkpoints.is_checkpoint(path):
+        return None
     if (Path(path) / checkpoints.MANIFEST).is_file():
         return Path(path)
-    for root in (Path(path) / 'checkpoints', Path(path)):
-        if (found := checkpoints.latest(root)) is not None:
-            get_logger().info(f'{path}: its newest checkpoint is {found.path.name}')
-            return found.path
-    return None
+    found = checkpoints.load(path).path
+    get_logger().info(f'{path}: its newest checkpoint is {found.name}')
+    return found
 
 
 def open_config(path: str | None, cfg: str | os.PathLike | Mapping | None, overrides: Sequence[str],
@@ -125,10 +124,8 @@ def open_config(path: str | None, cfg: str | os.PathLike | Mapping | None, overr
         experiment = Config.parse(Config.of(cfg).dump())
     elif cfg is not None:
         experiment = Config.load(cfg)
-    elif path is not None and (Path(path) / checkpoints.MANIFEST).is_file():
+    elif path is not None and has_config(path):
         experiment = config_of(path)
-    elif path is not None and (text := own_config(path)) is not None:
-        experiment = Config.parse(text, path, environment=False)
     elif path is None:
         experiment, is_theirs = Config.load(DEFAULT_CONFIG), False
     else:
@@ -157,14 +154,13 @@ def open_model(path: str | None, cfg: Config, is_theirs: bool, ema: bool) -> tup
         model = MODELS.build(node, logger=get_logger())
         weights.refuse_unfilled(model)
         return model, None
-    if (Path(path) / checkpoints.MANIFEST).is_file():
-        with unfilled(node):
-            return restore(path, cfg, use_ema=ema, logger=get_logger()), digest_of(path)
+    if is_theirs or checkpoints.is_checkpoint(path):
+        return restore(path, cfg, use_ema=ema, logger=get_logger()), digest_of(path)
     with weights.local_copy(path) as local:
         digest = digest_of(local)
         weights.read_weights(local)    # first, so that a file that is none is known at once
-        # a file of ours holds the frozen parts as well; in any other, a part that has a file of its own keeps what that gives
-        node = without_weights(node) if is_theirs else Config({**node, 'PRETRAINED_MODEL': None} if 'PRETRAINED_MODEL' in node else node)
+        # a part that has a file of its own keeps what that gives
+        node = Config({**node, 'PRETRAINED_MODEL': None} if 'PRETRAINED_MODEL' in node else node)
         with unfilled(node):
             model = MODELS.build(node, logger=get_logger())
         model.load_pretrained(path, node.get('IGNORE_KEYS', []), use_ema=ema)
@@ -179,14 +175,6 @@ def without_weights(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     return Config({key: without_weights(value) for key, value in node.items() if key != 'PRETRAINED_MODEL'})
-
-
-def own_config(path: str) -> str | None:
-    """The YAML that a single file of ours carries; None for any other."""
-    if not path.split('?')[0].endswith('.safetensors') or Path(path).is_dir():
-        return None
-    with weights.local_copy(path) as local:
-        return weights.carried_config(TensorFile(local).metadata)
 
 
 def digest_of(path: str | os.PathLike) -> Future:

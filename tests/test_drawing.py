@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import scepter
 from scepter.core import checkpoints
 from scepter.core.config import Config, ConfigError
-from scepter.core.errors import CheckpointError, DataError
+from scepter.core.errors import CheckpointError
 from scepter.core.files.tensors import write_tensors
 from scepter.core.images import read_settings
 from scepter.run_inference import main
@@ -33,7 +33,7 @@ def place(tmp_path_factory) -> Path:
     cfg = twin('sd15/sd15_512_full', place / 'tiny.yaml')
     model = network(cfg)
     for step in (1, 2):
-        checkpoints.save(place / 'run' / 'checkpoints', step, {'model': model.state_dict()}, {'sources': {}}, cfg.dump())
+        checkpoints.save(place / 'run' / 'checkpoints', step, {'model': model.state_dict()}, {'left_out': []}, cfg.dump())
     publish(model, place / 'sd15.safetensors')
     randomize(model.first_stage_model, seed=5)
     save_file(model.first_stage_model.state_dict(), place / 'vae.safetensors')
@@ -186,14 +186,18 @@ def test_nothing_is_fetched_for_a_config_that_came_with_the_weights_unless_it_is
     try:
         cfg = Config.load(place / 'tiny.yaml', [f'SOLVER.MODEL.FIRST_STAGE_MODEL.PRETRAINED_MODEL={address}'])
         model = checkpoints.load(place / 'run' / 'checkpoints' / 'step-00000002').group('model')
-        stranger = checkpoints.save(tmp_path, 1, {'model': model}, {'sources': {}}, cfg.dump())
-        with pytest.raises(DataError, match=r'vae.safetensors was not fetched: the config that came with .*--allow_downloads'):
+        name = 'first_stage_model.quant_conv.weight'
+        source = {'said': address, 'path': '/nowhere/vae.safetensors', 'address': address, 'files': [], 'size': 1, 'sha256': '0' * 64,
+                  'near': '../vae.safetensors', 'part': 'first_stage_model', 'names': {name: list(model.pop(name).shape)},
+                  'is_needed': False}
+        stranger = checkpoints.save(tmp_path, 1, {'model': model}, {'left_out': [source]}, cfg.dump())
+        with pytest.raises(CheckpointError, match=r'vae.safetensors was not fetched: the config that came with .*--allow_downloads'):
             scepter.load(stranger)
         assert asked == []
         words = [f'SOLVER.MODEL.FIRST_STAGE_MODEL.PRETRAINED_MODEL={address}']
         for allowed in ({'allow_downloads': True}, {'overrides': words}):
             asked.clear()
-            with pytest.raises(DataError, match='404'):
+            with pytest.raises(CheckpointError, match='404'):
                 scepter.load(stranger, **allowed)
             assert asked
     finally:

@@ -31,7 +31,7 @@ def folder(tmp_path_factory) -> Path:
     model = network(cfg)
     average = randomize(copy.deepcopy(model.model), seed=1)
     groups = {'model': model.state_dict(), 'ema': {f'model.{name}': p for name, p in average.named_parameters()}}
-    checkpoints.save(folder, 0, groups, {'sources': {}}, cfg.dump())
+    checkpoints.save(folder, 0, groups, {'left_out': []}, cfg.dump())
     publish(model, folder / 'sd15.safetensors')
     publish(network(twin('sdxl/sdxl_1024', folder / 'xl.yaml')), folder / 'sdxl.safetensors')
     noise = np.random.default_rng(0).integers(0, 256, (9, 8, 3), dtype=np.uint8)
@@ -302,7 +302,7 @@ def test_a_command_line_that_says_nothing_sensible_ends_with_2(words, capsys):
 
 def test_a_checkpoint_of_a_users_own_component_says_which_flag_brings_it_in(folder, tmp_path, capsys):
     cfg = Config.load(folder / 'tiny.yaml', ['IMPORTS=[mine.py]', 'SOLVER.MODEL.DIFFUSION_MODEL={NAME: MyOwnNetwork}'])
-    checkpoints.save(tmp_path, 0, {'model': {'x': torch.zeros(1)}}, {'sources': {}}, cfg.dump())
+    checkpoints.save(tmp_path, 0, {'model': {'x': torch.zeros(1)}}, {'left_out': []}, cfg.dump())
     assert main(['--prompt', 'x', '--pretrained_model', str(tmp_path / 'step-00000000')]) == 2
     told = capsys.readouterr().err
     assert 'BACKBONES has no MyOwnNetwork' in told and 'name the files with --imports' in told

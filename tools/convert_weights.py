@@ -76,7 +76,7 @@ def write_checkpoint(model: object, cfg: Config, args: argparse.Namespace) -> st
 
     from scepter.core import checkpoints
     model.to(getattr(torch, args.dtype))
-    return str(checkpoints.save(args.target, 0, {'model': model.state_dict()}, {'sources': {}}, cfg.dump()))
+    return str(checkpoints.save(args.target, 0, {'model': model.state_dict()}, {'left_out': []}, cfg.dump()))
 
 
 if __name__ == '__main__':

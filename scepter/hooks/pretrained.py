@@ -18,4 +18,4 @@ class PretrainedHook(Hook):
 
     def before_solve(self, solver: Any) -> None:
         if solver.step == 0:
-            solver.model.get_submodule(self.PART).load_pretrained(self.PRETRAINED_MODEL, self.IGNORE_KEYS)
+            solver.model.load_pretrained(self.PRETRAINED_MODEL, self.IGNORE_KEYS, self.PART)

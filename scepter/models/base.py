@@ -1,14 +1,14 @@
 """What every network is built on."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from scepter.core.errors import CheckpointError
-from scepter.core.files import atomic
+from scepter.core.checkpoints import Checkpoint
+from scepter.core.config import ConfigError, did_you_mean
 from scepter.core.schema import Component
 
 
@@ -16,17 +16,18 @@ class BaseModel(Component, nn.Module, base=True):
     """A registered nn.Module. Reads its parameters in __init__; the bricks below it take plain typed arguments."""
 
     is_frozen = False
-    pretrained_from: str | None = None
-    left_as_built: Sequence[str] = ()    # names that pretrained_from did not fill, as IGNORE_KEYS allowed
 
-    def load_pretrained(self, path: str, ignore_keys: Sequence[str] = (), use_ema: bool = False) -> None:
-        """Load published or own weights from any place that FS knows; a part below that has a file of its own keeps what that gave.
+    def load_pretrained(self, path: str, ignore_keys: Sequence[str] = (), part: str = '', use_ema: bool = False) -> None:
+        """Load published or own weights, into one part where that is named, from any place that FS knows.
 
+        A part whose own config names a PRETRAINED_MODEL keeps what that gave it.
         Missing, unexpected and mis-shaped keys are a CheckpointError unless ignore_keys (exact names or globs) names them.
         """
         from scepter.models.weights import load_pretrained
-        self.left_as_built = load_pretrained(self, path, ignore_keys, use_ema)
-        self.pretrained_from = path
+        modules = dict(self.named_modules())
+        if part not in modules:
+            raise ConfigError(f'{type(self).__name__} has no part {part}{did_you_mean(part, modules)}')
+        load_pretrained(modules[part], path, ignore_keys, use_ema)
 
     def freeze(self) -> None:
         """Evaluation mode for good, no gradients; what is trained is decided by a network's own FREEZE."""
@@ -67,47 +68,39 @@ class TrainModule(BaseModel, base=True):
         self.compile()
 
     # ---------------------------------------------------------------- what a checkpoint holds
+    def left_out(self) -> dict[str, Any]:
+        """What a checkpoint leaves out, by its name in the state dict, and where it came from: frozen, from a file whose digest is known.
+
+        What is saved (trained_state), recorded (sources) and loaded (load_trained_state) follows from it.
+        """
+        from scepter.models.weights.sources import left_out
+        return left_out(self)
+
     def trained_state(self) -> dict[str, Tensor]:
-        """The state dict without the frozen parts that their own files can give back."""
-        left_out = self._from_files()
+        """The state dict without what is left out."""
+        left_out = self.left_out()
         return {name: value for name, value in self.state_dict().items() if name not in left_out}
 
-    def load_trained_state(self, tensors: Mapping[str, Tensor], where: str) -> None:
-        """Take what trained_state gave. Raises CheckpointError with every name or shape that does not fit."""
-        own, left_out = self.state_dict(), self._from_files()
-        faults = [f'missing: {name} {list(own[name].shape)}' for name in own if name not in tensors and name not in left_out]
-        faults += [f'unexpected: {name} {list(value.shape)}' for name, value in tensors.items() if name not in own]
-        faults += [f'{name}: shape {list(own[name].shape)} expected, {list(value.shape)} found'
-                   for name, value in tensors.items() if name in own and own[name].shape != value.shape]
-        if faults:
-            more = f'\n  and {len(faults) - 10} more' if len(faults) > 10 else ''
-            raise CheckpointError(f'{where} is of another network than {type(self).__name__}:\n  ' + '\n  '.join(faults[:10]) + more)
-        self.load_state_dict(dict(tensors), strict=False)
+    def sources(self, folder: str | Path) -> list[dict[str, Any]]:
+        """What a checkpoint below this folder records as its `left_out`, as JSON."""
+        from scepter.models.weights.sources import record
+        return record(self, folder)
 
-    def frozen_sources(self) -> dict[str, dict[str, Any]]:
-        """Where the weights of frozen parts came from: {part: {said, path, size, sha256}}, `said` being the config's own word."""
-        return {name: {'said': source, 'path': str(Path(source).resolve()) if Path(source).exists() else source, **source_digest(source)}
-                for name, module, source in self._parts_from_files() if not any(p.requires_grad for p in module.parameters())}
+    def agree_on_sources(self) -> None:
+        """Let the main process hash the files that this network was loaded from, for all. Every process calls it."""
+        from scepter.models.weights.sources import agree
+        agree(self)
 
-    def _from_files(self) -> set[str]:
-        """Names in the state dict that are not trained and came from a file that the config names."""
-        names = set()
-        for name, module, _ in self._parts_from_files():
-            prefix = f'{name}.' if name else ''
-            for below, part in module.named_modules(prefix=name):
-                if not any(p.requires_grad for p in part.parameters()):    # its buffers do not change either
-                    names |= {f'{below}.{key}' if below else key for key in part.state_dict()}
-            names |= {f'{prefix}{key}' for key, p in module.named_parameters() if not p.requires_grad}
-        return names
+    def load_trained_state(self, checkpoint: Checkpoint, use_ema: bool = False) -> None:
+        """Take a checkpoint's weights, and from its sources what it left out.
 
-    def _parts_from_files(self) -> list[tuple[str, nn.Module, str]]:
-        return [(name, module, source) for name, module in self.named_modules()
-                if isinstance(module, BaseModel) and (source := module.pretrained_from or module.cfg.get('PRETRAINED_MODEL'))]
+        What the network's own files gave already is not read again. Raises CheckpointError with every name or shape that does not fit,
+        and where a source is gone or another one now, with both digests.
+        """
+        from scepter.models.weights.sources import fill
+        fill(self, checkpoint, use_ema)
 
-
-def source_digest(path: str | Path) -> dict[str, Any]:
-    """Size and sha256 of a file that weights came from, or of a checkpoint's manifest, which holds those of its files."""
-    path = Path(path)
-    if (path / 'MANIFEST.json').is_file():
-        path = path / 'MANIFEST.json'
-    return dict(atomic.digest(path)._asdict()) if path.is_file() else {}
+    def refuse_unfilled(self) -> None:
+        """Raises CheckpointError where parameters are as they were built, since no file gave them."""
+        from scepter.models.weights import refuse_unfilled
+        refuse_unfilled(self)

@@ -1,60 +1,85 @@
-"""A trained network from its checkpoint folder alone."""
+"""A trained network from its checkpoint folder, or from one file, alone."""
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
 from scepter.core import checkpoints
+from scepter.core.checkpoints import Checkpoint
 from scepter.core.config import Config
 from scepter.core.errors import CheckpointError
+from scepter.core.files.client import shown
+from scepter.core.files.tensors import TensorFile
+from scepter.core.logger import get_logger
 from scepter.core.registry import MODELS
-from scepter.models.base import TrainModule, source_digest
+from scepter.models.base import TrainModule
+from scepter.models.unfilled import unfilled
+from scepter.models.weights import carried_config, load_into, load_pretrained, read_weights, weights_for
+from scepter.models.weights.sources import as_written, deferred, records
+
+PLACES = ('PRETRAINED_MODEL', 'TOKENIZER_PATH')    # keys of files that a part may be built from
 
 
-def config_of(folder: str | Path) -> Config:
-    """The config of the run that wrote a checkpoint, with frozen parts pointing at files that are there now.
+def has_config(path: str | Path) -> bool:
+    """Whether this is a checkpoint, the folder of a run, or a single file that carries its config."""
+    path = Path(path)
+    if path.is_file() and path.suffix == '.safetensors':
+        return carried_config(TensorFile(path).metadata) is not None
+    return checkpoints.is_checkpoint(path)
 
-    Raises CheckpointError, naming them, where such a file is neither where the config says nor at its absolute path of then, or is
-    another file now.
-    """
-    checkpoint = checkpoints.load(folder, verify='size')
-    cfg = Config.parse(checkpoint.config, str(checkpoint.path / 'config.yaml'), environment=False, is_foreign=True)
-    object.__setattr__(cfg, 'file', str(checkpoint.path / 'config.yaml'))
-    sources, faults = checkpoint.state['sources'], []
-    for node in _nodes(cfg.SOLVER.MODEL):
-        said = node.get('PRETRAINED_MODEL')
-        known = next((s for s in sources.values() if s['said'] == said), None)
-        if said is None or known is None:
-            continue
-        found = next((p for p in (said, known['path']) if Path(p).exists()), None)
-        if found is None and '://' not in known['path']:
-            faults.append(f'{said} (or {known["path"]}) is gone')
-        elif found is not None and (now := source_digest(found)) != {k: known[k] for k in now}:
-            faults.append(f'{found} has changed: sha256 {known["sha256"]} expected, {now["sha256"]} found')
-        elif found is not None:
-            node['PRETRAINED_MODEL'] = found
-    if faults:
-        title = f'{checkpoint.path} keeps only what was trained; its frozen parts come from other files:'
-        raise CheckpointError('\n  '.join([title, *faults]))
+
+def config_of(path: str | Path) -> Config:
+    """The config of the run that wrote a checkpoint or single file. Raises CheckpointError where a file carries none."""
+    path = Path(path)
+    if checkpoints.is_checkpoint(path):
+        checkpoint = checkpoints.load(path, verify='size')
+        text, name = checkpoint.config, str(checkpoint.path / 'config.yaml')
+    else:
+        text, name = carried_config(TensorFile(path).metadata), str(path)
+    if text is None:
+        raise CheckpointError(f'{path} carries no config: it was written by neither tools/checkpoint.py to-single nor tools/export.py')
+    cfg = Config.parse(text, name, environment=False, is_foreign=True)
+    object.__setattr__(cfg, 'file', name)
     return cfg
 
 
-def restore(folder: str | Path, cfg: Config | None = None, use_ema: bool = True, logger: Any = None) -> TrainModule:
-    """The network of a checkpoint, in evaluation mode, with its averaged weights where there are any and use_ema is true.
+def restore(path: str | Path, cfg: Config | None = None, use_ema: bool = True, logger: Any = None) -> TrainModule:
+    """The network of a checkpoint or single file, in evaluation mode, with its averaged weights where there are any and use_ema is true.
 
-    cfg: the experiment, default the checkpoint's own. Raises CheckpointError.
+    cfg: the experiment, default the checkpoint's own; a part for which it names another PRETRAINED_MODEL takes that.
+    Raises CheckpointError, also where what the checkpoint left out is gone or another file now.
     """
-    checkpoint = checkpoints.load(folder)
-    model = MODELS.build((cfg or config_of(folder)).SOLVER.MODEL, logger=logger)
-    tensors = checkpoint.group('model')
-    if use_ema and 'ema' in checkpoint.groups:
-        tensors |= {name: value.to(tensors[name].dtype) for name, value in checkpoint.tensors('ema').items() if name in tensors}
-    model.load_trained_state(tensors, str(checkpoint.path))
+    own = config_of(path) if cfg is None or has_config(path) else cfg
+    node = Config.of((cfg or own).SOLVER.MODEL).copy()
+    checkpoint = checkpoints.load(path) if checkpoints.is_checkpoint(path) else None
+    if checkpoint is not None:
+        put_places(node, checkpoint)
+    with deferred(), unfilled({}):
+        model = MODELS.build(node, logger=logger)
+    if checkpoint is not None:
+        model.load_trained_state(checkpoint, use_ema)
+    else:
+        load_into(model, weights_for(model, read_weights(path)), source=str(path))
+    words = {as_written(word) for n in nodes(own.SOLVER.MODEL) if (word := n.get('PRETRAINED_MODEL'))}
+    for part in list(model.modules())[1:]:
+        word = part.__dict__.get('filled_from')
+        if word is not None and as_written(word) not in words:    # asked for in the place of what was trained beside
+            (logger or get_logger()).info(f'{type(part).__name__} takes the weights of {shown(str(word))}')
+            load_pretrained(part, word, part.cfg.get('IGNORE_KEYS') or ())
     return model.eval()
 
 
-def _nodes(cfg: Any) -> list[Config]:
+def put_places(model: Config, checkpoint: Checkpoint) -> None:
+    """Let the config of a network name, where a part is built from files, the place where these lie now."""
+    built_from = {record.source.said: record for record in records(checkpoint) if record.is_needed}
+    for node in nodes(model):
+        for key in PLACES:
+            if isinstance(word := node.get(key), str) and (record := built_from.get(shown(as_written(word)))) is not None:
+                node[key] = str(record.place)
+
+
+def nodes(cfg: Any) -> list[Config]:
     """Every mapping in a config, the outer ones first."""
     if isinstance(cfg, list):
-        return [n for v in cfg for n in _nodes(v)]
-    return [cfg, *(n for v in cfg.values() for n in _nodes(v))] if isinstance(cfg, Config) else []
+        return [n for v in cfg for n in nodes(v)]
+    return [cfg, *(n for v in cfg.values() for n in nodes(v))] if isinstance(cfg, Config) else []

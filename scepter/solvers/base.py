@@ -165,8 +165,24 @@ class BaseSolver(Component, base=True):
     def before_solve(self) -> None:
         if self._checkpoint is not None:
             self.load_checkpoint(self._checkpoint)
+        elif 'train' not in self._mode_set and 'test' in self._mode_set:
+            self.load_tested_weights()
         for mode in MODES:
             self._call('before_solve', mode)
+        if 'train' not in self._mode_set and 'test' in self._mode_set and self._saved_step is None:
+            self.model.refuse_unfilled()
+        elif 'train' in self._mode_set and we.is_main:
+            self.model.left_out()    # hashes the files that checkpoints will rely on, while they are the ones that were read
+
+    def load_tested_weights(self) -> None:
+        """For a run that only tests: the weights of RESUME_FROM, averaged where there are averages. Without one, those of files."""
+        loaded = self._find_checkpoint()
+        if loaded is None:
+            return
+        self.model.agree_on_sources()
+        self.model.load_trained_state(loaded, use_ema=True)
+        self.step = self._saved_step = loaded.step
+        self.logger.info(f'testing {loaded.path}, {"averaged" if "ema" in loaded.groups else "plain"} weights')
 
     def run_train(self) -> None:
         self.train_mode()
@@ -323,19 +339,13 @@ class BaseSolver(Component, base=True):
     def _find_checkpoint(self) -> checkpoints.Checkpoint | None:
         """What RESUME_FROM means, in every process; the main one has read every byte of it, so that the others need not."""
         found = checkpoints.resolve(self.work_dir, self.RESUME_FROM) if we.is_main else None
-        if we.is_main:
+        if we.is_main and 'train' in self._mode_set:
             checkpoints.preflight(self.work_dir / 'checkpoints')
         path = we.broadcast(str(found.path) if found is not None else None)
         return found if found is not None or path is None else checkpoints.load(path, verify='size')
 
     def _pinned_steps(self) -> list[int]:
         return [step for hook in self.hooks['train'] for step in getattr(hook, 'pinned_steps', [])]
-
-    def sources(self) -> dict[str, dict[str, Any]]:
-        """The files that frozen parts come from, hashed once a run."""
-        if self._known_sources is None:
-            self._known_sources = self.model.frozen_sources()
-        return self._known_sources
 
     _loader: Loader | None = None
     _checkpoint: checkpoints.Checkpoint | None = None

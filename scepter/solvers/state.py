@@ -65,15 +65,16 @@ def contents(solver: BaseSolver) -> tuple[dict[str, dict[str, Tensor]], dict[str
     scaler = solver.train_step.scaler
     state = {'step': solver.step, 'samples': solver.samples, 'seed': we.seed, 'global_batch_size': solver.plan.global_size,
              'world_size': we.world_size, 'optimizers': {o.name: o.record() for o in solver.optimizers},
-             'scaler': scaler.state_dict() if scaler.is_enabled() else {}, 'hooks': hooks, 'sources': solver.sources(),
-             'is_eval_due': solver.is_eval_due}
+             'scaler': scaler.state_dict() if scaler.is_enabled() else {}, 'hooks': hooks,
+             'left_out': solver.model.sources(solver.work_dir), 'is_eval_due': solver.is_eval_due}
     return groups, state
 
 
 def restore(solver: BaseSolver, loaded: Checkpoint) -> None:
     """Go on exactly where a checkpoint was written: weights, optimizers, hooks. Raises CheckpointError where it does not fit."""
     state = loaded.state
-    solver.model.load_trained_state(loaded.group('model'), str(loaded.path))
+    solver.model.agree_on_sources()
+    solver.model.load_trained_state(loaded)
     _restore_optimizers(solver, loaded, state)
     scaler = solver.train_step.scaler
     if scaler.is_enabled() and state['scaler']:
@@ -86,11 +87,6 @@ def restore(solver: BaseSolver, loaded: Checkpoint) -> None:
     if we.seed != state['seed']:
         solver.logger.warning(f'ENV.SEED is {we.seed}, but {loaded.path} was trained with {state["seed"]}: going on with that one')
         we.seed = state['seed']
-    now, then = solver.sources(), state['sources']
-    changed = [name for name in now if name in then and now[name].get('sha256') != then[name].get('sha256')]
-    if changed:
-        raise CheckpointError(f'{loaded.path} was trained beside other weights than those that are there now: '
-                              + ', '.join(f'{name} from {now[name]["path"]}' for name in changed))
     _note_changes(solver, Config.parse(loaded.config, environment=False))
 
 

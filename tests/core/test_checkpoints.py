@@ -693,7 +693,7 @@ def test_the_tool_writes_the_whole_network_to_one_file(tmp_path, tool):
 
     weights = {'layer.weight': torch.randn(3, 2), 'layer.bias': torch.randn(3)}
     averaged = {name: value + 1 for name, value in weights.items()}
-    path = save(tmp_path, 5, {'model': weights, 'ema': averaged}, {'sources': {}}, 'SOLVER: {MODEL: {NAME: OneLayer}}\n')
+    path = save(tmp_path, 5, {'model': weights, 'ema': averaged}, {'left_out': []}, 'SOLVER: {MODEL: {NAME: OneLayer}}\n')
 
     assert tool('to-single', path, tmp_path / 'x.safetensors') == 0
     assert tool('to-single', path, tmp_path / 'y.safetensors', '--ema', 'off') == 0

@@ -23,7 +23,8 @@ from scepter.models.embedders.text_tower import (
     table,
 )
 from scepter.models.embedders.tokenizer import ClipTokenizer
-from scepter.models.weights import load_into, local_copy, read_json, text_tower_weights
+from scepter.models.weights import Weights, load_into, local_copy, read_json, text_tower_weights
+from scepter.models.weights.sources import Loaded, mark
 
 
 @EMBEDDERS.register_class()
@@ -57,7 +58,11 @@ class FrozenCLIPEmbedder(TextTowerEmbedder):
             self._build(ClipText(self.WIDTH, self.DEPTH, self.HEADS, self.MAX_LENGTH), None)
         else:
             with local_copy(self.PRETRAINED_MODEL) as folder:
-                self._build(ClipText.from_folder(folder), folder)
+                weights = text_tower_weights(folder)
+                loaded = Loaded(self.PRETRAINED_MODEL, folder, weights.entries.values(), ClipTokenizer.files_of(folder))
+                self.built_from = [loaded]
+                self._build(ClipText.from_folder(folder, weights), folder)
+                mark(self, weights.under('transformer.text_model.').entries, loaded)
         depth = self.tower.depth
         if self.LAYER == 'hidden' and not _has_layer(depth, self.LAYER_IDX):    # only the folder told the depth
             raise refuse(self, 'LAYER_IDX', f'LAYER: hidden needs {-depth - 1} to {depth}, got {self.LAYER_IDX}')
@@ -73,6 +78,7 @@ class FrozenCLIPEmbedder(TextTowerEmbedder):
             raise refuse(self, 'MAX_LENGTH', f'{self.MAX_LENGTH} tokens, but the tower knows {tower.positions} places')
         if self.TOKENIZER_PATH is not None:
             with local_copy(self.TOKENIZER_PATH) as tokenizer:
+                self.built_from.append(Loaded(self.TOKENIZER_PATH, tokenizer, also=ClipTokenizer.files_of(tokenizer)))
                 self.tokenizer = ClipTokenizer.from_folder(tokenizer)
         else:
             self.tokenizer = ClipTokenizer.shipped() if folder is None else ClipTokenizer.from_folder(folder)
@@ -105,7 +111,7 @@ class ClipText(Tower):
             self._init_weights()
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> ClipText:
+    def from_folder(cls, folder: str | Path, weights: Weights | None = None) -> ClipText:
         """The tower of a folder with config.json and weights, of the whole CLIP or its text side alone. Raises CheckpointError."""
         try:
             config = read_json(Path(folder) / 'config.json')
@@ -116,7 +122,7 @@ class ClipText(Tower):
                             config.get('hidden_act', 'quick_gelu'), config.get('layer_norm_eps', 1e-5))
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
             raise CheckpointError(f'{folder}: expected the config.json of a CLIP text model ({type(error).__name__}: {error})') from error
-        load_into(tower, text_tower_weights(folder), source=str(folder))
+        load_into(tower, weights or text_tower_weights(folder), source=str(folder))
         return tower
 
     def embed(self, ids: Tensor) -> Tensor:

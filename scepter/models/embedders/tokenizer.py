@@ -74,6 +74,12 @@ class ClipTokenizer:
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise CheckpointError(f'{folder}: not a CLIP tokenizer ({type(error).__name__}: {error})') from error
 
+    @staticmethod
+    def files_of(folder: str | Path) -> list[Path]:
+        """What from_folder may read of a folder."""
+        names = ('tokenizer.json', 'vocab.json', 'merges.txt', 'added_tokens.json', 'tokenizer_config.json')
+        return [file for name in names if (file := Path(folder) / name).is_file()]
+
     def save(self, folder: str | Path, max_length: int = 77) -> None:
         """Write vocab.json, merges.txt and tokenizer_config.json, as transformers and diffusers read them."""
         folder = Path(folder)

@@ -36,6 +36,8 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    files: tuple[Path, ...] = ()    # where it lies
+    origin: Any = None              # where it really comes from, for what a checkpoint of ours left out (weights/sources.py)
 
 
 class Weights(Mapping[str, Tensor]):
@@ -54,9 +56,10 @@ class Weights(Mapping[str, Tensor]):
         if isinstance(tensors, Weights):
             return tensors
         if isinstance(tensors, TensorFile):
-            return cls({n: Entry(s.shape, s.dtype, partial(tensors.__getitem__, n)) for n, s in tensors.slots.items()}, str(tensors.path),
-                       {'metadata': tensors.metadata})
-        return cls({n: Entry(tuple(t.shape), t.dtype, partial(tensors.__getitem__, n)) for n, t in tensors.items()}, source)
+            entries = {n: Entry(s.shape, s.dtype, partial(tensors.__getitem__, n), (tensors.path,)) for n, s in tensors.slots.items()}
+            return cls(entries, str(tensors.path), {'metadata': tensors.metadata})
+        files = (Path(source),) if Path(source).is_file() else ()
+        return cls({n: Entry(tuple(t.shape), t.dtype, partial(tensors.__getitem__, n), files) for n, t in tensors.items()}, source)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.entries[name].read()
@@ -120,8 +123,9 @@ def read_weights(path: str | Path, use_ema: bool = False) -> Weights:
         return with_compvis_ema(weights) if use_ema else weights
     if not path.is_dir():
         raise CheckpointError(f'{path}: no such file or folder of weights')
-    if (path / 'MANIFEST.json').is_file():
-        return read_our_checkpoint(path, use_ema)
+    if checkpoints.is_checkpoint(path):
+        from scepter.models.weights.sources import weights_of
+        return weights_of(checkpoints.load(path), use_ema)
     parts = [part for part in PIPELINE_PARTS if (path / part).is_dir()]
     if not parts:
         return read_model_folder(path)
@@ -137,16 +141,6 @@ def read_settings(folder: Path) -> dict[str, dict]:
     files = {'model_index': 'model_index.json', 'scheduler': 'scheduler/scheduler_config.json',
              **{part: f'{part}/config.json' for part in PIPELINE_PARTS}}
     return {part: read_json(folder / file) for part, file in files.items() if (folder / file).is_file()}
-
-
-def read_our_checkpoint(path: Path, use_ema: bool) -> Weights:
-    """A checkpoint folder of ours, verified against its manifest."""
-    checkpoint = checkpoints.load(path)
-    entries: dict[str, Entry] = {}
-    for group in ('model', 'ema') if use_ema and 'ema' in checkpoint.groups else ('model',):
-        for file in checkpoint.manifest['groups'][group]:
-            entries |= Weights.of(TensorFile(path / file)).entries
-    return Weights(entries, str(path))
 
 
 def read_model_folder(folder: Path) -> Weights:
@@ -185,7 +179,8 @@ def read_shards(index: Path) -> dict[str, Entry]:
     lacking = [n for n, shard in table.items() if n not in shards[shard]]
     if lacking:
         raise CheckpointError(f'{index}: {lacking[0]} and {len(lacking) - 1} more are not in the shard that the index names')
-    return {name: shards[shard].entries[name] for name, shard in table.items()}
+    entries = {name: shards[shard].entries[name] for name, shard in table.items()}
+    return {name: entry._replace(files=(*entry.files, index)) for name, entry in entries.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

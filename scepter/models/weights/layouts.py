@@ -1,6 +1,7 @@
 """The layouts of published models, under the names of our own networks: CompVis and SGM single files, diffusers folders, text towers."""
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
@@ -82,9 +83,9 @@ def text_tower_weights(folder: str | Path) -> Weights:
     return clip_text_section(read_model_folder(Path(folder))).without(['text_projection.weight', 'logit_scale'])
 
 
-def weights_for(model: nn.Module, weights: Weights) -> Weights:
-    """The weights under the names of this network, which may be a whole LatentDiffusion or any one part of it."""
-    wanted = set(model.state_dict())
+def weights_for(model: nn.Module | Iterable[str], weights: Weights) -> Weights:
+    """The weights under the names of this network (or these names), which may be a whole LatentDiffusion or any one part of it."""
+    wanted = set(model.state_dict() if isinstance(model, nn.Module) else model)
     if any(n.startswith(VAE) for n in wanted):
         return whole_model(weights)
     whole = whole_model(weights)

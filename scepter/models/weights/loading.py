@@ -3,76 +3,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from scepter.core.errors import CheckpointError
-from scepter.core.logger import get_logger
-from scepter.models.weights.compare import refuse_contradictions, scale_beside
-from scepter.models.weights.files import Weights, local_copy, read_weights
+from scepter.models.weights.files import Entry, Weights
 from scepter.models.weights.foreign import PARTS, foreign_kind, lone_parts
 from scepter.models.weights.hugging_face import in_layout_of
-from scepter.models.weights.layouts import weights_for
 
 # width of the UNet's text context -> whose it is
 KINDS = {768: 'Stable Diffusion 1', 1024: 'Stable Diffusion 2', 2048: 'Stable Diffusion XL', 1280: "Stable Diffusion XL's refiner"}
 
 
-def load_pretrained(model: nn.Module, path: str | Path, ignore_keys: Sequence[str] = (), use_ema: bool = False) -> list[str]:
-    """Load a whole model or any part of one from any place that FS knows, whatever names the file uses.
+def load_into(model: nn.Module, weights: Mapping[str, Tensor], ignore_keys: Sequence[str] = (), source: str | None = None,
+              kept: Collection[str] = ()) -> dict[str, Entry]:
+    """Copy weights into a network, one tensor at a time; nothing changes unless all of them fit. Answers what was taken.
 
-    A part below that has a file of its own keeps what that gave. Answers the names that stay as they were.
-    Missing, unexpected and mis-shaped keys are a CheckpointError unless ignore_keys (exact names or globs) names them; so is what a file
-    says otherwise than the model's config (compare.py).
-    """
-    owned = {part: names for part, names in filled_by_files(model).items() if part}
-    kept = set().union(*owned.values())
-    with local_copy(path) as local:
-        is_ours = (local / 'MANIFEST.json').is_file() and hasattr(model, 'trained_state')
-        # a checkpoint of ours leaves out the frozen parts that come from files of their own
-        absent = set(model.state_dict()) - set(model.trained_state()) if is_ours else ()
-        weights = read_weights(local, use_ema)
-        refuse_contradictions(model, weights, ignore_keys, source=str(path))
-        model.__dict__['published_scale'] = scale_beside(weights)
-        weights = weights_for(model, weights)
-        for part, names in owned.items():
-            if not names.isdisjoint(weights):
-                get_logger().info(f'{part} keeps the weights of {source_of(model.get_submodule(part))}, which its config names; '
-                                  f'those in {path} are left aside')
-        return [name for name in load_into(model, weights.without(kept), [*ignore_keys, *absent, *kept], source=str(path))
-                if name not in kept]
-
-
-def filled_by_files(model: nn.Module) -> dict[str, set[str]]:
-    """part -> the names in the whole's state dict that the part's own file gave, for each part whose config names one; '' is the whole."""
-    found = {}
-    for part, module in model.named_modules():
-        if source_of(module) is not None:
-            prefix = f'{part}.' if part else ''
-            found[part] = {prefix + name for name in module.state_dict()} - {prefix + name for name in module.left_as_built}
-    return found
-
-
-def source_of(module: nn.Module) -> str | None:
-    """Where a part of ours said that its weights came from."""
-    from scepter.models.base import BaseModel
-    return (module.pretrained_from or module.cfg.get('PRETRAINED_MODEL')) if isinstance(module, BaseModel) else None
-
-
-def refuse_unfilled(model: nn.Module) -> None:
-    """Raises CheckpointError where weights of a network that is to draw came from no file: it would draw noise, or nearly."""
-    filled = set().union(*filled_by_files(model).values())
-    names = [name for name, _ in model.named_parameters() if name not in filled]
-    if names:
-        raise CheckpointError(f'{len(names)} of the weights of {type(model).__name__} are in no file that was named:{_some(names)}\n'
-                              'Name one that has them: --pretrained_model, or PRETRAINED_MODEL of the network or of a part')
-
-
-def load_into(model: nn.Module, weights: Mapping[str, Tensor], ignore_keys: Sequence[str] = (), source: str | None = None) -> list[str]:
-    """Copy weights into a network, one tensor at a time; nothing changes unless all of them fit. Answers the names that stay as they were.
-
+    kept: names that stay as they are.
     Missing, unexpected and mis-shaped keys are a CheckpointError that lists them, unless ignore_keys (exact names or globs) names them.
     A 1x1 convolution and a linear layer are the same. A parameter on the meta device comes to be on the CPU.
     """
@@ -93,10 +41,10 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], ignore_keys: Sequ
     if missing or unexpected or refused:
         shapes = [f'{n}: expected {list(targets[n].shape)}, found {list(weights.shape(n))}' for n in refused]
         raise CheckpointError(f'{source} {_misfit(model, targets, weights, missing, unexpected, shapes)}')
-    for name in shared:
-        if name not in misshaped:
-            _put(model, name, targets[name], weights[name])
-    return [n for n in targets if n not in weights or n in misshaped]
+    taken = [name for name in shared if name not in misshaped and name not in kept]
+    for name in taken:
+        put(model, name, targets[name], weights[name])
+    return {name: weights.entries[name] for name in taken}
 
 
 def _misfit(model: nn.Module, targets: Collection[str], weights: Weights, missing: list[str], unexpected: list[str],
@@ -109,7 +57,7 @@ def _misfit(model: nn.Module, targets: Collection[str], weights: Weights, missin
                and lost.issuperset(n for n in targets if n.startswith(f'{part}.'))]
     if lacking and (lone := lone_parts(weights, lacking)):
         return lone
-    rows = [f'{len(names)} {kind}:{_some(names)}' for kind, names in
+    rows = [f'{len(names)} {kind}:{some(names)}' for kind, names in
             (('missing', missing), ('unexpected', unexpected), ('of another shape', misshaped)) if names]
     if lacking or lost.issuperset(targets):
         rows.append('Nothing in it is of this network: give another file.')
@@ -120,7 +68,8 @@ def _misfit(model: nn.Module, targets: Collection[str], weights: Weights, missin
 
 
 @torch.no_grad()
-def _put(model: nn.Module, name: str, target: Tensor, value: Tensor) -> None:
+def put(model: nn.Module, name: str, target: Tensor, value: Tensor) -> None:
+    """Fill one tensor of a network. A parameter on the meta device comes to be on the CPU."""
     if not target.is_meta:
         target.copy_(value.reshape(target.shape))
         return
@@ -152,5 +101,5 @@ def _same_shape(ours: Sequence[int], theirs: Sequence[int]) -> bool:
     return core(ours) == core(theirs)
 
 
-def _some(names: list[str], limit: int = 12) -> str:
+def some(names: list[str], limit: int = 12) -> str:
     return ''.join(f'\n  {n}' for n in names[:limit]) + (f'\n  ... and {len(names) - limit} more' if len(names) > limit else '')

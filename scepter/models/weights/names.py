@@ -170,7 +170,7 @@ def openclip_from_hf(weights: Weights) -> Weights:
     for name, entry in tower.entries.items():
         block = re.fullmatch(r'encoder\.layers\.(\d+)\.(.+)\.(weight|bias)', name)
         if name == 'text_projection.weight':
-            entries['text_projection'] = Entry(entry.shape[::-1], entry.dtype, lambda e=entry: e.read().T.contiguous())
+            entries['text_projection'] = entry._replace(shape=entry.shape[::-1], read=lambda e=entry: e.read().T.contiguous())
         elif not block:
             entries[CLIP.get(name, name)] = entry
         elif block[2] in CLIP_BLOCK:
@@ -190,14 +190,14 @@ def openclip_to_hf(weights: Weights) -> Weights:
     for name, entry in weights.entries.items():
         block = re.fullmatch(r'transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)', name)
         if name == 'text_projection':
-            entries['text_projection.weight'] = Entry(entry.shape[::-1], entry.dtype, lambda e=entry: e.read().T.contiguous())
+            entries['text_projection.weight'] = entry._replace(shape=entry.shape[::-1], read=lambda e=entry: e.read().T.contiguous())
         elif not block:
             entries[f'text_model.{top.get(name, name)}'] = entry
         elif block[2] == 'attn.in_proj':
             width = entry.shape[0] // 3
             for part, c in enumerate('qkv'):
-                entries[f'text_model.encoder.layers.{block[1]}.self_attn.{c}_proj.{block[3]}'] = Entry(
-                    (width, *entry.shape[1:]), entry.dtype, lambda e=entry, p=part, w=width: e.read()[p * w:(p + 1) * w].contiguous())
+                entries[f'text_model.encoder.layers.{block[1]}.self_attn.{c}_proj.{block[3]}'] = entry._replace(
+                    shape=(width, *entry.shape[1:]), read=lambda e=entry, p=part, w=width: e.read()[p * w:(p + 1) * w].contiguous())
         else:
             entries[f'text_model.encoder.layers.{block[1]}.{modules.get(block[2], block[2])}.{block[3]}'] = entry
     return weights.with_entries(entries)
@@ -253,11 +253,13 @@ def _flat(entry: Entry) -> Entry:
 
 
 def _reshaped(entry: Entry, shape: tuple[int, ...]) -> Entry:
-    return Entry(shape, entry.dtype, lambda: entry.read().reshape(shape))
+    return entry._replace(shape=shape, read=lambda: entry.read().reshape(shape))
 
 
 def _joined(weights: Weights, names: list[str], like: Entry) -> Entry:
     """Several tensors stacked along their first side. Raises KeyError on reading where one is absent."""
     def read() -> Tensor:
         return torch.cat([weights[n] for n in names])
-    return Entry((sum(weights.entries[n].shape[0] if n in weights else 0 for n in names), *like.shape[1:]), like.dtype, read)
+    parts = [weights.entries[n] for n in names if n in weights]
+    files = tuple({file for e in parts for file in e.files})
+    return like._replace(shape=(sum(e.shape[0] for e in parts), *like.shape[1:]), read=read, files=files)

@@ -1,0 +1,303 @@
+"""A checkpoint knows what it leaves out: every way to name weights x {resume, draw, train further, file replaced, folder moved}."""
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import scepter.components  # noqa: F401  (registers)
+from scepter.core import checkpoints
+from scepter.core.config import Config
+from scepter.core.env import seed_everything, we
+from scepter.core.errors import CheckpointError
+from scepter.core.registry import MODELS, SOLVERS
+from scepter.models.restore import restore
+from scepter.models.weights import export_diffusers
+from tests.models.oracles import randomize
+from tests.twins import three_images
+
+CODER = {'CH': 32, 'CH_MULT': [1, 1], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 4}
+MODEL = {
+    'NAME': 'LatentDiffusion', 'IMAGE_SIZE': 8, 'SIZE_FACTOR': 2,
+    'DIFFUSION_MODEL': {'NAME': 'DiffusionUNet', 'IN_CHANNELS': 4, 'OUT_CHANNELS': 4, 'MODEL_CHANNELS': 32, 'CHANNEL_MULT': [1],
+                        'NUM_RES_BLOCKS': 1, 'ATTENTION_RESOLUTIONS': [1], 'NUM_HEADS': 1, 'CONTEXT_DIM': 32},
+    'FIRST_STAGE_MODEL': {'NAME': 'AutoencoderKL', 'EMBED_DIM': 4, 'ENCODER': {'NAME': 'Encoder', **CODER},
+                          'DECODER': {'NAME': 'Decoder', **CODER}},
+    'COND_STAGE_MODEL': {'NAME': 'FrozenCLIPEmbedder', 'WIDTH': 32, 'DEPTH': 1, 'HEADS': 1}}
+
+
+def config(work_dir: Path, model: dict[str, Any] | None = None, **solver: Any) -> Config:
+    cfg = Config({'ENV': {'DEVICE': 'cpu'}, 'SOLVER': {
+        'NAME': 'LatentDiffusionSolver', 'WORK_DIR': str(work_dir), 'MAX_STEPS': 1, 'MODEL': MODEL,
+        'OPTIMIZER': {'NAME': 'AdamW', 'LEARNING_RATE': 1e-2},
+        'TRAIN_DATA': {'NAME': 'ImageTextFolderDataset', 'DATA_FOLDER': str(IMAGES), 'BATCH_SIZE': 1, 'NUM_WORKERS': 0,
+                       'TRANSFORMS': [{'NAME': 'RecordedCrop', 'SIZE': 8}]},
+        'TRAIN_HOOKS': [{'NAME': 'CheckpointHook', 'INTERVAL': 0}], **solver}})
+    for path, word in (model or {}).items():
+        cfg.override([f'SOLVER.MODEL.{path}={word}'])
+    return cfg
+
+
+def run(cfg: Config) -> Any:
+    """The solver after its run, in this process."""
+    we.seed, we.stop_signal = 7, 0
+    seed_everything(7, 'start')
+    solver = SOLVERS.build(cfg.SOLVER)
+    solver.experiment = cfg
+    solver.set_up()
+    solver.solve()
+    return solver
+
+
+def network(seed: int = 0) -> nn.Module:
+    return randomize(MODELS.build(Config(MODEL)), seed=seed)
+
+
+def save_whole(model: nn.Module, file: Path) -> None:
+    save_file({name: value.clone() for name, value in model.state_dict().items()}, file)
+
+
+def save_tower(model: nn.Module, folder: Path) -> None:
+    """A text model and its tokenizer."""
+    export_diffusers(model, folder.with_name('whole'))
+    shutil.copytree(folder.with_name('whole') / 'text_encoder', folder)
+    shutil.copytree(folder.with_name('whole') / 'tokenizer', folder, dirs_exist_ok=True)
+
+
+def save_shards(model: nn.Module, folder: Path) -> None:
+    """The autoencoder in two files and their index."""
+    export_diffusers(model, folder.with_name('whole'))
+    shutil.copytree(folder.with_name('whole') / 'vae', folder)
+    file = folder / 'diffusion_pytorch_model.safetensors'
+    tensors = load_file(file)
+    file.unlink()
+    shards = {f'diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors': dict(list(tensors.items())[i::2]) for i in range(2)}
+    for name, part in shards.items():
+        save_file(part, folder / name)
+    table = {name: shard for shard, part in shards.items() for name in part}
+    (folder / f'{file.name}.index.json').write_text(json.dumps({'weight_map': table}))
+
+
+def save_vae(model: nn.Module, file: Path) -> None:
+    save_whole(model.first_stage_model, file)
+
+
+def save_checkpoint(model: nn.Module, folder: Path) -> None:
+    checkpoints.save(folder / 'checkpoints', 5, {'model': model.state_dict()}, {'left_out': []}, config(folder).dump())
+
+
+def save_chain(model: nn.Module, folder: Path) -> None:
+    """A run that began from a file and leaves its frozen parts there: the file is what the next run relies on."""
+    save_whole(model, folder.with_name('base.safetensors'))
+    if not folder.exists():
+        run(config(folder, {'PRETRAINED_MODEL': folder.with_name('base.safetensors')}))
+
+
+def save_single(model: nn.Module, file: Path) -> None:
+    from tools.checkpoint import main
+    save_checkpoint(model, file.with_name('full'))
+    assert main(['to-single', str(file.with_name('full')), str(file)]) == 0
+
+
+@dataclass
+class Way:
+    """How a config names weights: what is written for it, the words, and the file that then holds what is left out."""
+    save: Callable[[nn.Module, Path], None]
+    name: str                                       # what `save` writes to
+    keys: tuple[str, ...] = ('PRETRAINED_MODEL',)
+    hook: dict[str, Any] | None = None
+    relies_on: str = ''                             # default: name
+    prefix: str = ''                                # of the address of a server
+
+    @property
+    def file(self) -> str:
+        return self.relies_on or self.name
+
+
+VAE, TEXT = 'FIRST_STAGE_MODEL.PRETRAINED_MODEL', 'COND_STAGE_MODEL.PRETRAINED_MODEL'
+WAYS = {
+    'a single file': Way(save_whole, 'base.safetensors'),
+    'a diffusers folder': Way(export_diffusers, 'base'),
+    'a sharded folder of a part': Way(save_shards, 'vae', (VAE,)),
+    "a part's own file": Way(save_vae, 'vae.safetensors', (VAE,)),
+    'a folder of a text tower': Way(save_tower, 'clip', (TEXT,)),
+    'a checkpoint': Way(save_checkpoint, 'full', relies_on='full/checkpoints/step-00000005'),
+    "a run's folder": Way(save_checkpoint, 'full'),
+    'a checkpoint that leaves parts out': Way(save_chain, 'chain', relies_on='base.safetensors'),
+    'a part out of a checkpoint that leaves it out': Way(save_chain, 'chain', (VAE,), relies_on='base.safetensors'),
+    'a file of to-single': Way(save_single, 'single.safetensors'),
+    'a hook': Way(save_whole, 'base.safetensors', hook={}),
+    'a hook for a part': Way(save_vae, 'vae.safetensors', hook={'PART': 'first_stage_model'}),
+    'an http address': Way(save_whole, 'base.safetensors', prefix='http'),
+    'a repository of the hub': Way(save_whole, 'base.safetensors', prefix='hub'),
+}
+
+
+@dataclass
+class Run:
+    """A run that has made one step, with all weights it ended with; words are relative to its folder, which is the working one."""
+    root: Path
+    way: Way
+    config: Callable[..., Config]
+    weights: dict[str, Tensor]
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / 'run' / 'checkpoints' / 'step-00000001'
+
+
+@pytest.fixture(scope='module', autouse=True)
+def images(tmp_path_factory) -> None:
+    global IMAGES
+    IMAGES = three_images(tmp_path_factory.mktemp('data') / 'images')
+
+
+@pytest.fixture(scope='module')
+def store(tmp_path_factory) -> Iterator[tuple[Path, str]]:
+    """A folder and its address on this machine's loopback."""
+    folder = tmp_path_factory.mktemp('store')
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    handler.func.log_message = lambda *_: None
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+
+
+@pytest.fixture(scope='module', params=WAYS.values(), ids=WAYS)
+def done(request, tmp_path_factory, store) -> Iterator[Run]:
+    way, root = request.param, tmp_path_factory.mktemp('way') / 'project'
+    root.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv('SCEPTER_CACHE', str(root / 'cache'))
+        place, word = root, way.name
+        if way.prefix == 'http':
+            place, word = store[0], f'{store[1]}/{way.name}'
+        elif way.prefix == 'hub':
+            place, word = hub_snapshot(root, patch), f'hf://org/model@{way.name}'
+        way.save(network(), place / way.name)
+        hooks = [{'NAME': 'CheckpointHook', 'INTERVAL': 0}]
+        if way.hook is not None:
+            hooks += [{'NAME': 'PretrainedHook', 'PRETRAINED_MODEL': word, **way.hook}]
+        words = dict.fromkeys(way.keys if way.hook is None else (), word)
+
+        def of_run(work_dir: str = 'run', **solver: Any) -> Config:
+            return config(Path(work_dir), words, TRAIN_HOOKS=hooks, **solver)
+
+        solver = run(of_run())
+        yield Run(root, way, of_run, {name: value.clone() for name, value in solver.model.state_dict().items()})
+
+
+def hub_snapshot(root: Path, patch: pytest.MonkeyPatch) -> Path:
+    """The folder of one revision in the hub's own cache, without a network."""
+    constants = pytest.importorskip('huggingface_hub.constants')
+    patch.setattr(constants, 'HF_HUB_CACHE', str(root / 'hub'))
+    patch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    model, revision = root / 'hub' / 'models--org--model', 'a' * 40
+    (model / 'refs').mkdir(parents=True)
+    (model / 'refs' / 'main').write_text(revision)
+    (model / 'snapshots' / revision).mkdir(parents=True)
+    return model / 'snapshots' / revision
+
+
+def same(model: nn.Module, weights: dict[str, Tensor]) -> bool:
+    found = model.state_dict()
+    return found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+# ---------------------------------------------------------------- the table
+def test_what_is_left_out_is_recorded_and_the_rest_is_saved(done):
+    checkpoint = checkpoints.load(done.checkpoint)
+    left_out = [name for source in checkpoint.state['left_out'] for name in source['names']]
+    held = set(checkpoint.tensors('model'))
+    assert left_out and held.isdisjoint(left_out) and held | set(left_out) == done.weights.keys()
+    assert all(len(source['sha256']) == 64 and Path(source['path']).is_absolute() for source in checkpoint.state['left_out'])
+
+
+def test_a_resume_has_every_weight_again(done, tmp_path):
+    shutil.copytree(done.root / 'run', tmp_path / 'run')
+    solver = run(done.config(str(tmp_path / 'run'), RESUME_FROM='auto'))
+    assert same(solver.model, done.weights)
+
+
+def test_it_is_drawn_from_any_folder(done, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert same(restore(done.checkpoint), done.weights)
+    assert same(restore(done.root / 'run'), done.weights)
+
+
+def test_another_file_at_the_same_relative_place_is_not_mistaken_for_it(done, tmp_path, monkeypatch):
+    if done.way.prefix:
+        pytest.skip('an address is relative to nothing')
+    monkeypatch.chdir(tmp_path)
+    done.way.save(network(seed=1), tmp_path / done.way.name)
+    assert same(restore(done.checkpoint), done.weights)
+    shutil.copytree(done.root / 'run', tmp_path / 'run')
+    assert same(run(done.config(RESUME_FROM='auto')).model, done.weights)
+
+
+def test_it_is_where_the_next_run_begins(done, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = {TEXT: done.root / done.way.name} if TEXT in done.way.keys else {}
+    further = run(config(tmp_path / 'further', {**sizes, 'PRETRAINED_MODEL': done.checkpoint}))
+    frozen = [name for name in done.weights if not name.startswith('model.')]
+    assert all(torch.equal(further.model.state_dict()[name], done.weights[name]) for name in frozen)
+    assert same(restore(tmp_path / 'further'), further.model.state_dict())
+
+
+def test_another_file_in_its_place_is_an_error_with_both_digests(done, replaced, tmp_path):
+    sources = [source for source in checkpoints.load(done.checkpoint).state['left_out'] if source['names']]
+    with pytest.raises(CheckpointError, match='to-single') as drawn:
+        restore(done.checkpoint)
+    shutil.copytree(done.root / 'run', tmp_path / 'run')
+    with pytest.raises(CheckpointError, match='to-single') as resumed:
+        run(done.config(str(tmp_path / 'run'), RESUME_FROM='auto'))
+    for error in (drawn, resumed):
+        assert any(f'sha256 {source["sha256"]} expected' in str(error.value) for source in sources)
+        assert 'another file, sha256 ' in str(error.value)
+
+
+@pytest.fixture
+def replaced(done, store) -> Iterator[None]:
+    """Weights of other values where those of the run's beginning were."""
+    place = {'': done.root, 'http': store[0], 'hub': done.root / 'hub' / 'models--org--model' / 'snapshots' / ('a' * 40)}[done.way.prefix]
+    kept, cache = done.root / 'kept', done.root / 'cache'
+    moved = {place / done.way.file: kept, **({cache: done.root / 'old-cache'} if cache.exists() else {})}
+    for path, aside in moved.items():
+        path.rename(aside)
+    done.way.save(network(seed=1), place / done.way.name)
+    from scepter.core.files import FS
+    FS._fetched.clear()
+    yield
+    for path, aside in moved.items():
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        aside.rename(path)
+
+
+def test_a_project_that_moved_is_drawn_and_resumed(done, tmp_path, monkeypatch):
+    if done.way.prefix:
+        pytest.skip('an address does not move')
+    monkeypatch.chdir(tmp_path)
+    moved = done.root.with_name('moved')
+    done.root.rename(moved)
+    try:
+        assert same(restore(moved / 'run'), done.weights)
+        monkeypatch.chdir(moved)
+        shutil.copytree('run', 'again')
+        assert same(run(done.config('again', RESUME_FROM='auto')).model, done.weights)
+        shutil.rmtree('again')
+    finally:
+        monkeypatch.chdir(tmp_path)
+        moved.rename(done.root)
