@@ -1,12 +1,13 @@
 """A hook receives the solver at fixed moments and minds one side concern. A run without any hook trains."""
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from scepter.core.schema import Component
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 class Hook(Component, base=True):
@@ -14,6 +15,17 @@ class Hook(Component, base=True):
 
     A hook that wants a checkpoint calls solver.request_save(); the solver saves at one place, after all hooks and the evaluation.
     """
+
+    group: str = ''        # what its tensors are called in a checkpoint, <group>.safetensors; default its NAME
+
+    @property
+    def pinned_steps(self) -> list[int]:
+        """Steps whose checkpoints KEEP_CHECKPOINTS must not remove."""
+        return []
+
+    def swapped(self, model: nn.Module) -> contextlib.AbstractContextManager[None] | None:
+        """A context in which the network has other weights to draw with; None where this hook keeps none."""
+        return None
 
     def before_solve(self, solver: Any) -> None:
         """Everything is built, the checkpoint of RESUME_FROM is loaded, nothing has run."""

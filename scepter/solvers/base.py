@@ -345,7 +345,7 @@ class BaseSolver(Component, base=True):
         return found if found is not None or path is None else checkpoints.load(path, verify='size')
 
     def _pinned_steps(self) -> list[int]:
-        return [step for hook in self.hooks['train'] for step in getattr(hook, 'pinned_steps', [])]
+        return [step for hook in self.hooks['train'] for step in hook.pinned_steps]
 
     _loader: Loader | None = None
     _checkpoint: checkpoints.Checkpoint | None = None

@@ -9,7 +9,7 @@ import contextlib
 import inspect
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -144,11 +144,7 @@ def mean_over_processes(losses: list[tuple[float, int]]) -> float:
     return math.fsum(loss * count for loss, count in everywhere) / max(1, sum(count for _, count in everywhere))
 
 
-@contextlib.contextmanager
-def ema_weights(solver: BaseSolver) -> Iterator[None]:
-    """Inside, the network has its averaged weights, where a hook keeps some: those of the first that does."""
-    with contextlib.ExitStack() as stack:
-        for hook in solver.hooks['train']:
-            if hasattr(hook, 'swapped'):
-                stack.enter_context(hook.swapped(solver.model))
-        yield
+def ema_weights(solver: BaseSolver) -> contextlib.AbstractContextManager[None]:
+    """Inside, the network has the averaged weights of the first training hook that keeps some; its own where none does."""
+    kept = (hook.swapped(solver.model) for hook in solver.hooks['train'])
+    return next((context for context in kept if context is not None), contextlib.nullcontext())

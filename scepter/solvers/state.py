@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -57,11 +58,10 @@ def contents(solver: BaseSolver) -> tuple[dict[str, dict[str, Tensor]], dict[str
     groups = {'model': solver.model.trained_state(),
               'optimizer': {f'{o.name}/{key}': value for o in solver.optimizers for key, value in o.state_tensors().items()}}
     hooks: dict[str, Any] = {}
-    for name, hook in named_hooks(solver):
+    for name, group, hook in named_hooks(solver):
         hooks[name] = hook.state_dict()
-        tensors = hook.state_tensors()
-        if tensors:
-            groups[getattr(hook, 'group', name)] = tensors
+        if tensors := hook.state_tensors():
+            groups[group] = tensors
     scaler = solver.train_step.scaler
     state = {'step': solver.step, 'samples': solver.samples, 'seed': we.seed, 'global_batch_size': solver.plan.global_size,
              'world_size': we.world_size, 'optimizers': {o.name: o.record() for o in solver.optimizers},
@@ -79,8 +79,7 @@ def restore(solver: BaseSolver, loaded: Checkpoint) -> None:
     scaler = solver.train_step.scaler
     if scaler.is_enabled() and state['scaler']:
         scaler.load_state_dict(state['scaler'])
-    for name, hook in named_hooks(solver):
-        group = getattr(hook, 'group', name)
+    for name, group, hook in named_hooks(solver):
         if name in state['hooks']:
             hook.load_state_dict(state['hooks'][name], loaded.group(group) if group in loaded.groups else {})
     solver.step, solver.samples, solver.is_eval_due = solver.plan.step, solver.plan.samples, state.get('is_eval_due', False)
@@ -113,13 +112,17 @@ def _spelled(optimizers: Mapping[str, str | None]) -> str:
     return ', '.join(f'{name}: {kind}' if kind else name for name, kind in optimizers.items())
 
 
-def named_hooks(solver: BaseSolver) -> Iterator[tuple[str, Any]]:
-    """Training hooks under their NAME, and #2, #3, ... where one stands several times."""
-    seen: dict[str, int] = {}
+def named_hooks(solver: BaseSolver) -> Iterator[tuple[str, str, Any]]:
+    """Training hooks, each under its NAME and the group of its tensors: #2, #3, ... behind those that stand several times."""
+    seen: Counter[str] = Counter()
+
+    def numbered(kind: str, word: str) -> str:
+        seen[kind + word] += 1
+        return word if seen[kind + word] == 1 else f'{word}#{seen[kind + word]}'
+
     for hook in solver.hooks['train']:
         name = type(hook).__name__
-        seen[name] = seen.get(name, 0) + 1
-        yield name if seen[name] == 1 else f'{name}#{seen[name]}', hook
+        yield numbered('name ', name), numbered('group ', hook.group or name), hook
 
 
 def _note_changes(solver: BaseSolver, before: Config) -> None:
