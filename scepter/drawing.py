@@ -15,7 +15,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +69,8 @@ class Drawn(NamedTuple):
 
     def save_grid(self, folder: str | os.PathLike = 'outputs/inference', columns: int = 4) -> Path:
         """Write all pictures as one, row by row, under a free name."""
+        if not self.images:
+            raise DataError(f'{len(self.results)} results, and no picture among them: there is nothing to lay out')
         told = dict(self.results[0]['settings'])
         for key in ('number', 'prompt', 'row_seed'):
             told.pop(key, None)
@@ -224,6 +226,8 @@ class Pipeline:
             mask are a file, a PIL image or a tensor. Raises ConfigError for one that the network does not take.
         """
         wanted = [prompts] if isinstance(prompts, str) else prompts
+        if wanted is not None and not accepted(self.model.forward_test, {'prompt': []}):
+            raise ConfigError(f'{type(self.model).__name__}.forward_test does not take a prompt: there is nothing it could draw of one')
         if num_samples < 1 or (wanted is not None and not len(wanted)):
             raise DataError(f'nothing to draw: {0 if wanted is None else len(wanted)} prompts, {num_samples} pictures of each')
         rows = None if wanted is None else [prompt for prompt in wanted for _ in range(num_samples)]
@@ -233,7 +237,7 @@ class Pipeline:
 
     def _draw(self, prompts: list[str] | None, count: int, batch_size: int, arguments: dict[str, Any],
               named: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        seed, told = arguments['seed'], self._told(arguments, named)
+        seed, told = arguments['seed'], self._told(arguments, named, batch_size)
         row_seeds = streams.row_seeds(seed, count)
         for rows in self._batches(prompts, count, batch_size, arguments.get('n_prompt')):
             here = rows.stop - rows.start
@@ -241,13 +245,22 @@ class Pipeline:
             if isinstance(arguments.get('n_prompt'), list):
                 own['n_prompt'] = arguments['n_prompt'][rows]
             own |= {'num_samples': here} if prompts is None else {'prompt': prompts[rows]}
-            results = self.model.forward_test(**accepted(self.model.forward_test, {
-                **arguments, **own, 'seed': seed + rows.start, 'row_seeds': row_seeds[rows]}))
+            with torch.no_grad(), streams.current(seed, range(rows.start, rows.stop)), self._seeded(seed, rows.start):
+                results = self.model.forward_test(**accepted(self.model.forward_test, {
+                    **arguments, **own, 'seed': seed + rows.start, 'row_seeds': row_seeds[rows]}))
             for number, result in enumerate(results, rows.start):
                 words = {k: v for k, v in result.items() if not isinstance(v, Tensor)}
                 size = {'size': list(result['image'].shape[-2:])} if 'image' in result else {}
                 key = {'row_seed': words.pop('seed')} if 'seed' in words else {}
                 yield {**result, 'number': number, 'settings': {'number': number, **size, **told, **words, **key, 'seed': seed}}
+
+    @contextmanager
+    def _seeded(self, seed: int, first: int) -> Iterator[None]:
+        """Inside, torch's own generators are keyed as well, for a network that draws from them; afterwards they are what they were."""
+        device = next((p.device for p in self.model.parameters()), torch.device('cpu'))
+        with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+            torch.manual_seed(streams.seed_global(seed, 'draw', first))
+            yield
 
     def _arguments(self, how: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What forward_test is given: what was asked for, else SAMPLE_ARGS; and what stands for the pictures among it in words."""
@@ -281,12 +294,14 @@ class Pipeline:
                 arguments['denoising_strength'] = default(arguments.get('denoising_strength'), 0.75 if 'mask' not in named else 1.0)
         return arguments, named
 
-    def _told(self, arguments: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    def _told(self, arguments: Mapping[str, Any], named: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
         """What made the pictures, in words: version, weights, every argument and every default that stood."""
         defaults = {name: p.default for name, p in inspect.signature(self.model.forward_test).parameters.items()
                     if isinstance(p.default, (bool, int, float, str, list)) and name != 'show_progress'}
         used = {**defaults, **accepted(self.model.forward_test, arguments)}
         words = {name: value for name, value in used.items() if not isinstance(value, Tensor) and name not in ('show_progress', 'on_step')}
+        if 'row_seeds' not in inspect.signature(self.model.forward_test).parameters:
+            words['batch_size'] = batch_size    # it has a say in what such a network draws
         return {'version': scepter.__version__, 'model': self.source, **({'weights': self.digest} if self.digest else {}), **words, **named}
 
     @property

@@ -229,3 +229,21 @@ def test_other_programs_read_how_a_picture_was_made(pipe, place, tmp_path):
                     'Model hash': digest[:10], 'Model': 'step-00000002', 'CFG Rescale': '0.5', 'Picture': '0',
                     'Version': f'scepter {scepter.__version__}'}
     assert read_settings(tmp_path / 'a.png')['weights'] == digest
+
+
+# ---------------------------------------------------------------- networks of one's own
+def test_a_network_that_draws_from_torchs_own_generator_obeys_the_seed(monkeypatch):
+    from scepter import MODELS, TrainModule
+
+    class Dice(TrainModule):
+        def forward_test(self, num_samples=1, image_size=4):
+            assert not torch.is_grad_enabled()
+            return [{'image': torch.rand(3, image_size, image_size)} for _ in range(num_samples)]
+    monkeypatch.setitem(MODELS._entries, 'Dice', Dice)
+    pipe = scepter.load(cfg={'SOLVER': {'MODEL': {'NAME': 'Dice'}, 'SAMPLE_ARGS': {'SEED': 5, 'SAMPLER': 'ddim'}}})    # nothing to load
+    before = torch.get_rng_state()
+    one, two = pipe(num_samples=3).results, pipe(num_samples=3).results
+    assert all(torch.equal(a['image'], b['image']) for a, b in zip(one, two)) and torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(one[0]['image'], one[1]['image'])
+    with pytest.raises(ConfigError, match='does not take a prompt'):
+        pipe('a three')

@@ -34,10 +34,11 @@ def command_line() -> argparse.ArgumentParser:
         command.add_argument('paths', nargs='+', metavar='PATH', help='a checkpoint, or a WORK_DIR that holds some')
         command.set_defaults(run=run)
     single = commands.add_parser('to-single', help='write the whole network to one .safetensors file')
-    single.add_argument('checkpoint', metavar='CHECKPOINT', help='folder of a checkpoint')
+    single.add_argument('checkpoint', metavar='CHECKPOINT', help='folder of a checkpoint, or of a run')
     single.add_argument('target', metavar='FILE', help='the file to write, in any store')
     single.add_argument('--ema', choices=('on', 'off'), default='on', help='take averaged weights where there are any (default on)')
     single.add_argument('--imports', metavar='FILE', action='append', default=[], help='a file or module with components of yours')
+    single.add_argument('--allow_downloads', action='store_true', help="also fetch what the checkpoint's own config names")
     single.set_defaults(run=to_single)
     return parser
 
@@ -71,17 +72,13 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def to_single(args: argparse.Namespace) -> None:
-    import scepter.components  # noqa: F401  fills the registries
+    from scepter import drawing
     from scepter.core import checkpoints
-    from scepter.core.experiment import carry_out_imports
     from scepter.core.files import FS
     from scepter.core.files.tensors import nbytes, write_tensors
-    from scepter.core.schema import check
-    from scepter.models.restore import config_of, restore
-    cfg = config_of(args.checkpoint)
-    check(carry_out_imports(cfg, args.imports)[1])
-    checkpoint = checkpoints.load(args.checkpoint, verify='size')
-    tensors = restore(args.checkpoint, cfg, use_ema=args.ema == 'on').state_dict()
+    pipe = drawing.load(args.checkpoint, device='cpu', dtype='float32', ema=args.ema == 'on', imports=args.imports,
+                        allow_downloads=args.allow_downloads)
+    checkpoint, tensors = checkpoints.load(pipe.source, verify='size'), pipe.model.state_dict()
     with FS.put_to(args.target) as path:
         write_tensors(Path(path), tensors, {'format': 'pt', 'step': str(checkpoint.step), 'config': checkpoint.config})
     print(f'{args.target}  {len(tensors)} tensors, {nbytes(tensors) / 1e6:,.1f} MB')

@@ -26,23 +26,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='folder of a checkpoint')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', help="folder of a checkpoint, or of a run")
     parser.add_argument('target', metavar='TARGET', help='a folder, or a file that ends in .safetensors')
     parser.add_argument('--ema', choices=('on', 'off'), default='on', help='take averaged weights where there are any (default on)')
     parser.add_argument('--dtype', choices=('float32', 'float16', 'bfloat16'), default='float32', help='of the weights (default float32)')
     parser.add_argument('--imports', metavar='FILE', action='append', default=[], help='a file or module with components of yours')
+    parser.add_argument('--allow_downloads', action='store_true', help="also fetch what the checkpoint's own config names")
     parser.add_argument('--no-check', dest='is_checked', action='store_false', help='do not open the result with diffusers')
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    import scepter.components  # noqa: F401  fills the registries
-    from scepter.core.experiment import carry_out_imports
-    from scepter.core.schema import check
-    from scepter.models.restore import config_of, restore
-    cfg = config_of(args.checkpoint)
-    check(carry_out_imports(cfg, args.imports)[1])
-    write(restore(args.checkpoint, cfg, use_ema=args.ema == 'on'), args)
+    from scepter import drawing
+    pipe = drawing.load(args.checkpoint, device='cpu', dtype='float32', ema=args.ema == 'on', imports=args.imports,
+                        allow_downloads=args.allow_downloads)
+    write(pipe.model, args)
 
 
 def write(model: object, args: argparse.Namespace) -> None:
