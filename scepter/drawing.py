@@ -28,7 +28,7 @@ import scepter
 import scepter.components
 from scepter.core import checkpoints, streams
 from scepter.core.calls import accepted
-from scepter.core.config import Config, ConfigError, did_you_mean
+from scepter.core.config import NOWHERE, Config, ConfigError, did_you_mean
 from scepter.core.env import we
 from scepter.core.errors import DataError
 from scepter.core.experiment import carry_out_imports, not_carried_out
@@ -271,6 +271,9 @@ class Pipeline:
         if foreign:
             raise ConfigError(f'{function} does not take {", ".join(foreign)}{did_you_mean(foreign[0], takes)}; '
                               f'it takes {", ".join(takes)}')
+        ranges = schema_of(SampleArgs)
+        check([fault for name, value in how.items() if name.upper() in ranges
+               for fault in ranges[name.upper()].bounds.faults(value, name, NOWHERE)], 'what was asked for')
         given = SampleArgs(self.cfg.SOLVER.get('SAMPLE_ARGS') or Config()).given()
         if left := [name for name in given if name not in accepted(self.model.forward_test, {'row_seeds': 0, **given}) and name != 'seed']:
             get_logger().info(f'{function} does not take {", ".join(left)}: SAMPLE_ARGS that are left aside')

@@ -80,6 +80,9 @@ def test_a_list_of_prompts_and_an_argument_of_forward_test_and_a_tensor(pipe, tm
     assert torch.allclose(kept.results[0]['image'], again.results[0]['image'], atol=1e-4)
     with pytest.raises(ConfigError, match=r'does not take guide_scal; did you mean guide_scale\?'):
         pipe('a', guide_scal=3)
+    for how in ({'guide_scale': float('nan')}, {'guide_scale': [1.0, float('inf')]}, {'sample_steps': 0}, {'denoising_strength': 2}):
+        with pytest.raises(ConfigError, match=f'in what was asked for\n +{next(iter(how))}.*: expected .*at least'):
+            pipe('a', **how)
 
 
 def test_each_step_is_told_and_a_callback_that_raises_ends_the_drawing(pipe):

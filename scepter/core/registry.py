@@ -11,6 +11,7 @@ classes; for the last two the signature is the schema.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -29,11 +30,13 @@ class Registry:
     bounds: the numbers that arguments of foreign classes take, by the argument's name.
     trial: makes stand-ins for the given arguments: a check then calls a library's class once with them, and what its constructor
     says against its arguments is a fault of the config.
+    base: the public name of the class on which every class here is built.
     """
 
     def __init__(self, name: str, given: tuple[str, ...] = (), aliases: dict[str, str] | None = None,
-                 bounds: dict[str, Bounds] | None = None, trial: Callable[[], dict[str, Any]] | None = None):
-        self.name, self.given, self.aliases, self.bounds, self.trial = name, given, aliases or {}, bounds or {}, trial
+                 bounds: dict[str, Bounds] | None = None, trial: Callable[[], dict[str, Any]] | None = None, base: str | None = None):
+        self.name, self.given, self.aliases, self.bounds, self.trial, self.base = name, given, aliases or {}, bounds or {}, trial, base
+        self._reserved: dict[str, str] = {}
         self._entries: dict[str, Any] = {}
         self._libraries: list[Callable[[], dict[str, Any]]] = []
         self._schemas: dict[str, Schema] = {}
@@ -44,10 +47,13 @@ class Registry:
         """Decorator: enter a class or a plain typed function under its own name, or under `name`.
 
         A user's class replaces the shipped one of the same name, and one line says so. Two of the package, or two of the user's,
-        are a KeyError that names both modules.
+        are a KeyError that names both modules. Raises ConfigError for a class without this registry's base, and for an option whose
+        name is reserved.
         """
         def register(obj: Any) -> Any:
             key = name or obj.__name__
+            self._refuse_baseless(key, obj)
+            self._refuse_reserved(key, obj)
             old = self._entries.get(key)
             if old is not None and (old.__module__, old.__qualname__) != (obj.__module__, obj.__qualname__):
                 if _is_shipped(old) == _is_shipped(obj):
@@ -65,6 +71,25 @@ class Registry:
         return register
 
     register_function = register_class
+
+    def reserve(self, function: Callable) -> None:
+        """Refuse entries with an option that is called like an argument of this function: both would be meant by one word."""
+        for name in inspect.signature(function).parameters:
+            if name not in self.given:
+                self._reserved.setdefault(name, function.__qualname__)
+        for key, obj in self._entries.items():
+            self._refuse_reserved(key, obj)
+
+    def _refuse_reserved(self, key: str, obj: Any) -> None:
+        taken = [name for name in inspect.signature(obj).parameters if name in self._reserved] if self._reserved else []
+        if taken:
+            raise ConfigError(f'{self.name}.{key} ({obj.__module__}) has an option {taken[0]}, which is an argument of '
+                              f'{self._reserved[taken[0]]}: give it another name, e.g. {key}_{taken[0]}')
+
+    def _refuse_baseless(self, key: str, obj: Any) -> None:
+        if self.base is not None and isinstance(obj, type) and not issubclass(obj, Component):
+            raise ConfigError(f'{self.name}.{key} ({obj.__module__}) is a class on {obj.__mro__[1].__name__}: derive it from '
+                              f'scepter.{self.base}, whose constructor is (cfg, logger=None) and which reads and checks its keys')
 
     def add_library(self, find: Callable[[], dict[str, Any]]) -> None:
         """Offer the classes of a third party, imported when a name is looked up that the registry itself has not."""
@@ -205,12 +230,12 @@ def need(module: str, extra: str) -> Any:
         raise
 
 
-MODELS = Registry('MODELS')
-BACKBONES = Registry('BACKBONES')
-EMBEDDERS = Registry('EMBEDDERS')
+MODELS = Registry('MODELS', base='TrainModule')
+BACKBONES = Registry('BACKBONES', base='BaseModel')
+EMBEDDERS = Registry('EMBEDDERS', base='BaseEmbedder')
 LOSSES = Registry('LOSSES')
-SOLVERS = Registry('SOLVERS')
-HOOKS = Registry('HOOKS')
+SOLVERS = Registry('SOLVERS', base='BaseSolver')
+HOOKS = Registry('HOOKS', base='Hook')
 DATASETS = Registry('DATASETS')
 TRANSFORMS = Registry('TRANSFORMS', trial=dict)
 METRICS = Registry('METRICS')

@@ -57,7 +57,7 @@ class Bounds:
                 yield from self.faults(entry, f'{path}.{key}' if isinstance(value, dict) else f'{path}[{key}]', origin)
             return
         number = read_scalar(str(value)) if isinstance(value, FromEnv) else value
-        if isinstance(number, (int, float)) and not isinstance(number, bool) and not self.admits(number):
+        if self != NO_BOUNDS and isinstance(number, (int, float)) and not isinstance(number, bool) and not self.admits(number):
             finite = '' if _is_finite(number) else 'a finite number, '
             yield Fault(path, f'expected {finite}{self}, got {shown(value, path)}', origin)
 
@@ -360,7 +360,7 @@ def value_faults(value: Any, p: Param, path: str, origin: Any) -> Iterator[Fault
             yield from loose_faults(value, path)
         elif not fits(value, p.type):
             yield Fault(path, f'expected {p.spell()}, got {shown(value, path)}', origin)
-        elif p.bounds != NO_BOUNDS:
+        else:
             yield from p.bounds.faults(value, path, origin)
     elif value is None and p.default is None:
         return

@@ -129,6 +129,8 @@ def _weights(guide_scale: GuideScale | None, count: int, like: Tensor) -> list[S
 
 
 def _per_row(scale: Scale, like: Tensor) -> Scale:
+    if not torch.as_tensor(scale).isfinite().all():
+        raise ValueError(f'guide_scale is {scale}: expected finite numbers')
     if not isinstance(scale, Tensor) or scale.ndim == 0:
         return float(scale)
     if scale.shape != (len(like),):

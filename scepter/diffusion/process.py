@@ -332,6 +332,9 @@ class Diffusion:
         return Level(self._times[0], 1.0, 0.0)
 
 
+SAMPLERS.reserve(Diffusion.sample)    # its options are given beside a sampler's own
+
+
 def network_dtype(model: Callable[..., Tensor], like: Tensor) -> torch.dtype:
     """The precision in which a network wants its input: that of its weights; that of `like` where it is a plain function."""
     weights = model.parameters() if isinstance(model, nn.Module) else ()

@@ -14,7 +14,7 @@ from scepter.core import streams
 from scepter.core.config import Config, ConfigError, Fault
 from scepter.core.env import we
 from scepter.core.errors import CheckpointError, ScepterError
-from scepter.core.registry import BACKBONES, EMBEDDERS, LOSSES, MODELS, SCHEDULES
+from scepter.core.registry import BACKBONES, EMBEDDERS, LOSSES, MODELS, SAMPLERS, SCHEDULES
 from scepter.core.schema import default, param, part
 from scepter.diffusion.process import Diffusion
 from scepter.diffusion.schedules import zero_terminal_snr
@@ -267,6 +267,9 @@ class LatentDiffusion(TrainModule):
 
     def compile_network(self) -> None:
         self.model.compile()
+
+
+SAMPLERS.reserve(LatentDiffusion.forward_test)
 
 
 def _diffusion_of(cfg: Config) -> Diffusion:

@@ -143,3 +143,40 @@ def test_a_build_takes_what_no_file_can_hold():
     assert registry.build({'NAME': 'F', 'SCALE': 3}, params=[1, 2]) == [3, 6]
     with pytest.raises(ConfigError, match='no such parameter'):
         registry.build({'NAME': 'F', 'PARAMS': [1]})
+
+
+@pytest.mark.parametrize(('registry', 'base'), [('MODELS', 'TrainModule'), ('BACKBONES', 'BaseModel'), ('EMBEDDERS', 'BaseEmbedder')])
+def test_a_network_on_torchs_own_module_is_told_its_base(registry: str, base: str):
+    from torch import nn
+
+    class Net(nn.Module):
+        def __init__(self, cfg: dict, logger: object = None):
+            super().__init__()
+
+    owner = next(r for r in registries() if r.name == registry)
+    with pytest.raises(ConfigError, match=rf'{registry}\.Net \(.*test_registry\) is a class on Module: derive it from scepter\.{base}'):
+        owner.register_class()(Net)
+    assert 'Net' not in owner
+
+
+@pytest.mark.parametrize(('option', 'owner'), [('steps', 'Diffusion.sample'), ('seed', 'Diffusion.sample'), ('clamp', 'Diffusion.sample'),
+                                               ('image_size', 'LatentDiffusion.forward_test')])
+def test_a_sampler_may_have_no_option_that_is_called_like_an_argument_of_the_program(option: str, owner: str):
+    from scepter import SAMPLERS
+
+    names: dict[str, object] = {}
+    exec(f'def mine(denoise, x, levels, *, fresh, between, {option}=1): return x', names)  # noqa: S102
+    with pytest.raises(ConfigError, match=rf'SAMPLERS\.mine .* has an option {option}, which is an argument of {owner}: .*mine_{option}'):
+        SAMPLERS.register_function()(names['mine'])
+    assert 'mine' not in SAMPLERS
+
+
+def test_a_name_that_is_reserved_later_is_still_found():
+    def early(x: float, steps: int = 1) -> float:
+        return x
+
+    registry = Registry('TEST_RESERVED', given=('x',))
+    registry.register_function()(early)
+
+    with pytest.raises(ConfigError, match='early'):
+        registry.reserve(lambda x, steps: x)

@@ -118,3 +118,9 @@ def test_trees_that_differ_in_anything_but_tensors_are_not_joined(pair):
 def test_outputs_of_half_precision_are_summed_in_full():
     out = guided(lambda x, t, c: (x * c[:, :1]).bfloat16(), conditioning(2.0, 5.0), 3.0, 0.0, X)(X, T)
     assert out.dtype == torch.float32
+
+
+@pytest.mark.parametrize('scale', [float('nan'), float('inf'), [float('nan')], torch.tensor([1.0, float('nan')])])
+def test_a_scale_that_is_no_number_is_refused(scale):
+    with pytest.raises(ValueError, match=r'guide_scale is .*: expected finite numbers'):
+        guided(lambda x, t: x, [{}, {}], scale, 0.0, torch.zeros(2, 3))
