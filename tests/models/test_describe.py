@@ -1,6 +1,7 @@
 """A stranger's model without YAML: opened, it draws what diffusers' own pipeline draws, and what it cannot be is named."""
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 
@@ -14,6 +15,9 @@ from scepter.core.config import Config
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import BACKBONES, EMBEDDERS, MODELS, SCHEDULES
 from scepter.models.weights import describe, load_pretrained
+from scepter.models.weights.configs import sampling
+from scepter.models.weights.describe import said_of, values_of
+from scepter.models.weights.files import read_settings
 from scepter.solvers.diffusion import SampleArgs
 from tests.models.strangers import pipeline, rewrite
 
@@ -173,6 +177,7 @@ REFUSED = {
     'a flow': (SCHEDULER, {'_class_name': 'FlowMatchEulerDiscreteScheduler'}), 'EDM': (SCHEDULER, {'_class_name': 'EDMEulerScheduler'}),
     'unknown betas': (SCHEDULER, {'beta_schedule': 'laplace'}), 'unknown prediction': (SCHEDULER, {'prediction_type': 'flow_prediction'}),
     'other pipelines': ('model_index.json', {'_class_name': 'FluxPipeline'}), 'a wrong type': (UNET, {'block_out_channels': 'wide'}),
+    'no norm': (UNET, {'norm_num_groups': None}), 'a depth that fills the memory': (TEXT, {'num_hidden_layers': 10 ** 9}),
     'a wrong number': (UNET, {'layers_per_block': 1.5}), 'nothing to read': (VAE, {'scaling_factor': 'x'})}
 
 
@@ -209,6 +214,22 @@ def test_the_sampler_is_the_schedulers_or_said_to_be_another(folder, scheduler, 
     row = next(row for row in describe(folder).taken if row.key == 'SOLVER.SAMPLE_ARGS.SAMPLER')
     assert (row.value, row.is_convention) == (sampler, is_convention)
     assert scheduler['_class_name'] in row.source or '_class_name' in row.source
+
+
+STRANGE = [None, -1, 'x', [], {}, [None], [[1]], 1e308, True, ['a', 'b'], [1, 2, 3, 4, 5, 6], 10 ** 9, float('nan')]
+
+
+def test_whatever_stands_in_a_config_is_described_or_refused(folder):
+    whole, refused = read_settings(folder), 0
+    for part, values in whole.items():
+        for key, value in itertools.product(values, STRANGE):
+            settings = {**whole, part: {**values, key: value}}
+            try:
+                assert values_of([said_of(settings, 'FOLDER'), sampling(settings['scheduler'], 'FOLDER')])
+            except CheckpointError as error:
+                refused += 1
+                assert 'FOLDER' in str(error)
+    assert refused > 300
 
 
 @pytest.mark.parametrize('case', REFUSED)

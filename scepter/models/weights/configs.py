@@ -44,11 +44,15 @@ class Settings:
         return CheckpointError(f'{self.folder}: {self.file} has {key} {self.get(key)!r}, but {expected}')
 
     def only(self, known: Mapping[str, tuple[Any, ...]], what: str) -> None:
-        """Refuse every key whose value a network of ours cannot have; absent and null are what the library takes for plain."""
+        """Refuse every key whose value a network of ours cannot have; absent is plain, and so is null where nothing or False is."""
         for key, values in known.items():
-            value = self.values.get(key)
-            if value is not None and value not in values and not (isinstance(value, list) and value and all(v in values for v in value)):
-                raise self.refusal(key, f'{what} has {" or ".join(repr(v) for v in values)} only')
+            if key not in self.values:
+                continue
+            value, plain = self.values[key], values or (None,)
+            if (isinstance(value, list) and value and all(v in plain for v in value)) or (value is None and False in plain):
+                continue
+            if value not in plain:
+                raise self.refusal(key, f'{what} has {" or ".join(repr(v) for v in plain)} only')
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -62,16 +66,23 @@ class Settings:
     def numbers(self, key: str) -> list[int]:
         """A list of sizes. Raises CheckpointError for anything else."""
         found = self[key]
-        if not isinstance(found, list | tuple) or not found or not all(type(n) is int and n > 0 for n in found):
-            raise self.refusal(key, 'expected a list of numbers above 0')
+        if not isinstance(found, list | tuple) or not 0 < len(found) <= 16 or not all(type(n) is int and 0 < n <= 100_000 for n in found):
+            raise self.refusal(key, 'expected up to 16 numbers above 0')
         return list(found)
 
-    def number(self, key: str) -> int:
-        """A size. Raises CheckpointError for anything else."""
+    def number(self, key: str, most: int = 100_000) -> int:
+        """A size. Raises CheckpointError for anything else, also for one that nobody could mean."""
         found = self[key]
-        if type(found) is not int or found < 1:
-            raise self.refusal(key, 'expected a number above 0')
+        if type(found) is not int or not 0 < found <= most:
+            raise self.refusal(key, f'expected a number in 1..{most}')
         return found
+
+    def flag(self, key: str) -> bool:
+        """A yes or no; null is no. Raises CheckpointError for anything else."""
+        found = self[key]
+        if found is not None and not isinstance(found, bool):
+            raise self.refusal(key, 'expected true or false')
+        return bool(found)
 
     def multiples(self, key: str) -> tuple[int, list[int]]:
         """(channels of the first level, those of all in multiples of it)"""
@@ -95,7 +106,7 @@ UNET_ONLY: dict[str, tuple[Any, ...]] = {
     'mid_block_scale_factor': (1,), 'only_cross_attention': (False,), 'dual_cross_attention': (False,),
     'mid_block_only_cross_attention': (False,), 'cross_attention_norm': (), 'reverse_transformer_layers_per_block': (),
     'encoder_hid_dim': (), 'encoder_hid_dim_type': (), 'class_embed_type': (), 'num_class_embeds': (), 'class_embeddings_concat': (False,),
-    'addition_embed_type': ('text_time',), 'resnet_time_scale_shift': ('default',), 'resnet_skip_time_act': (False,),
+    'addition_embed_type': (None, 'text_time'), 'resnet_time_scale_shift': ('default',), 'resnet_skip_time_act': (False,),
     'resnet_out_scale_factor': (1,), 'time_embedding_type': ('positional',), 'time_embedding_dim': (), 'time_embedding_act_fn': (),
     'timestep_post_act': (), 'time_cond_proj_dim': (), 'conv_in_kernel': (3,), 'conv_out_kernel': (3,),
     'attention_type': ('default', 'vanilla')}
@@ -114,7 +125,8 @@ def unet(values: Mapping[str, Any], folder: str, file: str = 'unet/config.json')
         depths, context = s['transformer_layers_per_block'], s['cross_attention_dim']
         if isinstance(depths, list | tuple) and not all(type(d) is int for d in depths):
             raise s.refusal('transformer_layers_per_block', 'TRANSFORMER_DEPTH knows one number, or one for each level')
-        if isinstance(context, list | tuple) and len(set(context)) > 1:
+        contexts = set(s.numbers('cross_attention_dim') if isinstance(context, list | tuple) else [s.number('cross_attention_dim')])
+        if len(contexts) > 1:
             raise s.refusal('cross_attention_dim', 'CONTEXT_DIM is one for all levels')
         node = {
             'NAME': 'DiffusionUNet',
@@ -126,9 +138,8 @@ def unet(values: Mapping[str, Any], folder: str, file: str = 'unet/config.json')
             'ATTENTION_RESOLUTIONS': s.said([2 ** level for level, h in enumerate(has) if h], 'down_block_types'),
             'TRANSFORMER_DEPTH': s.said(_one_or_list(s, 'transformer_layers_per_block', len(mult)), 'transformer_layers_per_block'),
             **_heads(s, [width * m for m in mult], has),
-            'USE_LINEAR_IN_TRANSFORMER': s.said(bool(s['use_linear_projection']), 'use_linear_projection'),
-            'CONTEXT_DIM': s.said(context[0] if isinstance(context, list | tuple) else s.number('cross_attention_dim'),
-                                  'cross_attention_dim')}
+            'USE_LINEAR_IN_TRANSFORMER': s.said(s.flag('use_linear_projection'), 'use_linear_projection'),
+            'CONTEXT_DIM': s.said(contexts.pop(), 'cross_attention_dim')}
         if s.get('addition_embed_type') is not None:
             node['NUM_CLASSES'] = s.said('sequential', 'addition_embed_type')
             node['ADM_IN_CHANNELS'] = s.said(s.number('projection_class_embeddings_input_dim'), 'projection_class_embeddings_input_dim')
@@ -163,10 +174,10 @@ def _heads(s: Settings, channels: list[int], has: list[bool]) -> Node:
 
 def _one_or_list(s: Settings, key: str, levels: int) -> int | list[int]:
     if not isinstance(s[key], list | tuple):
-        return s.number(key)
+        return s.number(key, most=100)
     found = s.numbers(key)
-    if len(found) != levels:
-        raise s.refusal(key, f'expected one for each of {levels} levels')
+    if len(found) != levels or max(found) > 100:
+        raise s.refusal(key, f'expected one in 1..100 for each of {levels} levels')
     return found[0] if len(set(found)) == 1 else found
 
 
@@ -175,7 +186,7 @@ VAE_DEFAULTS = {'in_channels': 3, 'out_channels': 3, 'block_out_channels': (64,)
                 'scaling_factor': 0.18215, 'use_quant_conv': True, 'use_post_quant_conv': True}
 VAE_ONLY: dict[str, tuple[Any, ...]] = {
     'norm_num_groups': (32,), 'act_fn': ('silu', 'swish'), 'down_block_types': ('DownEncoderBlock2D',),
-    'up_block_types': ('UpDecoderBlock2D',), 'mid_block_add_attention': (True,), 'shift_factor': (0,), 'latents_mean': (),
+    'up_block_types': ('UpDecoderBlock2D',), 'mid_block_add_attention': (True,), 'shift_factor': (None, 0), 'latents_mean': (),
     'latents_std': ()}
 
 
@@ -185,13 +196,13 @@ def vae(values: Mapping[str, Any], folder: str, file: str = 'vae/config.json') -
     with s.reading():
         _expect_class(s, 'AutoencoderKL')
         s.only(VAE_ONLY, 'an AutoencoderKL')
-        if bool(s['use_quant_conv']) != bool(s['use_post_quant_conv']):
+        if s.flag('use_quant_conv') != s.flag('use_post_quant_conv'):
             raise s.refusal('use_quant_conv', 'USE_CONV is one for both: expected it to be as use_post_quant_conv')
         width, mult = s.multiples('block_out_channels')
         latent = s.said(s.number('latent_channels'), 'latent_channels')
         half = {'CH': s.said(width, 'block_out_channels'), 'CH_MULT': s.said(mult, 'block_out_channels'),
-                'NUM_RES_BLOCKS': s.said(s.number('layers_per_block'), 'layers_per_block'), 'Z_CHANNELS': latent}
-        return {'NAME': 'AutoencoderKL', 'EMBED_DIM': latent, 'USE_CONV': s.said(bool(s['use_quant_conv']), 'use_quant_conv'),
+                'NUM_RES_BLOCKS': s.said(s.number('layers_per_block', most=100), 'layers_per_block'), 'Z_CHANNELS': latent}
+        return {'NAME': 'AutoencoderKL', 'EMBED_DIM': latent, 'USE_CONV': s.said(s.flag('use_quant_conv'), 'use_quant_conv'),
                 'ENCODER': {'NAME': 'Encoder', **half, 'IN_CHANNELS': s.said(s.number('in_channels'), 'in_channels')},
                 'DECODER': {'NAME': 'Decoder', **half, 'OUT_CH': s.said(s.number('out_channels'), 'out_channels')}}
 
@@ -200,7 +211,10 @@ def scaling_factor(values: Mapping[str, Any], folder: str, file: str = 'vae/conf
     """SCALE_FACTOR."""
     s = Settings(values, file, folder, VAE_DEFAULTS)
     with s.reading():
-        return s.said(float(s['scaling_factor']), 'scaling_factor')
+        scale = float(s['scaling_factor'])
+        if not 0 < scale < float('inf'):
+            raise s.refusal('scaling_factor', 'expected a number above 0')
+        return s.said(scale, 'scaling_factor')
 
 
 # ---------------------------------------------------------------- text towers
@@ -217,7 +231,9 @@ def text_tower(values: Mapping[str, Any], folder: str, part: str = 'text_encoder
     """
     s = Settings(values.get('text_config') or values, f'{part}/config.json', folder, TEXT_DEFAULTS)
     with s.reading():
-        width, depth, heads = (s.number(key) for key in ('hidden_size', 'num_hidden_layers', 'num_attention_heads'))
+        width, depth, heads = s.number('hidden_size'), s.number('num_hidden_layers', most=100), s.number('num_attention_heads')
+        if width % heads:
+            raise s.refusal('num_attention_heads', f'{width} channels cannot be shared by so many')
         is_open = s['hidden_act'] == 'gelu'
         s.only({'hidden_act': ('quick_gelu', 'gelu'), 'layer_norm_eps': (1e-5,), 'vocab_size': (49408,),
                 'intermediate_size': (4 * width,)}, 'a text tower')
@@ -284,7 +300,7 @@ def process(values: Mapping[str, Any], folder: str) -> Node:
         return {'PARAMETERIZATION': s.said(prediction, 'prediction_type'),
                 'TIMESTEPS': s.said(s.number('num_train_timesteps'), 'num_train_timesteps'),
                 'SCHEDULE_ARGS': _betas(s),
-                'ZERO_TERMINAL_SNR': s.said(bool(s['rescale_betas_zero_snr']), 'rescale_betas_zero_snr')}
+                'ZERO_TERMINAL_SNR': s.said(s.flag('rescale_betas_zero_snr'), 'rescale_betas_zero_snr')}
 
 
 def sampling(values: Mapping[str, Any], folder: str) -> Node:
@@ -302,7 +318,7 @@ def sampling(values: Mapping[str, Any], folder: str) -> Node:
 
 def _scheduler(values: Mapping[str, Any], folder: str) -> Settings:
     name = values.get('_class_name')
-    if name not in SCHEDULERS:
+    if name not in [*SCHEDULERS]:
         raise CheckpointError(f'{folder}: {SCHEDULER} has _class_name {name!r}, whose process is none of ours; known are '
                               f'{", ".join(SCHEDULERS)}')
     betas = SCHEDULERS[name][2]
@@ -337,7 +353,10 @@ def _betas(s: Settings) -> Node:
         raise s.refusal('beta_schedule', f'expected one of {", ".join(BETAS)}')
     node = {'NAME': s.said(name, 'beta_schedule')}
     if name != 'cosine':
-        node |= {'BETA_MIN': s.said(float(s['beta_start']), 'beta_start'), 'BETA_MAX': s.said(float(s['beta_end']), 'beta_end')}
+        for ours, theirs in (('BETA_MIN', 'beta_start'), ('BETA_MAX', 'beta_end')):
+            if not 0 < float(s[theirs]) < 1:
+                raise s.refusal(theirs, 'expected a number in 0..1')
+            node[ours] = s.said(float(s[theirs]), theirs)
     return node
 
 

@@ -85,7 +85,7 @@ def said_of(settings: Settings, name: str, left_out: Collection[str] = ()) -> No
     """
     index = settings.get('model_index', {})
     pipeline, towers = index.get('_class_name'), _towers(settings)
-    if pipeline is not None and pipeline not in PIPELINES:
+    if pipeline is not None and pipeline not in [*PIPELINES]:
         raise CheckpointError(f'{name} is a {pipeline} of diffusers; those that open here are {", ".join(PIPELINES)}')
     is_xl = PIPELINES[pipeline] if pipeline is not None else 'text_encoder_2' in towers
     model: Node = {'NAME': 'LatentDiffusion'}
@@ -106,7 +106,7 @@ def said_of(settings: Settings, name: str, left_out: Collection[str] = ()) -> No
 
 def _towers(settings: Settings) -> list[str]:
     index = settings.get('model_index', {})
-    return [part for part in ('text_encoder', 'text_encoder_2') if part in settings and index.get(part, [''])[:1] != [None]]
+    return [part for part in ('text_encoder', 'text_encoder_2') if part in settings and index.get(part, part) not in (None, [None, None])]
 
 
 def _image_size(unet: Mapping[str, Any], size_factor: int, is_xl: bool) -> Said:
