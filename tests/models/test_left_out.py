@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 import scepter.components  # noqa: F401  (registers)
 from scepter.core import checkpoints
-from scepter.core.config import Config
+from scepter.core.config import Config, ConfigError
 from scepter.core.env import seed_everything, we
 from scepter.core.errors import CheckpointError
-from scepter.core.registry import MODELS, SOLVERS
+from scepter.core.registry import EMBEDDERS, MODELS, SOLVERS
+from scepter.models.embedders.base import BaseEmbedder
 from scepter.models.restore import restore
-from scepter.models.weights import export_diffusers
+from scepter.models.weights import export_diffusers, sources
 from tests.models.oracles import randomize
 from tests.twins import three_images
 
@@ -301,3 +302,160 @@ def test_a_project_that_moved_is_drawn_and_resumed(done, tmp_path, monkeypatch):
     finally:
         monkeypatch.chdir(tmp_path)
         moved.rename(done.root)
+
+
+# ---------------------------------------------------------------- what is held after all
+@pytest.fixture
+def base(tmp_path, monkeypatch) -> Path:
+    """A file of the whole network, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    save_whole(network(), tmp_path / 'base.safetensors')
+    return tmp_path / 'base.safetensors'
+
+
+def held(run_dir: Path) -> set[str]:
+    return set(checkpoints.load(run_dir).tensors('model'))
+
+
+def built(model: dict[str, Any], **solver: Any) -> nn.Module:
+    return MODELS.build(config(Path('run'), model, **solver).SOLVER.MODEL)
+
+
+NAME = 'first_stage_model.encoder.conv_in.weight'
+
+
+def test_what_was_written_to_after_it_was_loaded_is_held(base):
+    model = built({'PRETRAINED_MODEL': base})
+    assert NAME in model.left_out()
+    model.first_stage_model.load_state_dict(network(seed=1).first_stage_model.state_dict())
+    assert not any(name.startswith('first_stage_model') for name in model.left_out())
+
+
+def test_what_was_trained_is_held_though_it_is_frozen_now(base):
+    cfg = {'PRETRAINED_MODEL': base, 'FREEZE': '[model.out.*]'}
+    run(config(Path('run'), {'PRETRAINED_MODEL': base}))
+    resumed = run(config(Path('run'), cfg, RESUME_FROM='auto', MAX_STEPS=2, OPTIMIZER={'NAME': 'AdamW', 'LEARNING_RATE': 1e-2}))
+    assert 'model.out.2.weight' in held(Path('run')) and same(restore('run'), resumed.model.state_dict())
+    model = built({'PRETRAINED_MODEL': base})
+    model.left_out()
+    model.model.requires_grad_(False)    # in the middle of a run: a fused optimizer tells nobody that it wrote
+    assert not any(name.startswith('model.') for name in model.left_out())
+
+
+def test_what_ignore_keys_left_as_it_was_built_is_held(base):
+    tensors = load_file(base)
+    save_file({name: value for name, value in tensors.items() if name != NAME}, base)
+    solver = run(config(Path('run'), {'PRETRAINED_MODEL': base, 'IGNORE_KEYS': f'[{NAME}]'}))
+    assert NAME in held(Path('run')) and same(restore('run'), solver.model.state_dict())
+
+
+def test_a_file_that_was_replaced_before_the_first_checkpoint_is_not_relied_on(base, caplog):
+    model = built({'PRETRAINED_MODEL': base})
+    save_whole(network(seed=1), base)
+    assert model.left_out() == {}
+    assert NAME in model.trained_state() and model.sources('run') == []
+
+
+def test_big_files_are_hashed_once_by_a_run(base, monkeypatch):
+    run(config(Path('run'), {'PRETRAINED_MODEL': base}))
+    hashed = []
+    digest = sources.atomic.digest
+    monkeypatch.setattr(sources.atomic, 'digest', lambda file: hashed.append(Path(file).name) or digest(file))
+    sources.known_digests.clear()
+    run(config(Path('run'), {'PRETRAINED_MODEL': base}, RESUME_FROM='auto', MAX_STEPS=3,
+               TRAIN_HOOKS=[{'NAME': 'CheckpointHook', 'INTERVAL': 1}]))
+    assert hashed.count('base.safetensors') == 1
+
+
+def test_another_word_in_the_config_is_refused_on_a_resume_and_taken_for_a_drawing(base):
+    run(config(Path('run'), {'PRETRAINED_MODEL': base}))
+    save_vae(network(seed=1), Path('vae.safetensors'))
+    other = config(Path('run'), {'PRETRAINED_MODEL': base, VAE: 'vae.safetensors'}, RESUME_FROM='auto')
+    with pytest.raises(CheckpointError, match=r'beside other weights .* sha256 \w{64}, and comes from vae.safetensors, sha256 \w{64}'):
+        run(other)
+    drawn = restore('run', other)
+    assert torch.equal(drawn.state_dict()[NAME], load_file('vae.safetensors')[NAME.removeprefix('first_stage_model.')])
+
+
+def test_a_parts_own_file_wins_over_that_of_the_whole_also_after_a_resume(base):
+    save_vae(network(seed=1), Path('vae.safetensors'))
+    cfg = {'PRETRAINED_MODEL': base, VAE: 'vae.safetensors'}
+    solver = run(config(Path('run'), cfg))
+    assert torch.equal(solver.model.state_dict()[NAME], load_file('vae.safetensors')[NAME.removeprefix('first_stage_model.')])
+    assert same(restore('run'), solver.model.state_dict())
+    assert same(run(config(Path('run'), cfg, RESUME_FROM='auto')).model, solver.model.state_dict())
+
+
+def test_no_value_of_the_environment_stands_in_a_checkpoint(base, monkeypatch):
+    monkeypatch.setenv('PLACE', str(base.parent))
+    Path('run.yaml').write_text(str(config(Path('run'), {'PRETRAINED_MODEL': 'BASE'})).replace('BASE', '${PLACE}/base.safetensors'))
+    run(Config.load('run.yaml'))
+    source, = checkpoints.load('run').state['left_out']
+    assert source['said'] == '${PLACE}/base.safetensors' and NAME in source['names']
+    monkeypatch.delenv('PLACE')
+    assert NAME in restore('run').state_dict()
+
+
+def test_an_unknown_part_of_a_hook_is_named(base):
+    hook = {'NAME': 'PretrainedHook', 'PRETRAINED_MODEL': str(base), 'PART': 'first_stage_modle'}
+    with pytest.raises(ConfigError, match='has no part first_stage_modle; did you mean first_stage_model'):
+        run(config(Path('run'), TRAIN_HOOKS=[hook]))
+
+
+class OwnReader(BaseEmbedder):
+    """Reads its file by itself, as the quick start's embedder does: nobody knows what of it came from there."""
+
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__(cfg, logger=logger)
+        self.table = nn.Embedding(8, 32)
+        self.table.load_state_dict(torch.load(cfg.PRETRAINED_MODEL))
+        self.freeze()
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        return torch.zeros(len(prompts), 4, dtype=torch.int64)
+
+    def encode_text(self, tokens: Tensor, tokenizer: Any = None, append_sentence_embedding: bool = False) -> Tensor:
+        return self.table(tokens)
+
+
+def test_a_part_that_reads_its_file_by_itself_is_held_and_finds_the_file_from_any_folder(base, monkeypatch, tmp_path_factory):
+    monkeypatch.setitem(EMBEDDERS._entries, 'OwnReader', OwnReader)
+    torch.save(nn.Embedding(8, 32).state_dict(), 'table.pt')
+    cfg = config(Path('run'))
+    cfg.SOLVER.MODEL.COND_STAGE_MODEL = {'NAME': 'OwnReader', 'PRETRAINED_MODEL': 'table.pt'}
+    solver = run(cfg)
+    assert 'cond_stage_model.table.weight' in held(Path('run'))
+    monkeypatch.chdir(tmp_path_factory.mktemp('elsewhere'))
+    assert same(restore(base.parent / 'run'), solver.model.state_dict())
+
+
+# ---------------------------------------------------------------- test runs
+def tested(**solver: Any) -> Any:
+    cfg = config(Path('test'), MODE=['test'], SAMPLE_ARGS={'IMAGE_SIZE': 8, 'SAMPLE_STEPS': 1}, **solver)
+    cfg.SOLVER.TEST_DATA = cfg.SOLVER.TRAIN_DATA
+    return run(cfg).model
+
+
+def test_a_test_run_has_the_weights_of_resume_from_averaged_ones_where_there_are(base):
+    hooks = [{'NAME': 'CheckpointHook', 'INTERVAL': 0}, {'NAME': 'ModelEmaHook', 'BETA': 0.5}]
+    run(config(Path('run'), {'PRETRAINED_MODEL': base}, TRAIN_HOOKS=hooks, MAX_STEPS=2))
+    checkpoint = checkpoints.load('run')
+    weights = tested(RESUME_FROM='run').state_dict()
+    assert torch.equal(weights['model.out.2.weight'], checkpoint.tensors('ema')['model.out.2.weight'])
+    assert not torch.equal(weights['model.out.2.weight'], checkpoint.tensors('model')['model.out.2.weight'])
+    assert torch.equal(weights[NAME], load_file(base)[NAME])
+
+
+@pytest.mark.parametrize('words, message', [({}, 'in no file that was named'), ({'RESUME_FROM': 'auto'}, 'in no file that was named'),
+                                            ({'RESUME_FROM': 'latest'}, 'holds no checkpoint'),
+                                            ({'RESUME_FROM': '/nowhere'}, '/nowhere does not exist')])
+def test_a_test_run_without_weights_draws_nothing(base, words, message):
+    with pytest.raises(CheckpointError, match=message) as error:
+        tested(**words)
+    assert error.value.exit_code == 4 and not Path('test/test_results').exists()
+
+
+@pytest.mark.parametrize('resume_from', [None, 'auto'])
+def test_a_test_run_takes_the_files_that_the_config_names(base, resume_from):
+    model = config(Path('run'), {'PRETRAINED_MODEL': base}).SOLVER.MODEL
+    assert same(tested(MODEL=model, RESUME_FROM=resume_from), load_file(base))
