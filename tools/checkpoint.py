@@ -76,11 +76,14 @@ def to_single(args: argparse.Namespace) -> None:
     from scepter.core import checkpoints
     from scepter.core.files import FS
     from scepter.core.files.tensors import nbytes, write_tensors
+    from scepter.models.restore import put_places, without_files
     pipe = drawing.load(args.checkpoint, device='cpu', dtype='float32', ema=args.ema == 'on', imports=args.imports,
                         allow_downloads=args.allow_downloads)
     checkpoint, tensors = checkpoints.load(pipe.source, verify='size'), pipe.model.state_dict()
+    cfg = pipe.cfg.copy()
+    put_places(cfg.SOLVER.MODEL, checkpoint)
     with FS.put_to(args.target) as path:
-        write_tensors(Path(path), tensors, {'format': 'pt', 'step': str(checkpoint.step), 'config': checkpoint.config})
+        write_tensors(Path(path), tensors, {'format': 'pt', 'step': str(checkpoint.step), 'config': without_files(cfg, pipe.model).dump()})
     print(f'{args.target}  {len(tensors)} tensors, {nbytes(tensors) / 1e6:,.1f} MB')
 
 

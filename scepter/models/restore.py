@@ -78,6 +78,29 @@ def put_places(model: Config, checkpoint: Checkpoint) -> None:
                 node[key] = str(record.place)
 
 
+def without_files(cfg: Config, model: TrainModule) -> Config:
+    """The config of a restored network that needs no other file, for one file that holds all its weights.
+
+    A part that could not be built without its files (a tower of sizes that no key says, a part that reads them by itself) goes on naming
+    them, by their absolute path.
+    """
+    cfg = cfg.copy()
+    for node in nodes(cfg.SOLVER.MODEL):
+        for key in PLACES:
+            if not isinstance(word := node.get(key), str):
+                continue
+            parts = [part for part in model.modules() if getattr(part, 'cfg', {}).get(key) == word]
+            spelled = [part.sizes_as_config() for part in parts if hasattr(part, 'sizes_as_config')]
+            if parts and all('filled_from' in part.__dict__ for part in parts) and key == 'PRETRAINED_MODEL':
+                del node[key]
+            elif parts and len(spelled) == len(parts) and None not in spelled:
+                del node[key]
+                node.update(spelled[0])
+            elif Path(word).exists():
+                node[key] = str(Path(word).absolute())
+    return cfg
+
+
 def nodes(cfg: Any) -> list[Config]:
     """Every mapping in a config, the outer ones first."""
     if isinstance(cfg, list):

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import scepter.components  # noqa: F401  (registers)
+import scepter
+import scepter.components
 from scepter.core import checkpoints
 from scepter.core.config import Config, ConfigError
 from scepter.core.env import seed_everything, we
@@ -302,6 +303,26 @@ def test_a_project_that_moved_is_drawn_and_resumed(done, tmp_path, monkeypatch):
     finally:
         monkeypatch.chdir(tmp_path)
         moved.rename(done.root)
+
+
+# ---------------------------------------------------------------- one file of all
+@pytest.mark.parametrize('way', ['a single file', 'a folder of a text tower', "a part's own file", 'a hook'])
+def test_a_single_file_needs_no_other_and_is_drawn_by_the_config_that_it_carries(way, tmp_path, monkeypatch):
+    from tools.checkpoint import main
+    monkeypatch.chdir(tmp_path)
+    Path('files').mkdir()
+    WAYS[way].save(network(), tmp_path / 'files' / WAYS[way].name)
+    word = f'files/{WAYS[way].name}'
+    hooks = [{'NAME': 'CheckpointHook', 'INTERVAL': 0}, {'NAME': 'PretrainedHook', 'PRETRAINED_MODEL': word}][:2 - (way != 'a hook')]
+    solver = run(config(Path('run'), {} if way == 'a hook' else dict.fromkeys(WAYS[way].keys, word), TRAIN_HOOKS=hooks))
+    assert main(['to-single', 'run', 'one.safetensors']) == 0
+    shutil.rmtree('files')
+    shutil.rmtree('run')
+    drawn = scepter.load('one.safetensors')
+    assert same(drawn.model, solver.model.state_dict())
+    assert drawn.model.tokenizer(['a red wall']).equal(solver.model.tokenizer(['a red wall']))
+    further = run(config(Path('further'), {'PRETRAINED_MODEL': 'one.safetensors'}))
+    assert torch.equal(further.model.state_dict()[NAME], solver.model.state_dict()[NAME])
 
 
 # ---------------------------------------------------------------- what is held after all

@@ -87,6 +87,17 @@ class FrozenCLIPEmbedder(TextTowerEmbedder):
     def tower(self) -> ClipText:
         return self.transformer.text_model
 
+    def sizes_as_config(self) -> dict[str, int] | None:
+        """The keys that build this tower and its tokenizer without a folder; None where they cannot say all of it."""
+        tower, shipped = self.tower, ClipTokenizer.shipped()
+        with torch.device('meta'):
+            twin = ClipText(tower.width, tower.depth, tower.heads, self.MAX_LENGTH)
+        is_same = all(getattr(self.tokenizer, key) == getattr(shipped, key) for key in ('vocabulary', 'merges', 'pad', 'added'))
+        is_same &= {n: p.shape for n, p in twin.named_parameters()} == {n: p.shape for n, p in tower.named_parameters()}
+        if not is_same or (tower.activation, tower.norm.eps) != (twin.activation, twin.norm.eps):
+            return None
+        return {'WIDTH': tower.width, 'DEPTH': tower.depth, 'HEADS': tower.heads}
+
 
 def _has_layer(depth: int, index: int) -> bool:
     """Whether a tower of so many blocks has a hidden state of this number: 0 is the embedding, -1 the last block's."""
