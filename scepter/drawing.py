@@ -13,9 +13,10 @@ import inspect
 import itertools
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ class Drawn(NamedTuple):
         files = []
         for result in self.results:
             pictures = {suffix: result[key] for key, suffix in (('image', '.png'), ('train_n_image', '-train_n.png')) if key in result}
-            files += save_new(pictures, folder, result.get('prompt', ''), result['settings'])
+            files += save_new(pictures, Path(folder), result.get('prompt', ''), result['settings'])
         return files
 
     def save_grid(self, folder: str | os.PathLike = 'outputs/inference', columns: int = 4) -> Path:
@@ -94,25 +95,33 @@ def load(path: str | os.PathLike | None = None, cfg: str | os.PathLike | Mapping
     """
     path = None if path is None else str(newest_checkpoint(path) or path)
     experiment, is_theirs = open_config(path, cfg, overrides, imports)
-    refused = nullcontext()
-    if is_theirs and not allow_downloads:
+    refused: AbstractContextManager = nullcontext()
+    if path is not None and is_theirs and not allow_downloads:
         refused = FS.without_requests(
             f'the config that came with {path} names it, and that may be anybody\'s. If you trust it, --allow_downloads '
             '(allow_downloads=True) fetches it; or name a copy of yours, KEY.PATH.PRETRAINED_MODEL=...', but=[*_values(overrides), path])
     with refused:
         model, digest = open_model(path, experiment, is_theirs, ema)
     device = we.device if device is None else torch.device(device)
-    kind = getattr(torch, dtype) if dtype != 'auto' else torch.float16 if device.type == 'cuda' else torch.float32
-    model = model.eval().requires_grad_(False).to(device=device, dtype=kind, memory_format=torch.channels_last)
+    model.eval().requires_grad_(False).to(device=device, dtype=_dtype(dtype, device)).to(memory_format=torch.channels_last)
     return Pipeline(model, experiment, path or str(experiment.file), digest)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    kinds = {'auto': torch.float16 if device.type == 'cuda' else torch.float32, 'float32': torch.float32, 'bfloat16': torch.bfloat16,
+             'float16': torch.float16}
+    if name not in kinds:
+        raise ConfigError(f'dtype {name!r} is not one of {", ".join(kinds)}')
+    return kinds[name]
 
 
 def newest_checkpoint(path: str | os.PathLike) -> Path | None:
     """The checkpoint that a local path means: itself, or the newest whole one of a run's folder; None where it is neither."""
+    path = Path(path)
     if not checkpoints.is_checkpoint(path):
         return None
-    if (Path(path) / checkpoints.MANIFEST).is_file():
-        return Path(path)
+    if (path / checkpoints.MANIFEST).is_file():
+        return path
     found = checkpoints.load(path).path
     get_logger().info(f'{path}: its newest checkpoint is {found.name}')
     return found
@@ -191,11 +200,15 @@ def digest_of(path: str | os.PathLike) -> Future:
         rows = [f'{file.relative_to(place).as_posix()} {atomic.digest(file).sha256}' for file in files]
         return hashlib.sha256('\n'.join(rows).encode()).hexdigest()
 
-    pool = ThreadPoolExecutor(1, 'digest')
-    try:
-        return pool.submit(sum_up)
-    finally:
-        pool.shutdown(wait=False)
+    def work() -> None:
+        try:
+            digest.set_result(sum_up())
+        except BaseException as error:    # whoever asks for the digest is told
+            digest.set_exception(error)
+
+    digest: Future = Future()
+    threading.Thread(target=work, daemon=True).start()    # a daemon, so that a failed start need not wait for 7 GB to be read
+    return digest
 
 
 def _values(words: Sequence[str]) -> list[str]:
@@ -359,7 +372,7 @@ class Told(Image.Image):
 
     @classmethod
     def of(cls, result: Mapping[str, Any]) -> Told:
-        image = Image.fromarray(to_uint8(result['image']))
+        image: Any = Image.fromarray(to_uint8(result['image']))
         image.__class__, image.settings = cls, result['settings']    # Pillow has no other way to one of a subclass
         return image
 

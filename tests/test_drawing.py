@@ -104,6 +104,8 @@ def test_a_runs_folder_means_its_newest_checkpoint_that_is_whole(place, tmp_path
         assert scepter.load(tmp_path / 'run').source == str(tmp_path / 'run' / 'checkpoints' / 'step-00000001')
     with pytest.raises(CheckpointError, match='nowhere'):
         scepter.load(tmp_path / 'nowhere')
+    with pytest.raises(ConfigError, match=r'dtype .float8. is not one of auto, float32'):
+        scepter.load(place / 'run', dtype='float8')
 
 
 def test_a_single_file_of_ours_is_drawn_by_the_config_that_it_carries(place, pipe, tmp_path):
@@ -217,6 +219,18 @@ def test_no_picture_is_ever_overwritten(place, tmp_path):
     assert [read_settings(file)['seed'] for file in files] == [2023, 2023, 1, 1]
     assert sorted(file.name for file in tmp_path.glob('grid*')) == ['grid-2.png', 'grid.png']
     assert read_settings(tmp_path / 'grid-2.png')['seed'] == 1
+
+
+def test_several_that_write_to_one_folder_lose_nothing(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from scepter.core.images import save_new
+    (tmp_path / '00007-theirs.png').touch()
+    pictures = {'.png': torch.zeros(3, 2, 2), '-train_n.png': torch.ones(3, 2, 2)}
+    with ThreadPoolExecutor(4) as pool:
+        files = [file for pair in pool.map(lambda i: save_new(pictures, tmp_path, 'a fox', {'i': i}), range(12)) for file in pair]
+    assert len(set(files)) == 24 and min(int(file.name[:5]) for file in files) == 8
+    assert sorted(read_settings(file)['i'] for file in files) == sorted([*range(12), *range(12)])
 
 
 def test_other_programs_read_how_a_picture_was_made(pipe, place, tmp_path):
