@@ -423,6 +423,18 @@ def test_an_unknown_part_of_a_hook_is_named(base):
         run(config(Path('run'), TRAIN_HOOKS=[hook]))
 
 
+@pytest.mark.parametrize('place', ['run', 'run/checkpoints'])
+def test_a_lost_file_is_found_beside_the_checkpoint_and_half_of_one_is_not(base, place, tmp_path_factory):
+    solver = run(config(Path('run'), {'PRETRAINED_MODEL': base}))
+    whole = tmp_path_factory.mktemp('alone')
+    shutil.move('run', whole)
+    shutil.move(base, whole / place)
+    assert same(restore(whole / 'run'), solver.model.state_dict())
+    (whole / place / base.name).write_bytes((whole / place / base.name).read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match='another file, sha256'):
+        restore(whole / 'run')
+
+
 class OwnReader(BaseEmbedder):
     """Reads its file by itself, as the quick start's embedder does: nobody knows what of it came from there."""
 
