@@ -147,6 +147,23 @@ def test_a_part_is_held_against_its_own_config_too(folders, folder):
         load_pretrained(MODELS.build(describe(folders('sd15')[1]).config.SOLVER.MODEL.FIRST_STAGE_MODEL), folder / 'vae')
 
 
+def test_a_section_or_the_process_may_be_left_out_of_the_comparison(folders, folder):
+    config = describe(folders('sd15')[1]).config.SOLVER.MODEL
+    rewrite(folder / 'model_index.json', _class_name='SomebodysPipeline')    # with a config, only its parts matter
+    rewrite(folder / 'scheduler' / 'scheduler_config.json', _class_name='FlowMatchEulerDiscreteScheduler')
+    rewrite(folder / 'text_encoder' / 'config.json', num_attention_heads=2)
+    for keys in ([], ['SCHEDULE_ARGS'], ['COND_STAGE_MODEL']):
+        with pytest.raises(CheckpointError, match=r'num_attention_heads|FlowMatch'):
+            MODELS.build({**config, 'PRETRAINED_MODEL': str(folder), 'IGNORE_KEYS': keys})
+    MODELS.build({**config, 'PRETRAINED_MODEL': str(folder), 'IGNORE_KEYS': ['SCHEDULE_ARGS', 'COND_STAGE_MODEL']})
+
+
+def test_a_network_without_prompts_is_not_held_against_a_folders_tower(folders):
+    config = describe(folders('sd15')[1]).config.SOLVER.MODEL
+    with pytest.raises(CheckpointError, match='unexpected'):    # by names, not by what its tower is like
+        MODELS.build({**config, 'COND_STAGE_MODEL': None})
+
+
 def test_an_autoencoder_of_its_own_brings_its_scale(folders, folder):
     rewrite(folder / 'vae' / 'config.json', scaling_factor=0.25)
     vae = str(folder / 'vae')

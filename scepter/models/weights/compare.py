@@ -14,7 +14,7 @@ from torch import nn
 
 from scepter.core.config import Config
 from scepter.core.errors import CheckpointError
-from scepter.core.registry import BACKBONES, EMBEDDERS, SCHEDULES, Registry
+from scepter.core.registry import BACKBONES, EMBEDDERS, MODELS, SCHEDULES, Registry
 from scepter.core.schema import Component, schema_of
 from scepter.models.weights import configs
 from scepter.models.weights.configs import Node
@@ -22,7 +22,10 @@ from scepter.models.weights.describe import said_of, short, taken_of, values_of
 from scepter.models.weights.files import Weights
 from scepter.models.weights.shapes import process
 
-SECTIONS = ('DIFFUSION_MODEL', 'FIRST_STAGE_MODEL', 'COND_STAGE_MODEL')
+# section of a LatentDiffusion -> (its registry, keys that a component like ours has): what a user wrote in its place is not looked at
+SECTIONS: dict[str, tuple[Registry, set[str]]] = {
+    'DIFFUSION_MODEL': (BACKBONES, {'NUM_HEADS_CHANNELS'}), 'FIRST_STAGE_MODEL': (MODELS, {'ENCODER'}),
+    'COND_STAGE_MODEL': (EMBEDDERS, {'EMBEDDERS', 'LAYER'})}
 
 
 class Contradiction(NamedTuple):
@@ -64,7 +67,9 @@ def said_beside(model: nn.Module, weights: Weights, ignore_keys: Collection[str]
     cfg = getattr(model, 'cfg', {})
     if 'FIRST_STAGE_MODEL' in cfg:
         own = {key for key in SECTIONS if (cfg.get(key) or {}).get('PRETRAINED_MODEL') or _is_named(key, ignore_keys)}
-        if 'DIFFUSION_MODEL' in own or _is_named('SCHEDULE_ARGS', ignore_keys):    # the process is the network's
+        own |= {key for key, (registry, marks) in SECTIONS.items() if not marks & _filled(registry, cfg.get(key)).keys()}
+        has_unet = (cfg.get('DIFFUSION_MODEL') or {}).get('PRETRAINED_MODEL') is None
+        if not has_unet or _is_named('SCHEDULE_ARGS', ignore_keys):    # the process is that of the network's file
             own.add('SCHEDULE_ARGS')
         if settings.keys() & {'unet', 'vae'}:
             return said_of(settings, name, own), cfg

@@ -62,6 +62,9 @@ def describe_folder(folder: Path, name: str) -> Node:
     if (folder / 'MANIFEST.json').is_file():
         raise CheckpointError(f'{name} is a checkpoint of ours: its own config.yaml says what it is')
     settings = read_settings(folder)
+    pipeline = settings.get('model_index', {}).get('_class_name')
+    if pipeline is not None and pipeline not in [*PIPELINES]:
+        raise CheckpointError(f'{name} is a {pipeline} of diffusers; those that open here are {", ".join(PIPELINES)}')
     model = said_of(settings, name)
     lacking = [part for part, key in (('unet', 'DIFFUSION_MODEL'), ('vae', 'FIRST_STAGE_MODEL'), ('text_encoder', 'COND_STAGE_MODEL'))
                if key not in model]
@@ -85,9 +88,7 @@ def said_of(settings: Settings, name: str, left_out: Collection[str] = ()) -> No
     """
     index = settings.get('model_index', {})
     pipeline, towers = index.get('_class_name'), _towers(settings)
-    if pipeline is not None and pipeline not in [*PIPELINES]:
-        raise CheckpointError(f'{name} is a {pipeline} of diffusers; those that open here are {", ".join(PIPELINES)}')
-    is_xl = PIPELINES[pipeline] if pipeline is not None else 'text_encoder_2' in towers
+    is_xl = PIPELINES[pipeline] if pipeline in [*PIPELINES] else 'text_encoder_2' in towers
     model: Node = {'NAME': 'LatentDiffusion'}
     if 'scheduler' in settings and 'SCHEDULE_ARGS' not in left_out:
         model |= configs.process(settings['scheduler'], name)
