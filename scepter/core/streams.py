@@ -113,6 +113,14 @@ def integers(use: str, high: int, count: int) -> Tensor:
     return torch.from_numpy((bits(keys.seed, use, keys.n) % np.uint64(high)).astype(np.int64))
 
 
+def hide_from_compilers() -> None:
+    """Have torch.compile step over the draws of this module. It would make tensors of their 64-bit integers, which cannot do without
+    a sign what numpy's can."""
+    for draw in (normal, uniform, integers, row_seeds, normal_rows):
+        if not hasattr(draw, '_torchdynamo_disable'):
+            globals()[draw.__name__] = torch.compiler.disable(draw)
+
+
 def row_seeds(seed: int | Sequence[int], count: int, first: int = 0) -> list[int]:
     """One 64-bit seed per row. Row i of seed s is hash(s, first + i), so it does not depend on the batch it is drawn in.
 

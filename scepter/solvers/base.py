@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from scepter.core import checkpoints
+from scepter.core import checkpoints, streams
 from scepter.core.config import Config, Fault, masked
 from scepter.core.env import Stopped, seed_everything, we
 from scepter.core.errors import DataError
@@ -77,6 +77,8 @@ class BaseSolver(Component, base=True):
             yield Fault('MAX_STEPS', f'give one of MAX_STEPS and MAX_EPOCHS: {how}')
         if cfg.OPTIMIZER is None:
             yield Fault('OPTIMIZER', 'is needed to train, e.g. {NAME: AdamW, LEARNING_RATE: 1e-4}')
+        if (cfg.DTYPE, cfg.PARAM_DTYPE) == ('float16', 'bfloat16'):
+            yield Fault('DTYPE', 'is float16, but PARAM_DTYPE is bfloat16: no kernel takes both; write DTYPE: bfloat16')
         if cfg.EVAL_INTERVAL and cfg.EVAL_DATA is None:
             yield Fault('EVAL_INTERVAL', f'is {cfg.EVAL_INTERVAL}, but there is no EVAL_DATA to evaluate on')
 
@@ -132,6 +134,7 @@ class BaseSolver(Component, base=True):
         if self.CHANNELS_LAST:
             self.model.to(memory_format=torch.channels_last)
         if self.COMPILE:
+            streams.hide_from_compilers()
             self.model.compile_network()
         self.dtype = best_dtype(we.device) if self.DTYPE == 'auto' else DTYPES[self.DTYPE]
 
@@ -142,6 +145,10 @@ class BaseSolver(Component, base=True):
         self.optimizers = build_optimizers(self.OPTIMIZER, self.model)
         self.train_step = TrainStep(self.model, self.optimizers, rate_function(self.LR_SCHEDULER, self.WARMUP_STEPS, self.max_steps),
                                     self.dtype, self.GRADIENT_CLIP, self.to_device)
+        if self.COMPILE and len({o.loss for o in self.optimizers}) > 1:
+            import torch._functorch.config
+            # the graph is gone through once for each loss, so its first pass must not give its memory away
+            torch._functorch.config.donated_buffer = False
         trained = sum(p.numel() for o in self.optimizers for p in o.owned.values())
         total = sum(p.numel() for p in self.model.parameters())
         self.logger.info(f'{type(self.model).__name__}: {total:,} parameters, {trained:,} trained, '

@@ -1,7 +1,8 @@
 """Several processes, one gradient."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,24 +22,31 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
     if not we.is_distributed or not parameters:
         return
     has_grad = we.all_reduce(torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=we.device), 'max').tolist()
+    for parameter, is_there in zip(parameters, has_grad):
+        if is_there and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    _in_buckets([p.grad for p in parameters if p.grad is not None], lambda flat: we.all_reduce(flat, 'mean'))
+
+
+def share_buffers(buffers: Sequence[Tensor]) -> None:
+    """Give all processes the main one's buffers. Each has counted its own samples' statistics, as batch normalisation does; a checkpoint
+    holds one set of them, so a resumed run would go on with others than an undisturbed one."""
+    if we.is_distributed:
+        import torch.distributed as dist
+        _in_buckets(buffers, lambda flat: dist.broadcast(flat, src=0))
+
+
+def _in_buckets(tensors: Sequence[Tensor], exchange: Callable[[Tensor], Any]) -> None:
+    """Call exchange, which works in place, on all values, few large tensors of one type in the place of many small ones."""
     bucket: list[Tensor] = []
     held = 0
-    for parameter, is_there in zip(parameters, has_grad):
-        if not is_there:
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        if bucket and (bucket[0].dtype != parameter.grad.dtype or held > BUCKET):
-            _average(bucket)
+    for i, tensor in enumerate(tensors):
+        bucket.append(tensor)
+        held += tensor.nbytes
+        following = tensors[i + 1] if i + 1 < len(tensors) else None
+        if following is None or following.dtype != tensor.dtype or held > BUCKET:
+            flat = torch.cat([t.flatten() for t in bucket])
+            exchange(flat)
+            for t, values in zip(bucket, flat.split([t.numel() for t in bucket])):
+                t.copy_(values.view_as(t))
             bucket, held = [], 0
-        bucket.append(parameter.grad)
-        held += parameter.grad.nbytes
-    if bucket:
-        _average(bucket)
-
-
-def _average(gradients: list[Tensor]) -> None:
-    flat = torch.cat([g.flatten() for g in gradients])
-    we.all_reduce(flat, 'mean')
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
-        gradient.copy_(mean.view_as(gradient))

@@ -15,7 +15,7 @@ from scepter.core.env import we
 from scepter.core.errors import NonFiniteError
 from scepter.core.logger import get_logger
 from scepter.solvers.optim import NamedOptimizer
-from scepter.solvers.parallel import average_gradients
+from scepter.solvers.parallel import average_gradients, share_buffers
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 PATIENCE = 3     # steps in a row with a loss or gradient that is not finite, before the run gives up
@@ -36,6 +36,8 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(we.device.type, enabled=dtype == torch.float16)
         self.refused = 0           # steps in a row
         self.has_changed = False   # whether the last step changed the weights
+        self._counting = [(module, name) for module in model.modules() if any(p.requires_grad for p in module.parameters())
+                          for name in module._buffers]
 
     def __call__(self, batches: Batches, step: int) -> Outputs:
         """The network's outputs for the last batch, its scalars averaged over batches and processes, and lr and grad_norm.
@@ -43,6 +45,7 @@ class TrainStep:
         Raises NonFiniteError at the PATIENCEth refused step in a row.
         """
         due = [o for o in self.optimizers if step % o.every == 0]
+        before = [buffer.clone() for buffer in self.buffers]
         totals: dict[str, Tensor] = {}
         for batch, n in batches:
             with streams.current(we.seed, n, step):    # backward too: what is computed again there draws again
@@ -66,12 +69,21 @@ class TrainStep:
             o.set_rate(self.factor(step))
         if self._is_finite(scalars, step, batches):
             self._update(due, parameters, norm, scalars['grad_norm'])
+            share_buffers(self.buffers)
+        else:
+            for buffer, value in zip(self.buffers, before):
+                buffer.copy_(value)
         if self.scaler.is_enabled() and due:
             self.scaler.update()
         for o in self.optimizers:
             o.zero_grad()
         rates = {f'lr_{o.name}' if i else 'lr': o.rate for i, o in enumerate(self.optimizers)}
         return {**{k: v for k, v in outputs.items() if k not in totals}, **scalars, **rates}
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """What the forward passes of the trained parts may count: statistics of batch normalisation, steps of a schedule."""
+        return [buffer for module, name in self._counting if (buffer := module._buffers[name]) is not None]
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.dtype == torch.float32 else torch.autocast(we.device.type, self.dtype)
