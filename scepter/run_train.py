@@ -46,7 +46,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument('--debug', action='store_true', help='say more, and show the traceback of every error')
     parser.add_argument('--check', action='store_true', help='check the whole config and stop')
     parser.add_argument('--explain', metavar='KEY.PATH', help='say what a key means and where its value came from, and stop')
-    parser.add_argument('--template', metavar='NAME', help="print a component's parameters as commented YAML, and stop")
+    parser.add_argument('--template', metavar='NAME', help="print a component's parameters as commented YAML at their place, and stop")
     return parser
 
 

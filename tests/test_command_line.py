@@ -15,7 +15,8 @@ import pytest
 
 import scepter.components  # noqa: F401
 from scepter import run_train
-from scepter.core.schema import registries
+from scepter.core.schema import registries, schema_of
+from scepter.solvers.optim import OptimizerPlace
 
 ROOT = Path(__file__).resolve().parents[1]
 numbers = itertools.count()
@@ -291,12 +292,33 @@ def test_explain_shows_no_secret(experiment: Callable[..., Path], capsys: pytest
     assert 'canary' not in ''.join(capsys.readouterr())
 
 
-@pytest.mark.parametrize('name', ['DiffusionUNet', 'AdamW', 'scaled_linear', 'CheckpointHook', 'Cosine'])
-def test_template_prints_yaml_that_loads(name: str, capsys: pytest.CaptureFixture):
-    from scepter.core.config import Config
+@pytest.mark.parametrize(('name', 'place'), [
+    ('DiffusionUNet', 'SOLVER.MODEL.DIFFUSION_MODEL'), ('AdamW', 'SOLVER.OPTIMIZER'), ('scaled_linear', 'SOLVER.MODEL.SCHEDULE_ARGS'),
+    ('CheckpointHook', 'SOLVER.TRAIN_HOOKS[0]'), ('Cosine', 'SOLVER.LR_SCHEDULER'), ('Encoder', 'SOLVER.MODEL.ENCODER'),
+    ('LatentDiffusion', 'SOLVER.MODEL'), ('RecordedCrop', 'SOLVER.TRAIN_DATA.TRANSFORMS[0]'), ('LatentDiffusionSolver', 'SOLVER'),
+    ('AutoencoderKL', 'SOLVER.MODEL'), ('ImageTextFolderDataset', 'SOLVER.TRAIN_DATA')])
+def test_a_template_stands_at_its_place_and_loads_and_lacks_only_what_is_marked(name: str, place: str, capsys: pytest.CaptureFixture):
+    from scepter.core.config import Config, split_path
     assert main('--template', name) == 0
-    node, = Config.parse(capsys.readouterr().out).values()
-    assert node.NAME == name
+    text = capsys.readouterr().out
+    node = Config.parse(text)
+    for step in split_path(place):
+        node = node[int(step) if step.isdigit() else step]
+    owner = next(r for r in registries() if name in r)
+
+    found = list(owner.faults(node, '', beside=schema_of(OptimizerPlace) if name == 'AdamW' else None))
+    marked = text.count(':    # required')
+    assert node.NAME == name and bool(found) == bool(marked) and len(found) <= marked    # null is a value of some
+    assert all(f.message.startswith('required, but without a value') or 'with a NAME, got' in f.message for f in found)
+
+
+def test_a_template_writes_out_sections_and_default_parts(capsys: pytest.CaptureFixture):
+    assert main('--template', 'LatentDiffusionSolver') == 0
+    text = capsys.readouterr().out
+    assert '  SAMPLE_ARGS:\n    # Name of the sampler' in text and '  MODEL:\n    NAME:    # required: one of AutoencoderKL' in text
+
+    assert main('--template', 'AutoencoderKL') == 0
+    assert '    REC_LOSS:\n      NAME: ReconstructLoss\n' in (text := capsys.readouterr().out) and '      LOSS_TYPE: l1\n' in text
 
 
 def test_template_of_an_unknown_name_tells_the_nearest(capsys: pytest.CaptureFixture):

@@ -1,12 +1,14 @@
 """What a key of a config means, what it takes, and where its value came from."""
 from __future__ import annotations
 
+import difflib
 import textwrap
 from dataclasses import dataclass
 from typing import Any
 
-from scepter.core.config import NOWHERE, Config, ConfigError, Fault, Origin, did_you_mean, dump, masked, split_path
+from scepter.core.config import NOWHERE, Config, ConfigError, Fault, Origin, did_you_mean, dump, masked, plain, split_path
 from scepter.core.experiment import Experiment
+from scepter.core.registry import Registry
 from scepter.core.schema import REQUIRED, Param, Schema, registries, schema_of
 
 
@@ -21,11 +23,76 @@ def explain(cfg: Config, path: str) -> str:
 
 
 def template(name: str) -> str:
-    """Commented YAML of the component of this name, from each registry that has one. Raises ConfigError with the nearest name."""
+    """Commented YAML of the component of this name, at its place in a config, from each registry that has one.
+
+    It loads; what is required stands without a value and is marked. Raises ConfigError with the nearest name.
+    """
     owners = [r for r in registries() if name in r] or [r for r in registries() if r.offers(name)]
     if not owners:
         raise ConfigError(f'no registry has {name}{did_you_mean(name, (n for r in registries() for n in r))}')
-    return '\n'.join(r.get_config_template(name) for r in owners)
+    return '\n'.join(_placed(r, name) for r in owners)
+
+
+def _placed(registry: Registry, name: str) -> str:
+    """A component's keys below the key where it stands, so that the whole is a config to lay over another one (_BASE_)."""
+    path, p = _place_of(registry, name)
+    schema = registry.schema(name)
+    lines = [f'NAME: {name}', *_key_lines(schema.joined(schema_of(p.place)) if p is not None and p.place is not None else schema, {})]
+    if p is not None and p.many:
+        lines = [('- ' if i == 0 else '  ') + line for i, line in enumerate(lines)]
+    for key in reversed(path):
+        lines = [f'{key}:', *_indented(lines)]
+    return '\n'.join(lines) + '\n'
+
+
+def _key_lines(schema: Schema, values: dict[str, Any]) -> list[str]:
+    """Each key with its meaning above it and its default behind it; sections and default parts are written out."""
+    lines = []
+    for key, p in schema.items():
+        value = values.get(key, p.default)
+        lines.append(f'# {" ".join(p.doc.split())} ({p.spell()}{", required" if value is REQUIRED else ""})'.replace('#  (', '# ('))
+        if p.nested is not None:
+            lines += [f'{key}:', *_indented(_key_lines(p.nested, value or {}))]
+        elif p.registry is not None and value is REQUIRED:
+            choices = ', '.join(p.registry)
+            lines += [f'{key}:', f'  {"- " if p.many else ""}NAME:    # required: one of {choices}']
+        elif p.registry is not None and isinstance(value, dict) and value.get('NAME') in p.registry:
+            lines += [f'{key}:', f'  NAME: {value["NAME"]}', *_indented(_key_lines(p.registry.schema(value['NAME']), value))]
+        elif value is REQUIRED:
+            lines.append(f'{key}:    # required')
+        else:
+            lines.append(f'{key}: ' + dump({'V': plain(value)}, flow=True).strip()[4:-1].replace('\n', ' '))
+    return lines
+
+
+def _indented(lines: list[str]) -> list[str]:
+    return [f'  {line}' for line in lines]
+
+
+def _place_of(registry: Registry, name: str) -> tuple[list[str], Param | None]:
+    """The path of a key that takes components of this registry, as near to the top as there is one, and what declares it.
+
+    Of several, the key that is called like the component (ENCODER: Encoder), else the first of the last class that has one; the
+    registry's own name where no key takes one, as for samplers, which SAMPLER names.
+    """
+    level: list[tuple[list[str], Schema]] = [([], schema_of(Experiment))]
+    seen: set[str] = set()
+    while level:
+        found = [([*path, p.name], p) for path, schema in level for p in schema.values() if p.registry is registry]
+        if found:
+            like = difflib.get_close_matches(name.upper(), [path[-1] for path, _ in found], n=1, cutoff=0.6)
+            owner = found[-1][1].owner
+            return next((path, p) for path, p in found if (path[-1] in like if like else p.owner is owner))
+        below: list[tuple[list[str], Schema]] = []
+        for path, schema in level:
+            for p in schema.values():
+                if p.nested is not None:
+                    below.append(([*path, p.name], p.nested))
+                elif p.registry is not None and not p.many and p.registry.name not in seen:
+                    below += [([*path, p.name], p.registry.schema(n)) for n in p.registry]
+        seen |= {p.registry.name for _, schema in level for p in schema.values() if p.registry is not None}
+        level = below
+    return [registry.name], None
 
 
 @dataclass

@@ -358,6 +358,8 @@ def value_faults(value: Any, p: Param, path: str, origin: Any) -> Iterator[Fault
             yield from p.nested.faults(Config.of(value), path)
         elif isinstance(value, Config) and 'NAME' in value and p.type in (Any, dict):
             yield from loose_faults(value, path)
+        elif value is None and p.default is REQUIRED and not fits(None, p.type):
+            yield Fault(path, f'required, but without a value{f" ({p.doc})" if p.doc else ""}', origin)
         elif not fits(value, p.type):
             yield Fault(path, f'expected {p.spell()}, got {shown(value, path)}', origin)
         else:

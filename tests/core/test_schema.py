@@ -76,7 +76,7 @@ def test_a_value_that_fits_is_read_in_its_parameters_own_type(key: str, value: o
 
 
 @pytest.mark.parametrize(('key', 'value', 'expected'), [
-    ('WIDTH', 'four', 'int'), ('WIDTH', 1.0, 'int'), ('WIDTH', True, 'int'), ('WIDTH', None, 'int'), ('SCALE', '1', 'float'),
+    ('WIDTH', 'four', 'int'), ('WIDTH', 1.0, 'int'), ('WIDTH', True, 'int'), ('SCALE', '1', 'float'),
     ('SCALE', True, 'float'), ('SCALE', float('nan'), 'float'), ('MAYBE', 3, 'str or null'), ('FLAG', 'maybe', 'bool'), ('FLAG', 1, 'bool'),
     ('ACT', 'relu', 'one of silu, gelu'), ('SIZES', 3, 'list of int'), ('SIZES', [1, 'x'], 'list of int'),
     ('PAIR', [1.0], '[float, float]'),
@@ -117,6 +117,7 @@ def test_all_faults_of_a_tree_come_at_once_each_with_its_line():
 
 def test_a_required_key_that_is_missing_is_named_with_its_meaning():
     assert [(f.path, f.message) for f in PARTS.faults(Config({'NAME': 'Leaf'}), '')] == [('WIDTH', 'required, but missing (Channels.)')]
+    assert faults(WIDTH=None) == [('AT.WIDTH', 'required, but without a value (Channels.)')]
 
 
 @pytest.mark.parametrize('node', [3, 'Leaf', None, [], {}, {'NAME': 3}, {'WIDTH': 1}])
