@@ -93,7 +93,7 @@ def load(path: str | os.PathLike | None = None, cfg: str | os.PathLike | Mapping
     allow_downloads: also fetch what a config that came with the weights names; what you name yourself is always fetched.
     Raises ConfigError, CheckpointError and DataError.
     """
-    path = None if path is None else str(newest_checkpoint(path) or path)
+    path, source = (None, '') if path is None else _place_of(str(path))
     experiment, is_theirs = open_config(path, cfg, overrides, imports)
     refused: AbstractContextManager = nullcontext()
     if path is not None and is_theirs and not allow_downloads:
@@ -104,7 +104,7 @@ def load(path: str | os.PathLike | None = None, cfg: str | os.PathLike | Mapping
         model, digest = open_model(path, experiment, is_theirs, ema)
     device = we.device if device is None else torch.device(device)
     model.eval().requires_grad_(False).to(device=device, dtype=_dtype(dtype, device)).to(memory_format=torch.channels_last)
-    return Pipeline(model, experiment, path or str(experiment.file), digest)
+    return Pipeline(model, experiment, source or str(experiment.file), digest)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -113,6 +113,18 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in kinds:
         raise ConfigError(f'dtype {name!r} is not one of {", ".join(kinds)}')
     return kinds[name]
+
+
+def _place_of(path: str) -> tuple[str, str]:
+    """What a path means on this machine, and what to call it: a checkpoint of ours may lie in any store."""
+    if '://' not in path:
+        path = str(newest_checkpoint(path) or path)
+        return path, path
+    if not path.split('?')[0].endswith(weights.FILES):
+        with weights.local_copy(path) as local:
+            if (checkpoint := newest_checkpoint(local)) is not None:
+                return str(checkpoint), path
+    return path, path
 
 
 def newest_checkpoint(path: str | os.PathLike) -> Path | None:

@@ -108,6 +108,16 @@ def test_a_runs_folder_means_its_newest_checkpoint_that_is_whole(place, tmp_path
         scepter.load(place / 'run', dtype='float8')
 
 
+def test_a_checkpoint_in_a_store_is_opened_as_one_on_the_disk_is(place, pipe, tmp_path, monkeypatch):
+    monkeypatch.setenv('SCEPTER_CACHE', str(tmp_path / 'cache'))
+    for file in (place / 'run' / 'checkpoints' / 'step-00000002').iterdir():
+        with scepter.FS.put_to(f'memory://drawn/step-00000002/{file.name}') as local:
+            shutil.copy(file, local)
+    far = scepter.load('memory://drawn/step-00000002')
+    assert far.source == 'memory://drawn/step-00000002'
+    assert torch.equal(far('a').results[0]['image'], pipe('a').results[0]['image'])
+
+
 def test_a_single_file_of_ours_is_drawn_by_the_config_that_it_carries(place, pipe, tmp_path):
     text = checkpoints.load(place / 'run' / 'checkpoints' / 'step-00000002').config
     own = text.replace('PRETRAINED_MODEL: null', 'PRETRAINED_MODEL: /gone/with/the/run.safetensors') + 'IMPORTS: [boom.py]\n'

@@ -2,11 +2,11 @@
 from scepter.models.weights.compare import refuse_contradictions
 from scepter.models.weights.describe import Description, Taken, describe
 from scepter.models.weights.export import export_diffusers, export_single
-from scepter.models.weights.files import Weights, carried_config, local_copy, read_json, read_weights
+from scepter.models.weights.files import FILES, Weights, carried_config, local_copy, read_json, read_weights
 from scepter.models.weights.layouts import latent_diffusion_weights, text_tower_weights, weights_for, whole_model
 from scepter.models.weights.loading import family_of, load_into
 from scepter.models.weights.sources import load_pretrained, refuse_unfilled
 
-__all__ = ['Description', 'Taken', 'Weights', 'carried_config', 'describe', 'export_diffusers', 'export_single', 'family_of',
+__all__ = ['FILES', 'Description', 'Taken', 'Weights', 'carried_config', 'describe', 'export_diffusers', 'export_single', 'family_of',
            'latent_diffusion_weights', 'load_into', 'load_pretrained', 'local_copy', 'read_json', 'read_weights', 'refuse_contradictions',
            'refuse_unfilled', 'text_tower_weights', 'weights_for', 'whole_model']
