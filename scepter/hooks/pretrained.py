@@ -17,5 +17,5 @@ class PretrainedHook(Hook):
     IGNORE_KEYS: list[str] = param([], 'Names or globs of keys that may be missing, unexpected or of another shape.')
 
     def before_solve(self, solver: Any) -> None:
-        if solver.step == 0:
+        if not solver.is_resumed:
             solver.model.load_pretrained(self.PRETRAINED_MODEL, self.IGNORE_KEYS, self.PART)

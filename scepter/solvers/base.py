@@ -90,6 +90,7 @@ class BaseSolver(Component, base=True):
         self.mode = 'train'
         self.step = 0        # steps of the optimizer
         self.samples = 0     # the clock: the number of the next sample in the endless stream
+        self.is_resumed = False
         self.outputs: Outputs = {}
         self.eval_outputs: dict[str, float] = {}
         self.is_eval_due = False      # the evaluation of this step was cut off by a stop signal
@@ -176,7 +177,7 @@ class BaseSolver(Component, base=True):
             self.load_tested_weights()
         for mode in MODES:
             self._call('before_solve', mode)
-        if 'train' not in self._mode_set and 'test' in self._mode_set and self._saved_step is None:
+        if 'train' not in self._mode_set and 'test' in self._mode_set and not self.is_resumed:
             self.model.refuse_unfilled()
         elif 'train' in self._mode_set and we.is_main:
             self.model.left_out()    # hashes the files that checkpoints will rely on, while they are the ones that were read
@@ -188,7 +189,7 @@ class BaseSolver(Component, base=True):
             return
         self.model.agree_on_sources()
         self.model.load_trained_state(loaded, use_ema=True)
-        self.step = self._saved_step = loaded.step
+        self.step, self.is_resumed = loaded.step, True
         self.logger.info(f'testing {loaded.path}, {"averaged" if "ema" in loaded.groups else "plain"} weights')
 
     def run_train(self) -> None:
@@ -340,7 +341,7 @@ class BaseSolver(Component, base=True):
     def load_checkpoint(self, checkpoint: checkpoints.Checkpoint) -> None:
         """Go on exactly where a checkpoint was written: weights, optimizer, hooks, place in the data. Raises CheckpointError."""
         state.restore(self, checkpoint)
-        self._saved_step = self.step
+        self._saved_step, self.is_resumed = self.step, True
         self.logger.info(f'continuing {checkpoint.path} at step {self.step}')
 
     def _find_checkpoint(self) -> checkpoints.Checkpoint | None:

@@ -177,7 +177,12 @@ def store(tmp_path_factory) -> Iterator[tuple[Path, str]]:
     server.shutdown()
 
 
-@pytest.fixture(scope='module', params=WAYS.values(), ids=WAYS)
+# the code of these is that of other rows
+ALIKE = ("a run's folder", 'a file of to-single', 'a hook')
+
+
+@pytest.fixture(scope='module', params=[pytest.param(way, id=name, marks=pytest.mark.slow if name in ALIKE else ())
+                                        for name, way in WAYS.items()])
 def done(request, tmp_path_factory, store) -> Iterator[Run]:
     way, root = request.param, tmp_path_factory.mktemp('way') / 'project'
     root.mkdir()
@@ -352,6 +357,23 @@ def test_what_was_written_to_after_it_was_loaded_is_held(base):
     assert not any(name.startswith('first_stage_model') for name in model.left_out())
 
 
+def test_another_parameter_in_the_place_of_one_that_was_loaded_is_held(base):
+    model = built({'PRETRAINED_MODEL': base})
+    layer = model.first_stage_model.encoder.conv_in
+    layer.weight = nn.Parameter(torch.zeros_like(layer.weight), requires_grad=False)
+    layer.weight.add_(1).mul_(2)    # written to as often as the one before
+    assert NAME not in model.left_out() and 'first_stage_model.encoder.conv_in.bias' in model.left_out()
+
+
+def test_other_types_and_layouts_of_the_weights_are_left_out_and_restored_alike(base):
+    how = {'PARAM_DTYPE': 'bfloat16', 'CHANNELS_LAST': True}
+    solver = run(config(Path('run'), {'PRETRAINED_MODEL': base}, **how))
+    assert NAME not in held(Path('run'))
+    resumed = run(config(Path('run'), {'PRETRAINED_MODEL': base}, RESUME_FROM='auto', **how))
+    assert same(resumed.model, solver.model.state_dict())
+    assert torch.equal(restore('run').state_dict()[NAME], load_file(base)[NAME])
+
+
 def test_what_was_trained_is_held_though_it_is_frozen_now(base):
     cfg = {'PRETRAINED_MODEL': base, 'FREEZE': '[model.out.*]'}
     run(config(Path('run'), {'PRETRAINED_MODEL': base}))
@@ -463,7 +485,7 @@ def test_a_part_that_reads_its_file_by_itself_is_held_and_finds_the_file_from_an
 
 
 # ---------------------------------------------------------------- test runs
-def tested(**solver: Any) -> Any:
+def drawn_in_a_test_run(**solver: Any) -> Any:
     cfg = config(Path('test'), MODE=['test'], SAMPLE_ARGS={'IMAGE_SIZE': 8, 'SAMPLE_STEPS': 1}, **solver)
     cfg.SOLVER.TEST_DATA = cfg.SOLVER.TRAIN_DATA
     return run(cfg).model
@@ -473,7 +495,7 @@ def test_a_test_run_has_the_weights_of_resume_from_averaged_ones_where_there_are
     hooks = [{'NAME': 'CheckpointHook', 'INTERVAL': 0}, {'NAME': 'ModelEmaHook', 'BETA': 0.5}]
     run(config(Path('run'), {'PRETRAINED_MODEL': base}, TRAIN_HOOKS=hooks, MAX_STEPS=2))
     checkpoint = checkpoints.load('run')
-    weights = tested(RESUME_FROM='run').state_dict()
+    weights = drawn_in_a_test_run(RESUME_FROM='run').state_dict()
     assert torch.equal(weights['model.out.2.weight'], checkpoint.tensors('ema')['model.out.2.weight'])
     assert not torch.equal(weights['model.out.2.weight'], checkpoint.tensors('model')['model.out.2.weight'])
     assert torch.equal(weights[NAME], load_file(base)[NAME])
@@ -484,11 +506,11 @@ def test_a_test_run_has_the_weights_of_resume_from_averaged_ones_where_there_are
                                             ({'RESUME_FROM': '/nowhere'}, '/nowhere does not exist')])
 def test_a_test_run_without_weights_draws_nothing(base, words, message):
     with pytest.raises(CheckpointError, match=message) as error:
-        tested(**words)
+        drawn_in_a_test_run(**words)
     assert error.value.exit_code == 4 and not Path('test/test_results').exists()
 
 
 @pytest.mark.parametrize('resume_from', [None, 'auto'])
 def test_a_test_run_takes_the_files_that_the_config_names(base, resume_from):
     model = config(Path('run'), {'PRETRAINED_MODEL': base}).SOLVER.MODEL
-    assert same(tested(MODEL=model, RESUME_FROM=resume_from), load_file(base))
+    assert same(drawn_in_a_test_run(MODEL=model, RESUME_FROM=resume_from), load_file(base))

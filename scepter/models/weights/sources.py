@@ -59,6 +59,7 @@ class Mark(NamedTuple):
     origin: Origin | None
     inner: str          # its name in the module that the source is of
     version: int        # that PyTorch counts up whenever the parameter is written to
+    identity: int       # of the parameter: another one in its place comes from elsewhere
     said: str           # the config's word for it, which may be that of a checkpoint that left it out
 
     @property
@@ -120,14 +121,15 @@ def mark(model: nn.Module, entries: Mapping[str, Entry | None], loaded: Loaded |
         marks = model.get_submodule(path).__dict__.setdefault('_marks', {})
         own, inner = (None, name) if entry is None else entry.origin or (loaded, name)
         said = loaded.said if loaded is not None else own.source.said if own is not None else ''
-        marks[leaf] = Mark(own, inner if f'.{name}'.endswith(f'.{inner}') else name, parameters[name]._version, said)
+        marks[leaf] = Mark(own, inner if f'.{name}'.endswith(f'.{inner}') else name, parameters[name]._version,
+                           id(parameters[name]), said)
 
 
 def marks_of(model: nn.Module) -> dict[str, Mark]:
     """What each parameter remembers that has not been written to since, by its name."""
     return {f'{path}.{leaf}' if path else leaf: m for path, module in model.named_modules(remove_duplicate=False)
             for leaf, m in module.__dict__.get('_marks', {}).items()
-            if isinstance(p := module._parameters.get(leaf), Tensor) and p._version == m.version}
+            if isinstance(p := module._parameters.get(leaf), Tensor) and (p._version, id(p)) == (m.version, m.identity)}
 
 
 def left_out(model: nn.Module) -> dict[str, Mark]:
