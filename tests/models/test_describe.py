@@ -18,8 +18,11 @@ from scepter.models.weights import describe, load_pretrained
 from scepter.models.weights.configs import sampling
 from scepter.models.weights.describe import said_of, values_of
 from scepter.models.weights.files import read_settings
+from scepter.run_inference import main as run_inference
+from scepter.run_train import main as run_train
 from scepter.solvers.diffusion import SampleArgs
 from tests.models.strangers import pipeline, rewrite
+from tests.twins import three_images
 
 PROMPTS = ['a red fox in the snow', '']
 
@@ -81,7 +84,7 @@ def test_each_value_says_where_it_was_taken_from(folders):
     assert taken['SOLVER.MODEL.SCALE_FACTOR'].value == 0.5
     assert taken['SOLVER.MODEL.DIFFUSION_MODEL.NUM_HEADS_CHANNELS'].source == 'unet/config.json: attention_head_dim'
     assert 'vae/config.json: scaling_factor' in str(taken['SOLVER.MODEL.SCALE_FACTOR'])
-    assert taken['SOLVER.SAMPLE_ARGS.GUIDE_SCALE'].is_convention
+    assert taken['SOLVER.SAMPLE_ARGS.GUIDE_SCALE'].is_convention and 'assumed: ' in str(taken['SOLVER.SAMPLE_ARGS.GUIDE_SCALE'])
 
 
 def test_the_config_can_be_saved_and_loaded(folders, tmp_path):
@@ -122,6 +125,20 @@ def test_a_config_that_says_otherwise_than_the_folder_is_an_error_with_both_valu
         load(folders(kind)[1], **{key: value})
     assert ours in str(error.value) and theirs in str(error.value)
     assert error.value.exit_code == 4
+
+
+def test_training_and_drawing_both_end_with_4(folders, tmp_path, capsys):
+    path = folders('sd15')[1]
+    config = describe(path).config
+    config.SOLVER |= {'WORK_DIR': str(tmp_path / 'work'), 'MAX_STEPS': 1, 'OPTIMIZER': {'NAME': 'SGD', 'LEARNING_RATE': 1e-3},
+                      'TRAIN_DATA': {'NAME': 'ImageTextFolderDataset', 'DATA_FOLDER': str(three_images(tmp_path / 'images'))}}
+    config.SOLVER.MODEL.SCALE_FACTOR = 0.18215
+    (tmp_path / 'train.yaml').write_text(str(config))
+    assert run_train(['--cfg', str(tmp_path / 'train.yaml')]) == 4
+    words = ['--prompt', 'x', '--pretrained_model', str(path), '--save_folder', str(tmp_path / 'out')]
+    assert run_inference([*words, 'SOLVER.MODEL.PARAMETERIZATION=v']) == 4
+    told = capsys.readouterr().err
+    assert '0.18215, but vae/config.json: scaling_factor says 0.5' in told and "'v', but scheduler" in told and 'Traceback' not in told
 
 
 def test_what_ignore_keys_names_may_differ_from_the_folder(folders):

@@ -38,7 +38,7 @@ class Taken(NamedTuple):
     is_convention: bool = False
 
     def __str__(self) -> str:
-        return f'{self.key} = {short(self.value)}    {self.source}'
+        return f'{self.key} = {short(self.value)}    {"assumed: " if self.is_convention else ""}{self.source}'
 
 
 class Description(NamedTuple):
