@@ -14,7 +14,8 @@ _REGISTRIES = ('MODELS', 'BACKBONES', 'EMBEDDERS', 'LOSSES', 'SOLVERS', 'HOOKS',
                'LR_SCHEDULERS', 'FILE_SYSTEMS', 'SCHEDULES', 'SAMPLERS')
 _HOMES = {
     'core.registry': (*_REGISTRIES, 'Registry', 'need'),
-    'core.schema': ('Component', 'param', 'part', 'parts', 'Bounds', 'REQUIRED', 'dict_to_yaml', 'default'),
+    'core.schema': ('Component', 'param', 'part', 'parts', 'REQUIRED', 'dict_to_yaml', 'default'),
+    'core.values': ('Bounds',),
     'core.config': ('Config', 'ConfigError', 'Fault'),
     'core.errors': ('ScepterError', 'DataError', 'CheckpointError', 'PeerError', 'NonFiniteError'),
     'core.env': ('we',),

@@ -25,7 +25,8 @@ from scepter.core.config import dump, plain  # noqa: E402
 from scepter.core.env import Env  # noqa: E402
 from scepter.core.experiment import Experiment, import_user_code  # noqa: E402
 from scepter.core.registry import Registry  # noqa: E402
-from scepter.core.schema import NO_BOUNDS, REQUIRED, Bounds, Component, Param, Schema, is_foreign, registries, schema_of  # noqa: E402
+from scepter.core.schema import REQUIRED, Component, Param, Schema, registries, schema_of  # noqa: E402
+from scepter.core.values import NO_BOUNDS, Bounds, is_foreign  # noqa: E402
 
 PAGE = (ROOT / 'docs' if (ROOT / 'docs').is_dir() else Path()) / 'components.md'    # an installation has no docs: here, then
 HEAD = '''# Components

@@ -17,7 +17,8 @@ from functools import partial
 from typing import Any
 
 from scepter.core.config import NOWHERE, Config, ConfigError, Fault, Origin, did_you_mean
-from scepter.core.schema import Bounds, Component, Schema, dict_to_yaml, registries, schema_of, shown
+from scepter.core.schema import Component, Schema, dict_to_yaml, registries, schema_of
+from scepter.core.values import Bounds, shown
 
 LIBRARIES = ('torch', 'torchvision')    # whose classes are offered under their own names
 

@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from scepter.core.registry import SAMPLERS
-from scepter.core.schema import Bounds
+from scepter.core.values import Bounds
 from scepter.diffusion.process import Level
 
 Denoise = Callable[[Tensor, Level], tuple[Tensor, Tensor]]

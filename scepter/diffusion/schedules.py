@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scepter.core.registry import SCHEDULES
-from scepter.core.schema import Bounds
+from scepter.core.values import Bounds
 
 Schedule = tuple[Tensor, Tensor]
 Beta = Annotated[float, Bounds(above=0, below=1)]    # the share of the signal's variance that one step replaces by noise

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from scepter.core.config import Config, ConfigError
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import LR_SCHEDULERS, OPTIMIZERS
-from scepter.core.schema import Bounds, Component, param, split_node
+from scepter.core.schema import Component, param, split_node
+from scepter.core.values import Bounds
 
 for _name, _value in vars(torch.optim).items():
     # LBFGS calls the network itself, several times a step; SparseAdam takes gradients that cannot be averaged or clipped

@@ -8,7 +8,8 @@ import pytest
 
 from scepter.core.config import Config, ConfigError, Fault
 from scepter.core.registry import Registry
-from scepter.core.schema import Bounds, Component, default, dict_to_yaml, param, part, parts, schema_of
+from scepter.core.schema import Component, default, dict_to_yaml, param, part, parts, schema_of
+from scepter.core.values import Bounds
 
 PARTS = Registry('TEST_PARTS')
 OPTIONS = Registry('TEST_OPTIONS', given=('x',), aliases={'LEARNING_RATE': 'lr'})
