@@ -15,6 +15,8 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from scepter.core.secrets import hide
+
 # our samplers -> what other programs call them
 SAMPLERS = {
     'ddim': 'DDIM', 'euler': 'Euler', 'euler_ancestral': 'Euler a', 'lcm': 'LCM', 'heun': 'Heun', 'dpm2': 'DPM2',
@@ -79,12 +81,15 @@ def free_path(path: str | Path) -> Path:
 
 
 def png_text(settings: dict[str, Any]) -> PngImagePlugin.PngInfo:
-    """Settings as text of a PNG: JSON under `scepter`, and, where they tell a seed, the form that other programs read, `parameters`."""
+    """Settings as text of a PNG: JSON under `scepter`, and, where they tell a seed, the form that other programs read, `parameters`.
+
+    A picture is given away: no secret stands in it, and ${NAME} for what came from the environment.
+    """
     info = PngImagePlugin.PngInfo()
     if settings:
-        info.add_text('scepter', json.dumps(settings, ensure_ascii=True, default=str))
+        info.add_text('scepter', hide(json.dumps(settings, ensure_ascii=True, default=str)))
     if 'seed' in settings and 'prompt' in settings:
-        info.add_text('parameters', parameters(settings))
+        info.add_text('parameters', hide(parameters(settings)))
     return info
 
 

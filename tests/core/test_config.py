@@ -9,10 +9,12 @@ import pickle
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scepter.core.config import Config, ConfigError
+from scepter.core.images import read_settings, save_png
 from scepter.core.logger import get_logger, set_up_logging
 from scepter.core.secrets import hide, is_secret
 
@@ -276,6 +278,15 @@ def test_what_came_from_the_environment_is_shown_as_its_name_under_any_key(monke
         assert 'canary' not in text and '${SCEPTER_HIDDEN}' in text
     assert 'and abc' in logged and "'abc'" not in repr(cfg)    # too short to be known again in running text, but not in a config
     assert cfg.PROMPT == 'canary-plain-41' and cfg.ADDRESS == 'https://host/canary-plain-41/x'
+
+
+def test_a_picture_holds_no_secret_and_no_value_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv('SCEPTER_PAINTED', 'canary-painted-3')
+    cfg = Config.parse('PROMPT: ${SCEPTER_PAINTED}\nHF_TOKEN: canary-token-4\n')
+    save_png(torch.zeros(3, 4, 4), tmp_path / 'a.png', {'prompt': cfg.PROMPT, 'seed': 1, 'model': f'https://host/{cfg.HF_TOKEN}'})
+
+    assert b'canary' not in (tmp_path / 'a.png').read_bytes()
+    assert read_settings(tmp_path / 'a.png')['prompt'] == '${SCEPTER_PAINTED}'
 
 
 def test_a_process_that_was_handed_a_config_hides_the_same(monkeypatch: pytest.MonkeyPatch):
