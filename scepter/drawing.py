@@ -267,8 +267,7 @@ class Pipeline:
         for rows in self._batches(prompts, count, batch_size, arguments.get('n_prompt')):
             here = rows.stop - rows.start
             own: dict[str, Any] = {key: arguments[key].expand(here, -1, -1, -1) for key in ('image', 'mask') if key in arguments}
-            if isinstance(arguments.get('n_prompt'), list):
-                own['n_prompt'] = arguments['n_prompt'][rows]
+            own |= {key: arguments[key][rows] for key in ('n_prompt', 'label') if isinstance(arguments.get(key), list)}
             own |= {'num_samples': here} if prompts is None else {'prompt': prompts[rows]}
             with torch.no_grad(), streams.current(seed, range(rows.start, rows.stop)), self._seeded(seed, rows.start):
                 results = self.model.forward_test(**accepted(self.model.forward_test, {

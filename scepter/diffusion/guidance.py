@@ -40,15 +40,16 @@ def guided(model: Callable[..., Tensor], model_kwargs: ModelKwargs | None, guide
 
     if len(kept) == 1:
         only = wanted[0]
-        return lambda x, t: model(x, t=t, **only).to(like.dtype)
+        return lambda x, t: shaped_like(x, model(x, t=t, **only), model).to(like.dtype)
 
     count, weights = len(kept), [weights[i] for i in kept]
     together = batched(wanted, len(like))
 
     def outputs(x: Tensor, t: Tensor) -> Sequence[Tensor]:
         if together is None:
-            return [model(x, t=t, **kwargs).to(like.dtype) for kwargs in wanted]
-        return model(torch.cat([x] * count), t=torch.cat([t] * count), **together).to(like.dtype).chunk(count)
+            return [shaped_like(x, model(x, t=t, **kwargs), model).to(like.dtype) for kwargs in wanted]
+        xs = torch.cat([x] * count)
+        return shaped_like(xs, model(xs, t=torch.cat([t] * count), **together), model).to(like.dtype).chunk(count)
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         outs = outputs(x, t)
@@ -57,6 +58,14 @@ def guided(model: Callable[..., Tensor], model_kwargs: ModelKwargs | None, guide
             out = out + weight * other
         return rescale(out, outs[0], guide_rescale) if guide_rescale else out
     return predict
+
+
+def shaped_like(x: Tensor, out: Tensor, model: Callable[..., Tensor]) -> Tensor:
+    """A network's output, which has a value for each of x: any other would be broadcast without a word. Raises ValueError."""
+    if out.shape != x.shape:
+        name = getattr(model, '__name__', type(model).__name__)
+        raise ValueError(f'{name} gave {list(out.shape)} for x {list(x.shape)}: expected one value for each of x')
+    return out
 
 
 def rescale(out: Tensor, wanted: Tensor, share: float) -> Tensor:

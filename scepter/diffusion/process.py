@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from scepter.core import streams
 from scepter.core.registry import SAMPLERS
-from scepter.diffusion.guidance import GuideScale, ModelKwargs, bounded, guided
+from scepter.diffusion.guidance import GuideScale, ModelKwargs, bounded, guided, shaped_like
 
 
 class Level(NamedTuple):
@@ -139,7 +139,7 @@ class Diffusion:
             noise = noise + offset_noise * channel
         seen = noise + input_perturbation * streams.normal('input_perturbation', x0) if input_perturbation else noise
         level = self.level(t, x0)
-        out = model(self.diffuse(x0, seen, level).to(kind), t=level.t, **(model_kwargs or {})).to(x0.dtype)
+        out = shaped_like(x0, model(self.diffuse(x0, seen, level).to(kind), t=level.t, **(model_kwargs or {})), model).to(x0.dtype)
         target = self.target(x0, noise, level)
         error = (out - target) ** 2 if criterion is None else criterion(out, target)
         if error.shape != target.shape:

@@ -1,11 +1,14 @@
-"""LatentDiffusion: an autoencoder, a network that removes noise in its latent space, and an embedder that tells it what to draw."""
+"""LatentDiffusion: an autoencoder, a network that removes noise in its latent space, and an embedder that tells it what to draw.
+
+Without an autoencoder the network draws the pixels themselves. `FirstStage` is what an autoencoder of one's own must have.
+"""
 from __future__ import annotations
 
 import fnmatch
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,7 @@ from scepter.core.schema import default, param, part
 from scepter.diffusion.process import Diffusion
 from scepter.diffusion.schedules import zero_terminal_snr
 from scepter.models.autoencoder import DiagonalGaussian
-from scepter.models.base import TrainModule
+from scepter.models.base import Told, TrainModule
 from scepter.models.unfilled import unfilled
 
 
@@ -31,8 +34,10 @@ class LatentDiffusion(TrainModule):
     """
 
     DIFFUSION_MODEL: dict = part(BACKBONES, 'The network that removes noise: (x, t, cond) -> prediction.')
-    FIRST_STAGE_MODEL: dict = part(MODELS, 'The autoencoder; always frozen.')
-    COND_STAGE_MODEL: dict | None = part(EMBEDDERS, 'From prompts to context; null for a network without prompts.', default=None)
+    FIRST_STAGE_MODEL: dict | None = part(MODELS, 'The autoencoder; always frozen. Null: the network draws pixels (SIZE_FACTOR and '
+                                                  'SCALE_FACTOR are 1).', default=None)
+    COND_STAGE_MODEL: dict | None = part(EMBEDDERS, 'From prompts, or labels, to what the network is told; null: it is told nothing.',
+                                         default=None)
     LOSS: dict | None = part(LOSSES, 'The error of each element of the prediction; default its square.', default=None)
 
     PARAMETERIZATION: Literal['eps', 'x0', 'v', 'flow'] = param('eps', 'What the network predicts.')
@@ -66,7 +71,7 @@ class LatentDiffusion(TrainModule):
         super().__init__(cfg, logger=logger)
         with unfilled(self.cfg) if self.PRETRAINED_MODEL is not None else nullcontext():
             self.model = BACKBONES.build(self.DIFFUSION_MODEL, logger=logger)
-            self.first_stage_model = MODELS.build(self.FIRST_STAGE_MODEL, logger=logger)
+            self.first_stage_model = MODELS.build(self.FIRST_STAGE_MODEL, logger=logger) if self.FIRST_STAGE_MODEL is not None else None
             self.cond_stage_model = EMBEDDERS.build(self.COND_STAGE_MODEL, logger=logger) if self.COND_STAGE_MODEL is not None else None
         self.loss = LOSSES.build(self.LOSS, logger=logger) if self.LOSS is not None else None
 
@@ -77,45 +82,55 @@ class LatentDiffusion(TrainModule):
 
         if self.PRETRAINED_MODEL is not None:
             self.load_pretrained(self.PRETRAINED_MODEL, self.IGNORE_KEYS)
-        self.first_stage_model.freeze()
+        if self.first_stage_model is not None:
+            self.first_stage_model.freeze()
         for name, parameter in self.named_parameters():
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.FREEZE):
                 parameter.requires_grad_(False)
 
     def _check_parts(self) -> None:
-        """Refuse parts that cannot work together before anything is computed. Parts that do not tell their widths are left alone."""
+        """Refuse parts that cannot work together before anything is computed. Parts that do not tell their sizes are left alone."""
         latent, out = getattr(self.first_stage_model, 'EMBED_DIM', None), getattr(self.model, 'OUT_CHANNELS', None)
         if None not in (latent, out) and latent != out:
             raise _misfit(self.first_stage_model, f'the autoencoder gives {latent} channels (EMBED_DIM), but the network predicts {out} '
                                                   '(OUT_CHANNELS)')
+        factor = getattr(self.first_stage_model, 'size_factor', None)
+        if factor not in (None, self.SIZE_FACTOR):
+            raise _misfit(self.first_stage_model, f'the autoencoder makes pictures {factor} times smaller, but SIZE_FACTOR is '
+                                                  f'{self.SIZE_FACTOR}: pictures would come out in another size than is asked for')
         scale = getattr(self.first_stage_model, 'published_scale', None)
         if scale not in (None, self.SCALE_FACTOR) and 'SCALE_FACTOR' not in self.IGNORE_KEYS:
             raise _misfit(self.first_stage_model, f'its config says scaling_factor {scale}, but SCALE_FACTOR of the config is '
                                                   f'{self.SCALE_FACTOR}; where that is meant, name SCALE_FACTOR in IGNORE_KEYS')
-        towers = getattr(self.cond_stage_model, 'embedders', [self.cond_stage_model])
-        widths: list[Any] = [getattr(getattr(tower, 'tower', None), 'width', None) for tower in towers]
-        context = getattr(self.model, 'CONTEXT_DIM', None)
-        if None not in (context, *widths) and sum(widths) != context:
-            raise _misfit(self.cond_stage_model, f'the text context is {" + ".join(map(str, widths))} wide, but the network expects '
-                                                 f'{context} (CONTEXT_DIM)')
-        vector, taken = getattr(self.cond_stage_model, 'vector_width', None), getattr(self.model, 'ADM_IN_CHANNELS', None)
-        if None not in (vector, taken) and vector != taken:
-            raise _misfit(self.cond_stage_model, f'the vector of the pooled text and the sizes is {vector} wide, but the network expects '
-                                                 f'{taken} (ADM_IN_CHANNELS)')
+        takes = getattr(self.model, 'takes', None)
+        gives = Told() if self.cond_stage_model is None else getattr(self.cond_stage_model, 'gives', None)
+        if takes is not None and gives is not None and (problem := gives.misfit(takes)):
+            raise _misfit(self.cond_stage_model, problem)
 
     # ---------------------------------------------------------------- training
     def forward_train(self, image: Tensor | None = None, moments: Tensor | None = None, noise: Tensor | None = None,
-                      prompt: list[str] | None = None, **batch: Any) -> dict[str, Any]:
-        """image [B, 3, H, W] in -1..1, or moments [B, 2C, h, w] that the autoencoder gave earlier -> {'loss', 'probe_data'}."""
+                      prompt: list[str] | None = None, label: Tensor | None = None, **batch: Any) -> dict[str, Any]:
+        """image [B, 3, H, W] in -1..1, or moments [B, 2C, h, w] that the autoencoder gave earlier -> {'loss', 'probe_data'}.
+
+        prompt: list of B, or label: int64 [B], whichever the embedder reads. Raises ValueError where it is missing.
+        """
         x0 = self.encode_first_stage(image) if moments is None else self.scale_factor * DiagonalGaussian(moments).sample()
         t = streams.integers('timestep', self.num_timesteps, len(x0))
         probe: dict[str, Any] = {'t': t}
         model_kwargs = {}
-        if prompt is not None and self.cond_stage_model is not None:
-            dropped = (streams.uniform('drop_caption', len(prompt)) < self.p_zero).tolist()
-            prompt = [self.train_n_prompt if drop else p for p, drop in zip(prompt, dropped)]
-            model_kwargs = {'cond': self.condition(prompt, **batch)}
-            probe['prompt'] = prompt
+        if self.cond_stage_model is not None:
+            dropped = streams.uniform('drop_caption', len(x0)) < self.p_zero
+            if self.reads_labels and label is not None:
+                tokens = self.cond_stage_model.without(label.to(self.device), dropped.to(self.device))
+                probe['label'] = tokens
+            elif prompt is not None:
+                probe['prompt'] = [self.train_n_prompt if drop else p for p, drop in zip(prompt, dropped.tolist())]
+                tokens = self.tokenizer(probe['prompt']).to(self.device)
+            else:
+                raise ValueError(f'{type(self.cond_stage_model).__name__} reads the {"label" if self.reads_labels else "prompt"} of each '
+                                 f'sample, but the batch has only {", ".join(["image", *batch])}: add it to the dataset, '
+                                 'or set COND_STAGE_MODEL to null')
+            model_kwargs = {'cond': self.encode_condition(tokens, **self._read_sizes(batch))}
         weight = self.diffusion.min_snr(self.MIN_SNR_GAMMA) if self.MIN_SNR_GAMMA is not None else None
         loss = self.diffusion.loss(x0, t.to(x0.device), self.model, model_kwargs, noise, criterion=self.loss, weight=weight,
                                    offset_noise=self.OFFSET_NOISE, input_perturbation=self.INPUT_PERTURBATION)
@@ -124,6 +139,8 @@ class LatentDiffusion(TrainModule):
     @torch.no_grad()
     def encode_first_stage(self, image: Tensor, is_drawn: bool = True, **batch: Any) -> Tensor:
         """[B, 3, H, W] in -1..1 -> a latent [B, C, h, w] of variance about 1, drawn from the posterior, or the posterior's mean."""
+        if self.first_stage_model is None:
+            return self.scale_factor * image
         posterior = self.first_stage_model.encode(image).latent_dist
         return self.scale_factor * (posterior.sample() if is_drawn else posterior.mode())
 
@@ -144,6 +161,11 @@ class LatentDiffusion(TrainModule):
     def _read_sizes(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return {name: batch[name] for name in getattr(self.cond_stage_model, 'SIZES', ()) if name in batch}
 
+    @property
+    def reads_labels(self) -> bool:
+        """Whether the embedder takes the classes of samples, and prompts only as the words for them."""
+        return getattr(self.cond_stage_model, 'reads', 'prompt') == 'label'
+
     # ---------------------------------------------------------------- drawing
     @torch.no_grad()
     def forward_test(self, prompt: list[str] | None = None, n_prompt: list[str] | str | None = None, image: Tensor | None = None,
@@ -152,10 +174,12 @@ class LatentDiffusion(TrainModule):
                      guide_rescale: float = 0.5, discretization: str = 'trailing', image_size: int | Sequence[int] | None = None,
                      denoising_strength: float | None = None, num_samples: int | None = None, run_train_n: bool = False,
                      show_progress: bool = False, on_step: Callable[[int, int, Tensor], None] | None = None,
-                     sampler_args: Mapping[str, Any] | None = None, original_size: Any = None, crop_top_left: Any = None,
-                     target_size: Any = None, aesthetic_score: Any = None) -> list[dict[str, Any]]:
-        """Prompts -> one dict each: prompt, n_prompt, image [3, H, W] in 0..1.
+                     sampler_args: Mapping[str, Any] | None = None, label: int | Sequence[int] | Tensor | None = None,
+                     original_size: Any = None, crop_top_left: Any = None, target_size: Any = None,
+                     aesthetic_score: Any = None) -> list[dict[str, Any]]:
+        """Prompts -> one dict each: prompt, n_prompt, image [3, H, W] in 0..1; with labels, label.
 
+        label: the class of each picture, or of all, where the embedder reads labels; with neither it nor prompts, one class after another.
         seed: below 0 for another one each time; picture i of it is keyed (seed, i).  row_seeds: the key of each picture instead.
         image [B, 3, H, W] in -1..1: says the size; with a denoising_strength (0..1) or a mask [B, 1, H, W] (1 where the picture is
         made anew) it is also what to begin with; where the mask is 0 the pictures are the image itself.
@@ -166,6 +190,9 @@ class LatentDiffusion(TrainModule):
         Raises ValueError for a size that the networks cannot make, with the nearest that they can, and where a network that fills in
         what a mask leaves open (2C + 1 channels) gets no mask.
         """
+        labels = self._labels(label, prompt, default(num_samples, 1)) if self.reads_labels else None
+        if labels is not None:
+            prompt = [str(number) for number in labels]
         count = len(prompt) if prompt is not None else default(num_samples, 1 if image is None else len(image))
         seeds = streams.row_seeds(default(row_seeds, random.randrange(2 ** 32) if seed < 0 else seed), count)
         height, width = self.size_of(default(image_size, self.IMAGE_SIZE if image is None else list(image.shape[-2:])))
@@ -194,12 +221,22 @@ class LatentDiffusion(TrainModule):
             return torch.lerp((image.to(pictures) + 1) / 2, pictures, mask.to(pictures))    # the autoencoder would blur what stays
 
         results = [{'image': picture, 'seed': s} for picture, s in zip(draw(negative), seeds)]
-        if prompt is not None:
+        if labels is not None:
+            results = [{'label': number, **r} for number, r in zip(labels, results)]
+        elif prompt is not None:
             results = [{'prompt': p, 'n_prompt': n, **r} for p, n, r in zip(prompt, negative, results)]
         if run_train_n and self.train_n_prompt != self.default_n_prompt:
             for result, picture in zip(results, draw([self.train_n_prompt] * count)):
                 result |= {'train_n_prompt': self.train_n_prompt, 'train_n_image': picture}
         return results
+
+    def _labels(self, label: int | Sequence[int] | Tensor | None, prompt: list[str] | None, count: int) -> list[int] | None:
+        """The class of each picture; None where prompts say it."""
+        if label is None:
+            classes = self.cond_stage_model.NUM_CLASSES
+            return [i % classes for i in range(count)] if prompt is None else None
+        labels = label.tolist() if isinstance(label, Tensor) else label
+        return [labels] * (count if prompt is None else len(prompt)) if isinstance(labels, int) else list(labels)
 
     def _start(self, image: Tensor | None, mask: Tensor | None, denoising_strength: float | None) -> dict[str, Any]:
         """What `Diffusion.sample` begins with, and keeps where the mask is 0."""
@@ -240,8 +277,16 @@ class LatentDiffusion(TrainModule):
         return [{'cond': precompute(self.encode_condition(tokens, **self._read_sizes(batch)))} for tokens in rows]
 
     def decode_first_stage(self, latents: Tensor) -> Tensor:
-        """[B, C, h, w] -> images [B, 3, H, W] in about -1..1."""
-        return self.first_stage_model.decode(latents / self.scale_factor)
+        """[B, C, h, w] -> images [B, 3, H, W] in about -1..1. Raises ValueError where the autoencoder makes another size of them."""
+        if self.first_stage_model is None:
+            return latents / self.scale_factor
+        pictures = self.first_stage_model.decode(latents / self.scale_factor)
+        height, width = (side * self.size_factor for side in latents.shape[-2:])
+        if tuple(pictures.shape[-2:]) != (height, width):
+            raise ValueError(f'{type(self.first_stage_model).__name__} decodes to {"x".join(map(str, pictures.shape[-2:]))}, but '
+                             f'{height}x{width} was expected of a latent of {"x".join(map(str, latents.shape[-2:]))} and SIZE_FACTOR '
+                             f'{self.size_factor}: set SIZE_FACTOR to {pictures.shape[-1] / latents.shape[-1]:g}')
+        return pictures
 
     def noise_sample(self, num_samples: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
         """Noise [B, C, height, width] of latents, from torch's generator."""
@@ -259,7 +304,7 @@ class LatentDiffusion(TrainModule):
 
     @property
     def latent_channels(self) -> int:
-        return self.first_stage_model.EMBED_DIM
+        return self.first_stage_model.EMBED_DIM if self.first_stage_model is not None else getattr(self.model, 'OUT_CHANNELS', 3)
 
     @property
     def device(self) -> torch.device:
@@ -283,7 +328,10 @@ def _diffusion_of(cfg: Config) -> Diffusion:
 
 def _size_faults(cfg: Config) -> Iterator[Fault]:
     """SIZE_FACTOR against the autoencoder, where its config alone tells how often it halves the size, and IMAGE_SIZE against both."""
-    encoder = cfg.FIRST_STAGE_MODEL.get('ENCODER')
+    for key in ('SIZE_FACTOR', 'SCALE_FACTOR') if cfg.FIRST_STAGE_MODEL is None else ():
+        if cfg[key] != 1:
+            yield Fault(key, f'is {cfg[key]}, but without FIRST_STAGE_MODEL the network draws pixels: set it to 1, or name an autoencoder')
+    encoder = (cfg.FIRST_STAGE_MODEL or {}).get('ENCODER')
     levels = len(BACKBONES.filled(encoder).get('CH_MULT') or []) if isinstance(encoder, Config) else 0
     if levels and cfg.SIZE_FACTOR != 2 ** (levels - 1):
         yield Fault('SIZE_FACTOR', f'is {cfg.SIZE_FACTOR}, but the autoencoder has {levels} levels (FIRST_STAGE_MODEL.ENCODER.CH_MULT) '
@@ -305,7 +353,25 @@ class Beside(nn.Module):
         return self.network(torch.cat([x, beside], 1), t=t, **conditions)
 
 
+class FirstStage(Protocol):
+    """What LatentDiffusion asks of its FIRST_STAGE_MODEL, a TrainModule. It is frozen, and sees only `encode` and `decode`.
+
+    `size_factor` may be missing; SIZE_FACTOR of the config is then taken at its word, and held against the first picture.
+    """
+    EMBED_DIM: int      # channels of a latent
+    size_factor: int    # how many times smaller than the image a latent is, per side
+
+    def encode(self, x: Tensor) -> Any:
+        """image [B, 3, H, W] in -1..1 -> an object whose latent_dist has sample() and mode(), each [B, EMBED_DIM, H/f, W/f].
+
+        sample() draws by streams.normal, so that it is keyed; an autoencoder without a distribution gives the same from both.
+        """
+
+    def decode(self, z: Tensor) -> Tensor:
+        """latent [B, EMBED_DIM, h, w] -> image [B, 3, f*h, f*w], about -1..1."""
+
+
 def _misfit(part: Any, problem: str) -> ScepterError:
     """A fault of the file that a part came from, where there is one, else of the config."""
-    file = part.cfg.get('PRETRAINED_MODEL')
+    file = part.cfg.get('PRETRAINED_MODEL') if part is not None else None
     return CheckpointError(f'{file}: {problem}') if file else ConfigError(problem)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from scepter.core.config import Config, Fault
 from scepter.core.registry import BACKBONES
 from scepter.core.schema import param
-from scepter.models.base import BaseModel
+from scepter.models.base import BaseModel, Told
 from scepter.models.layers import GROUPS, GroupNorm32, SiLU, attention, checkpoint, timestep_embedding, to_image, to_tokens, upsample_conv
 
 
@@ -176,6 +176,11 @@ class DiffusionUNet(BaseModel):
             layers = (layer for attn in self._cross_attentions() for layer in (attn.to_k, attn.to_v))
             cond['keys_values'] = torch.cat([layer(context) for layer in layers], dim=-1)
         return cond
+
+    @property
+    def takes(self) -> Told:
+        vector = {'sequential': self.ADM_IN_CHANNELS, 'continuous': 1}.get(str(self.NUM_CLASSES))
+        return Told(self.CONTEXT_DIM, vector, self.NUM_CLASSES if isinstance(self.NUM_CLASSES, int) else None)
 
     @property
     def dtype(self) -> torch.dtype:

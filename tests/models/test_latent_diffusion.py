@@ -1,13 +1,22 @@
 """LatentDiffusion: what it trains on, what it draws, and what it refuses."""
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-import scepter.components  # noqa: F401
+import scepter
+import scepter.components
 from scepter.core import streams
 from scepter.core.config import Config, ConfigError
-from scepter.core.registry import MODELS
+from scepter.core.errors import DataError
+from scepter.core.registry import BACKBONES, MODELS
+from scepter.core.schema import param
+from scepter.models.autoencoder import DiagonalGaussian, EncoderOutput
+from scepter.models.base import BaseModel, TrainModule
+from scepter.run_inference import main as run_inference
+from scepter.run_train import main as run_train
 
 CODER = {'CH': 32, 'CH_MULT': [1, 1], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 4}
 VAE = {'NAME': 'AutoencoderKL', 'EMBED_DIM': 4, 'ENCODER': {'NAME': 'Encoder', **CODER}, 'DECODER': {'NAME': 'Decoder', **CODER}}
@@ -182,7 +191,7 @@ def test_a_network_without_prompts_draws_a_number_of_pictures():
 
 
 @pytest.mark.parametrize(('unet', 'words'), [
-    ({'CONTEXT_DIM': 48}, 'the text context is 32 wide, but the network expects 48'),
+    ({'CONTEXT_DIM': 48}, 'the context of COND_STAGE_MODEL is 32 wide, but the network expects 48'),
     ({'OUT_CHANNELS': 8}, 'the autoencoder gives 4 channels .* but the network predicts 8')], ids=['context', 'channels'])
 def test_parts_that_do_not_fit_are_refused_before_anything_is_computed(unet, words):
     with pytest.raises(ConfigError, match=words):
@@ -194,3 +203,137 @@ def test_a_vector_of_another_width_than_the_network_takes_is_refused():
     unet = {**UNET, 'NUM_CLASSES': 'sequential', 'ADM_IN_CHANNELS': 32 + 5 * 256}
     with pytest.raises(ConfigError, match=r'1568 wide, but the network expects 1312 \(ADM_IN_CHANNELS\)'):
         network(DIFFUSION_MODEL=unet, COND_STAGE_MODEL={'NAME': 'GeneralConditioner', 'EMBEDDERS': [tower]})
+
+
+# ------------------------------------------------------------------------------------------------ labels, pixels, parts of one's own
+LABELLED = {'DIFFUSION_MODEL': {**UNET, 'CONTEXT_DIM': None, 'NUM_CLASSES': 4},
+            'COND_STAGE_MODEL': {'NAME': 'LabelEmbedder', 'NUM_CLASSES': 3}}
+PIXELS = {'FIRST_STAGE_MODEL': None, 'SIZE_FACTOR': 1, 'IMAGE_SIZE': 8, 'COND_STAGE_MODEL': None,
+          'DIFFUSION_MODEL': {**UNET, 'CONTEXT_DIM': None, 'IN_CHANNELS': 3, 'OUT_CHANNELS': 3}}
+
+
+@pytest.mark.parametrize(('unet', 'widths'), [
+    ({'CONTEXT_DIM': None, 'NUM_CLASSES': 4}, {}),
+    ({'CONTEXT_DIM': 32}, {'CONTEXT_DIM': 32}),
+    ({'CONTEXT_DIM': None, 'NUM_CLASSES': 'sequential', 'ADM_IN_CHANNELS': 24}, {'VECTOR_DIM': 24}),
+    ({'NUM_CLASSES': 'sequential', 'ADM_IN_CHANNELS': 24}, {'CONTEXT_DIM': 32, 'VECTOR_DIM': 24})],
+    ids=['number', 'context', 'vector', 'both'])
+def test_labels_from_the_config_train_and_draw_in_every_form_a_network_takes_them(unet, widths):
+    # scale and shift: with one channel in each group of a norm, what is added before it is subtracted again
+    model = network(DIFFUSION_MODEL={**UNET, 'USE_SCALE_SHIFT_NORM': True, **unet}, P_ZERO=0.5,
+                    COND_STAGE_MODEL={'NAME': 'LabelEmbedder', 'NUM_CLASSES': 3, **widths})
+    batch = {'image': torch.rand(6, 3, 16, 16), 'label': torch.tensor([0, 1, 2, 0, 1, 2]), 'prompt': ['a caption that is not read'] * 6}
+    with streams.current(3, range(6)):
+        out = model.train().forward_train(**batch)
+    out['loss'].backward()
+    assert 3 in out['probe_data']['label'] and {0, 1, 2} & set(out['probe_data']['label'].tolist())    # some are dropped, some are not
+    assert all(p.grad is not None and p.grad.any() for p in model.cond_stage_model.parameters())
+
+    results = model.eval().forward_test(num_samples=4, sample_steps=2, guide_scale=2.0)
+    assert [r['label'] for r in results] == [0, 1, 2, 0]    # nothing asked for: one class after another
+    one, two = (model.forward_test(label=label, sample_steps=2, guide_scale=2.0)[0]['image'] for label in (1, 2))
+    assert not torch.allclose(one, two, atol=1e-4)
+    assert torch.equal(one, draw(model, ['1'], sample_steps=2, guide_scale=2.0)[0])    # as a prompt: a number
+
+
+def test_a_class_may_be_called_by_its_name_and_what_is_none_is_an_error():
+    model = network(**LABELLED | {'COND_STAGE_MODEL': {'NAME': 'LabelEmbedder', 'NUM_CLASSES': 3, 'NAMES': ['cat', 'dog', 'cow']}})
+    assert model.tokenizer(['dog', '2', '']).tolist() == [1, 2, 3]
+    with pytest.raises(DataError, match="'horse' is no class: expected a number from 0 to 2, one of cat, dog, cow"):
+        draw(model, ['horse'])
+    with pytest.raises(DataError, match='labels are 0 to 7, expected 0 to 2'):
+        model.forward_train(image=torch.zeros(2, 3, 16, 16), label=torch.tensor([0, 7]))
+    with pytest.raises(ValueError, match='LabelEmbedder reads the label of each sample, but the batch has only image'):
+        model.forward_train(image=torch.zeros(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize(('settings', 'words'), [
+    (LABELLED | {'COND_STAGE_MODEL': None}, 'the network expects the label, 4 classes.*but COND_STAGE_MODEL gives none'),
+    (LABELLED | {'COND_STAGE_MODEL': {'NAME': 'LabelEmbedder', 'NUM_CLASSES': 4}},
+     r'is 5 classes.*but the network expects 4 \(NUM_CLASSES\)'),
+    ({'COND_STAGE_MODEL': {'NAME': 'LabelEmbedder', 'NUM_CLASSES': 4, 'VECTOR_DIM': 8}}, 'the network expects the context, 32 wide'),
+    (PIXELS | {'SIZE_FACTOR': 2}, 'SIZE_FACTOR: is 2, but without FIRST_STAGE_MODEL the network draws pixels'),
+    (PIXELS | {'SCALE_FACTOR': 0.5}, 'SCALE_FACTOR: is 0.5, but without FIRST_STAGE_MODEL'),
+    ({'FIRST_STAGE_MODEL': {'NAME': 'Shrink', 'BY': 4}}, 'makes pictures 4 times smaller, but SIZE_FACTOR is 2')])
+def test_what_a_network_is_told_and_draws_in_is_held_against_it_before_anything_is_computed(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        network(**settings)
+
+
+def test_pixels_are_diffused_without_an_autoencoder():
+    model = network(**PIXELS)
+    image = torch.rand(2, 3, 8, 8)
+    assert torch.equal(model.encode_first_stage(image), image) and torch.equal(model.decode_first_stage(image), image)
+    assert model.forward_train(image=image)['loss'].isfinite()
+    assert [r['image'].shape for r in model.forward_test(num_samples=2, sample_steps=2)] == [(3, 8, 8)] * 2
+
+
+@MODELS.register_class()
+class Shrink(TrainModule):
+    """An autoencoder of one's own, as docs/extend.md asks for it."""
+
+    BY: int = param(2, 'How many times smaller.')
+    TELLS: bool = param(True, 'Whether it says so.')
+    EMBED_DIM = 4
+
+    def __init__(self, cfg, logger=None):
+        super().__init__(cfg, logger=logger)
+        if self.TELLS:
+            self.size_factor = self.BY
+
+    def encode(self, x):
+        latent = torch.nn.functional.avg_pool2d(x, self.BY)
+        return EncoderOutput(DiagonalGaussian(torch.cat([latent, latent[:, :1], torch.full_like(latent, -30), latent[:, :1]], 1)))
+
+    def decode(self, z):
+        return torch.nn.functional.interpolate(z[:, :3], scale_factor=float(self.BY))
+
+
+def test_an_autoencoder_of_ones_own_that_draws_another_size_is_found_out():
+    assert draw(network(FIRST_STAGE_MODEL={'NAME': 'Shrink'}), ['a']).shape == (1, 3, 16, 16)
+    with pytest.raises(ValueError, match=r'Shrink decodes to 32x32, but 16x16 was expected .* set SIZE_FACTOR to 4'):
+        draw(network(FIRST_STAGE_MODEL={'NAME': 'Shrink', 'BY': 4, 'TELLS': False}), ['a'])
+
+
+@BACKBONES.register_class()
+class Misshapen(BaseModel):
+    """Gives what broadcasts against x: the mean over its channels."""
+
+    def __init__(self, cfg, logger=None):
+        super().__init__(cfg, logger=logger)
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t, cond):
+        return self.weight * x.mean(1, keepdim=True)
+
+
+def test_a_network_whose_output_has_another_shape_is_named():
+    model = network(DIFFUSION_MODEL={'NAME': 'Misshapen'})
+    words = r'Misshapen gave \[2, 1, 8, 8\] for x \[2, 4, 8, 8\]: expected one value for each of x'
+    with pytest.raises(ValueError, match=words):
+        model.forward_train(image=torch.zeros(2, 3, 16, 16), prompt=['a', 'b'])
+    with pytest.raises(ValueError, match=words):
+        draw(model, ['a', 'b'], guide_scale=1.0)
+
+
+def test_labels_and_pixels_work_through_a_config_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    digits = Path(__file__).resolve().parents[2] / 'examples' / 'digits' / 'digits_data.py'
+    Path('train.yaml').write_text(str(Config({'IMPORTS': [str(digits)], 'SOLVER': {
+        'NAME': 'LatentDiffusionSolver', 'WORK_DIR': 'run', 'MAX_STEPS': 2, 'DTYPE': 'float32',
+        'OPTIMIZER': {'NAME': 'AdamW', 'LEARNING_RATE': 1e-3}, 'SAMPLE_ARGS': {'SAMPLE_STEPS': 1, 'GUIDE_SCALE': 2.0},
+        'MODEL': {'NAME': 'LatentDiffusion', **PIXELS, 'SCALE_FACTOR': 1.0, 'P_ZERO': 0.1,
+                  'DIFFUSION_MODEL': {**PIXELS['DIFFUSION_MODEL'], 'NUM_CLASSES': 11},
+                  'COND_STAGE_MODEL': {'NAME': 'LabelEmbedder', 'NUM_CLASSES': 10}},
+        'TRAIN_DATA': {'NAME': 'DigitsDataset', 'IMAGE_SIZE': 8, 'BATCH_SIZE': 4},
+        'TRAIN_HOOKS': [{'NAME': 'CheckpointHook', 'INTERVAL': 2}, {'NAME': 'ProbeDataHook', 'INTERVAL': 2, 'PROMPTS': ['3', '7']}]}})))
+    assert run_train(['--cfg', 'train.yaml']) == 0
+    assert Path('run/probes/step-00000002/samples.png').is_file()
+    assert run_inference(['--pretrained_model', 'run', '--imports', str(digits), '--prompt', '3', '--num_samples', '3', '--save_folder',
+                          'drawn']) == 0
+    assert len([*Path('drawn').glob('*.png')]) == 3
+
+    pipe = scepter.load('run', imports=[str(digits)])
+    listed = pipe(label=[4, 2], num_samples=2, batch_size=1).results
+    assert [r['label'] for r in listed] == [4, 2] == [r['settings']['label'] for r in listed]
+    assert torch.equal(listed[1]['image'], pipe(['4', '2'], batch_size=1).results[1]['image'])

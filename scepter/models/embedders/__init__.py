@@ -1,7 +1,8 @@
-"""Text embedders. Importing the folder registers them."""
+"""Embedders of prompts and labels. Importing the folder registers them."""
 from scepter.models.embedders.base import BaseEmbedder
 from scepter.models.embedders.clip import FrozenCLIPEmbedder
 from scepter.models.embedders.conditioner import GeneralConditioner
+from scepter.models.embedders.labels import LabelEmbedder
 from scepter.models.embedders.openclip import FrozenOpenCLIPEmbedder
 
-__all__ = ['BaseEmbedder', 'FrozenCLIPEmbedder', 'FrozenOpenCLIPEmbedder', 'GeneralConditioner']
+__all__ = ['BaseEmbedder', 'FrozenCLIPEmbedder', 'FrozenOpenCLIPEmbedder', 'GeneralConditioner', 'LabelEmbedder']

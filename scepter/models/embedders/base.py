@@ -1,13 +1,13 @@
 """What every text embedder is built on: prompts -> tokens -> context."""
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from scepter.core.logger import get_logger
-from scepter.models.base import BaseModel
+from scepter.models.base import BaseModel, Told
 from scepter.models.weights.hugging_face import accept_both_layouts, give_both_names
 
 
@@ -17,6 +17,8 @@ class BaseEmbedder(BaseModel, base=True):
     self.tokenizer may be any tokenizer of Hugging Face. A text model of theirs inside loads weights of either layout of its names.
     """
 
+    reads: Literal['prompt', 'label'] = 'prompt'    # the entry of a batch that it is made for
+    gives: Told | None = None                       # widths of what it gives; None: it does not tell, and nothing is checked
     LAYERS = ('last', 'pooled', 'hidden', 'penultimate')
 
     def __init__(self, cfg: dict, logger: Any = None):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from scepter.core.config import Config, Fault
 from scepter.core.registry import EMBEDDERS
 from scepter.core.schema import REQUIRED, param, parts
+from scepter.models.base import Told
 from scepter.models.embedders.base import BaseEmbedder
 from scepter.models.layers import timestep_embedding
 
@@ -48,6 +49,10 @@ class GeneralConditioner(BaseEmbedder):
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
         self.embedders = nn.ModuleList(EMBEDDERS.build(node, logger=logger) for node in self.EMBEDDERS)
+
+    @property
+    def gives(self) -> Told:
+        return Told(sum(embedder.tower.width for embedder in self.embedders), self.vector_width)
 
     @property
     def vector_width(self) -> int:

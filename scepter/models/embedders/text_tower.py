@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from scepter.core.config import Config, ConfigError, Fault
 from scepter.core.schema import param
+from scepter.models.base import Told
 from scepter.models.embedders.base import BaseEmbedder
 from scepter.models.embedders.tokenizer import ClipTokenizer, split_weights
 
@@ -34,6 +35,10 @@ class TextTowerEmbedder(BaseEmbedder, base=True):
         yield from super().check(cfg)
         if not cfg.FREEZE and not cfg.USE_GRAD:
             yield Fault('FREEZE', 'is false, but without USE_GRAD: true no gradient comes to the tower, so it would not be trained')
+
+    @property
+    def gives(self) -> Told:
+        return Told(context=self.tower.width)
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """int64 [B, n * MAX_LENGTH]. Tokenize what is guided together in one call: chunks then are as many for all."""
