@@ -15,6 +15,7 @@ import scepter.hooks.profile
 import scepter.models.autoencoder
 import scepter.models.embedders.clip
 import scepter.models.embedders.conditioner
+import scepter.models.embedders.labels
 import scepter.models.embedders.openclip
 import scepter.models.latent_diffusion
 import scepter.models.losses
