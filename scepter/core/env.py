@@ -4,8 +4,10 @@
 """
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from scepter.core.config import Config, ConfigError
@@ -25,7 +27,7 @@ class Env(Component):
     DEVICE: Literal['auto', 'cuda', 'mps', 'cpu'] = param('auto', 'Where to compute; auto takes CUDA, else MPS, else the CPU.')
     NPROC: int | None = param(None, 'Processes on this machine in spawn mode; default one per visible GPU, else one.', least=1)
     BACKEND: Literal['nccl', 'gloo'] | None = param(None, 'How processes talk; default nccl with CUDA, else gloo.')
-    TIMEOUT: float = param(300.0, 'Seconds after which a process that does not answer is taken for lost.', above=0)
+    TIMEOUT: float = param(300.0, 'Seconds after which a process that does not answer is taken for lost; a save may take longer.', above=0)
     DETERMINISTIC: bool = param(False, 'Only algorithms that give the same bits on each run; slower on CUDA.')
     ALLOW_TF32: bool = param(True, 'Let CUDA use TF32 for float32 matrix products and convolutions.')
     THREADS: int | None = param(None, 'Threads for work within one operation on the CPU; default cores / processes.', least=1)
@@ -40,7 +42,9 @@ class WorkEnv:
         self.seed = 2023
         self.debug = False
         self.stop_signal = 0          # the number of the signal that asked this process to stop
+        self.defers_stop = False      # whether there is something to save first
         self._device: torch.device | None = None
+        self._talk: Any = None        # the processes once more, over the CPU and in no hurry
 
     # ---------------------------------------------------------------- who am I
     @property
@@ -72,11 +76,24 @@ class WorkEnv:
         from scepter.core.launch import launch  # which speaks of `we`
         launch(cfg, fn, launcher, debug)
 
+    # ---------------------------------------------------------------- stopping
+    @contextlib.contextmanager
+    def saving_on_stop(self) -> Iterator[None]:
+        """Inside, a first stop signal is noted in `stop_signal` and waits to be looked at; outside it ends the process at once."""
+        if self.stop_signal:    # what it raised was lost on the way
+            raise Stopped(self.stop_signal)
+        self.defers_stop = True
+        try:
+            yield
+        finally:
+            self.defers_stop = False
+
     # ---------------------------------------------------------------- talking; each is free in a single process
     def barrier(self) -> None:
+        """Until all are here, however long the main process writes or reads."""
         if self.is_distributed:
             import torch.distributed as dist
-            dist.barrier()
+            dist.barrier(self._talk)
 
     def all_reduce(self, value: Tensor, op: Literal['sum', 'mean', 'max', 'min'] = 'sum') -> Tensor:
         """The value, reduced over all processes, in place."""
@@ -100,7 +117,7 @@ class WorkEnv:
             return value
         import torch.distributed as dist
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == 'cuda' else None)
+        dist.broadcast_object_list(box, src=0, group=self._talk)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -109,7 +126,7 @@ class WorkEnv:
             return [value]
         import torch.distributed as dist
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self._talk)
         return values
 
 
@@ -137,9 +154,12 @@ def guarded(main: Callable[[], None]) -> int:
         note_traceback()
         return error.exit_code
     except KeyboardInterrupt:
-        get_logger().error('stopped by Ctrl-C')
+        if we.is_main:
+            get_logger().error('stopped by Ctrl-C')
         return 130
     except Stopped as stop:
+        if we.is_main:
+            get_logger().error(f'stopped by {signal.Signals(stop.signal).name}')
         return 128 + stop.signal
     except Exit as end:
         return int(end.code or 0)
@@ -150,7 +170,7 @@ def guarded(main: Callable[[], None]) -> int:
 
 
 class Stopped(BaseException):
-    """The run was asked to stop, has saved, and ends."""
+    """The run was asked to stop, has saved what there was, and ends."""
 
     def __init__(self, signal_number: int):
         self.signal = signal_number

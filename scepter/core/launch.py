@@ -4,22 +4,33 @@
 """
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import datetime
+import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
 
 from scepter.core.config import Config, ConfigError
-from scepter.core.env import Env, Exit, Stopped, _choose_device, guarded, seed_everything, we
+from scepter.core.env import Env, Exit, _choose_device, guarded, seed_everything, we
 from scepter.core.errors import PeerError
 from scepter.core.logger import get_logger
+from scepter.core.signals import Wish, handle_stop_signals, listening
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+FIRST_WORD, NEXT_WORD = 5.0, 30.0      # seconds of waiting for other processes until it is said, and said again
+LONG_TALK = 86400.0                    # seconds that the others wait while the main process writes a checkpoint
 
 Task = Callable[[Config], None]
 
@@ -33,7 +44,7 @@ class Place:
     local_rank: int = 0
     here: int = 1                       # processes on this machine
     launcher: str = 'single'
-    rendezvous: str | None = None       # where the processes meet
+    rendezvous: str = ''                # where the processes meet: a URL
 
 
 def launch(cfg: Config, fn: Task, launcher: str = 'spawn', debug: bool = False) -> None:
@@ -42,10 +53,12 @@ def launch(cfg: Config, fn: Task, launcher: str = 'spawn', debug: bool = False) 
     if launcher == 'torchrun':
         if 'LOCAL_RANK' not in os.environ:
             get_logger().warning('--launcher torchrun, but torchrun did not start this process: running as a single one')
-            _run(fn, cfg, env, Place(), debug)
+            with listening():
+                _run(fn, cfg, env, Place(), debug)
             return
         rank, world_size, local_rank = (_count(name) for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'))
-        _run(fn, cfg, env, Place(rank, world_size, local_rank, _count('LOCAL_WORLD_SIZE', 1), 'torchrun', 'env://'), debug)
+        with listening():
+            _run(fn, cfg, env, Place(rank, world_size, local_rank, _count('LOCAL_WORLD_SIZE', 1), 'torchrun', 'env://'), debug)
         return
     if 'TORCHELASTIC_RUN_ID' in os.environ:
         raise ConfigError('torchrun started this process, so it must not start others: add --launcher torchrun')
@@ -54,7 +67,8 @@ def launch(cfg: Config, fn: Task, launcher: str = 'spawn', debug: bool = False) 
         raise ConfigError(f'ENV.NPROC is {here}, and this is machine {machine} of {machines}: expected at least one process, '
                           'and RANK below WORLD_SIZE')
     if here * machines == 1:
-        _run(fn, cfg, env, Place(), debug)
+        with listening():
+            _run(fn, cfg, env, Place(), debug)
         return
     _spawn(fn, cfg, here, machine, machines, debug)
 
@@ -71,9 +85,8 @@ def _count(name: str, default: int | None = None) -> int:
 def _run(fn: Task, cfg: Config, env: Env, place: Place, debug: bool) -> None:
     import torch
     we.rank, we.world_size, we.local_rank, we.launcher = place.rank, place.world_size, place.local_rank, place.launcher
-    we.seed, we.debug, we.stop_signal = env.SEED, debug, 0
+    we.seed, we.debug = env.SEED, debug
     we._device = _choose_device(env.DEVICE, place.local_rank)
-    _listen_for_stop()
     if env.THREADS or place.here > 1:   # N processes on M cores must not start N * M threads; torchrun's default of 1 is too few
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
         torch.set_num_threads(env.THREADS or max(1, cores // place.here))
@@ -84,25 +97,28 @@ def _run(fn: Task, cfg: Config, env: Env, place: Place, debug: bool) -> None:
     if env.DETERMINISTIC:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
-    if we.is_distributed:
-        import torch.distributed as dist
-        if env.BACKEND == 'nccl' and we.device.type != 'cuda':
-            raise ConfigError(f'ENV.BACKEND is nccl, which talks between GPUs, but ENV.DEVICE is {we.device.type}: use gloo')
-        dist.init_process_group(env.BACKEND or ('nccl' if we.device.type == 'cuda' else 'gloo'), init_method=place.rendezvous,
-                                rank=place.rank, world_size=place.world_size, timeout=datetime.timedelta(seconds=env.TIMEOUT))
-    seed_everything(env.SEED, 'start')    # the same on every rank: networks begin equal
-    try:
-        fn(cfg)
-    except RuntimeError as error:
-        if we.is_distributed and _PEER_GONE.search(str(error)):
-            raise PeerError(f'rank {we.rank}: another rank is gone or does not answer ({str(error).splitlines()[0][:200]})') from error
-        raise
-    finally:
-        if we.is_distributed:
-            dist.destroy_process_group()
+    with _peers_explained():
+        try:
+            if we.is_distributed:
+                _connect(place, env)
+            seed_everything(env.SEED, 'start')    # the same on every rank: networks begin equal
+            fn(cfg)
+        finally:
+            _disconnect()
 
 
 _PEER_GONE = re.compile(r'closed by peer|reset by peer|connection refused|timed out|broken pipe|gloo/|nccl', re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def _peers_explained() -> Iterator[None]:
+    """Turn what talking to a rank that is gone raises into a PeerError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not we.is_distributed or not _PEER_GONE.search(str(error)):
+            raise
+        raise PeerError(f'rank {we.rank}: another rank is gone or does not answer ({str(error).splitlines()[0][:200]})') from error
 
 
 def _processes_here(env: Env) -> int:
@@ -114,70 +130,158 @@ def _visible_devices(wish: str) -> int:
     return max(1, torch.cuda.device_count()) if wish in ('auto', 'cuda') else 1
 
 
-def _listen_for_stop() -> None:
-    """First SIGTERM or Ctrl-C: finish the step, save, end. The second ends at once."""
-    def on_signal(number: int, frame: Any) -> None:
-        if we.stop_signal:
-            raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
-        we.stop_signal = number
-
+# ------------------------------------------------------------------------------------------------ finding one another
+def _connect(place: Place, env: Env) -> None:
+    """Join the processes of the run. Raises PeerError where some do not come within ENV.TIMEOUT."""
+    import torch.distributed as dist
+    if env.BACKEND == 'nccl' and we.device.type != 'cuda':
+        raise ConfigError(f'ENV.BACKEND is nccl, which talks between GPUs, but ENV.DEVICE is {we.device.type}: use gloo')
+    timeout = datetime.timedelta(seconds=env.TIMEOUT)
     try:
-        signal.signal(signal.SIGTERM, on_signal)
-        signal.signal(signal.SIGINT, on_signal)
-    except ValueError:    # not the main thread: its owner handles signals
-        pass
+        store = _meet(place, env.TIMEOUT)
+        dist.init_process_group(env.BACKEND or ('nccl' if we.device.type == 'cuda' else 'gloo'), store=store, rank=place.rank,
+                                world_size=place.world_size, timeout=timeout)
+        we._talk = dist.new_group(backend='gloo', timeout=datetime.timedelta(seconds=LONG_TALK))
+    except RuntimeError as error:    # of torch's own classes and without
+        raise PeerError(f'rank {place.rank} cannot join the others at {place.rendezvous} ({str(error).splitlines()[0][:200]})') from error
+
+
+def _disconnect() -> None:
+    we._talk = None
+    if we.is_distributed:
+        import torch.distributed as dist
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _meet(place: Place, timeout: float) -> Store:
+    """The store through which all processes find one another, once all are there; tells meanwhile whom it waits for.
+
+    Every wait is one of Python's, so that a stop signal ends it. Raises PeerError after `timeout` seconds.
+    """
+    waiting = _Waiting(place, timeout)
+    store = _store(place, timeout, waiting)
+    store.set(f'scepter/{place.rank}', socket.gethostname())
+    missing = list(range(place.world_size))
+    while missing := [rank for rank in missing if not store.check([f'scepter/{rank}'])]:
+        waiting.go_on('rank ' + ', '.join(map(str, missing[:8])) + ' ...' * (len(missing) > 8))
+    return store
+
+
+def _store(place: Place, timeout: float, waiting: _Waiting) -> Store:
+    import torch.distributed as dist
+    scheme, _, address = place.rendezvous.partition('://')
+    limit = datetime.timedelta(seconds=timeout)
+    if scheme == 'env':                  # torchrun has brought all machines together and keeps a store
+        return next(iter(dist.rendezvous(place.rendezvous, timeout=limit)))[0]
+    if scheme == 'file':
+        return dist.FileStore(address, place.world_size)
+    host, _, port = address.rpartition(':')
+    while place.rank and not _is_open(host, int(port)):
+        waiting.go_on('machine 0 (MASTER_ADDR, MASTER_PORT)')
+    return dist.TCPStore(host, int(port), place.world_size, is_master=place.rank == 0, timeout=limit, wait_for_workers=False)
+
+
+def _is_open(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+class _Waiting:
+    """Says on each machine whom a rendezvous waits for, and ends it."""
+
+    def __init__(self, place: Place, timeout: float):
+        self.place, self.timeout = place, timeout
+        self.begin = time.monotonic()
+        self.next_word = FIRST_WORD
+
+    def go_on(self, missing: str) -> None:
+        waited = time.monotonic() - self.begin
+        where = f'of {self.place.world_size} at {self.place.rendezvous}'
+        if waited >= self.timeout:
+            raise PeerError(f'rank {self.place.rank} waited {waited:.0f} s (ENV.TIMEOUT) for {missing} {where}: is it running there, with '
+                            'the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE, and does no firewall stand between?')
+        if waited >= self.next_word and self.place.local_rank == 0:
+            self.next_word += NEXT_WORD
+            get_logger().warning(f'waiting for {missing} {where}; given up after {self.timeout:g} s (ENV.TIMEOUT)')
+        time.sleep(0.05)
 
 
 # ------------------------------------------------------------------------------------------------ many processes
 def _spawn(fn: Task, cfg: Config, here: int, machine: int, machines: int, debug: bool) -> None:
-    import multiprocessing
     context = multiprocessing.get_context('spawn')
-    we.stop_signal = 0
     with tempfile.TemporaryDirectory(prefix='scepter-') as folder:
         if machines == 1:     # a file cannot collide with another job, as a fixed port can
             rendezvous = f'file://{folder}/rendezvous'
         else:
             rendezvous = f'tcp://{os.environ.get("MASTER_ADDR", "localhost")}:{os.environ.get("MASTER_PORT", "29500")}'
         places = [Place(machine * here + i, machines * here, i, here, 'spawn', rendezvous) for i in range(here)]
-        processes = [context.Process(target=_worker, args=(fn, cfg, place, debug)) for place in places]
-
-        def pass_on(number: int, frame: Any) -> None:
-            we.stop_signal = number
-            for process in processes if number == signal.SIGTERM else []:    # the terminal sends Ctrl-C to the children itself
-                if process.pid and process.is_alive():
-                    os.kill(process.pid, number)
-
-        before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            for process in processes:
-                process.start()
-            _wait(processes, machine * here)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-                if process.pid:
-                    process.join()
+        pipes = [context.Pipe(duplex=False) for _ in places]
+        processes = [context.Process(target=_worker, args=(fn, cfg, place, debug, ours)) for place, (ours, _) in zip(places, pipes)]
+        with _passing_on([theirs for _, theirs in pipes]) as wish:
+            try:
+                _start(processes)
+                _wait(processes, machine * here, wish)
+            finally:
+                for process in processes:
+                    if process.is_alive():
+                        process.kill()
+                    if process.pid:
+                        process.join()
 
 
-def _wait(processes: list, first_rank: int) -> None:
+def _start(processes: list) -> None:
+    # Ctrl-C reaches a new process before it can listen; held back until then, it does not become a traceback
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        for process in processes:
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _passing_on(pipes: list[Connection]) -> Iterator[Wish]:
+    """Inside, what this process is asked by signals goes on through the pipes; yields what it was asked."""
+    wish = Wish()
+    we.stop_signal = 0
+
+    def pass_on(number: int, frame: Any) -> None:
+        meaning = wish.hear(number)
+        we.stop_signal = wish.number
+        for pipe in pipes if meaning != 'echo' else []:
+            with contextlib.suppress(OSError):    # it has ended already
+                pipe.send((number, meaning == 'now'))
+
+    before = handle_stop_signals(pass_on) if threading.current_thread() is threading.main_thread() else {}
+    try:
+        yield wish
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for pipe in pipes:
+            pipe.close()
+
+
+def _wait(processes: list, first_rank: int, wish: Wish) -> None:
     """Until all have ended; one that fails ends the others. Raises PeerError, or Exit with the code of the first that failed."""
-    while any(p.is_alive() for p in processes):
-        if any(p.exitcode for p in processes):
-            break
+    while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes) and not wish.is_second:
         time.sleep(0.02)
     # a rank that fails takes its peers along through the collective: give them time to say so, and after a signal to save
-    grace = time.monotonic() + (60 if we.stop_signal else 3)
+    grace = time.monotonic() + (60 if wish.number and not wish.is_second else 10 if wish.is_second else 3)
     while any(p.is_alive() for p in processes) and time.monotonic() < grace:
         time.sleep(0.02)
+    if wish.is_second and any(p.is_alive() for p in processes):
+        raise Exit(128 + wish.number)
     failed = [(p.exitcode, first_rank + i) for i, p in enumerate(processes) if p.exitcode]
     if not failed:
         return
     codes = [128 - code if code < 0 else code for code, _ in failed]     # a signal that came before a rank could listen for it
-    if codes[0] > 128 and set(codes) == {codes[0]} and (we.stop_signal or failed[0][0] > 0):
-        raise Stopped(codes[0] - 128)
+    if codes[0] > 128 and set(codes) == {codes[0]} and (wish.number or failed[0][0] > 0):
+        raise Exit(codes[0])
     for code, rank in failed:
         if code < 0:
             raise PeerError(f'rank {rank} was killed by {signal.Signals(-code).name}'
@@ -185,7 +289,9 @@ def _wait(processes: list, first_rank: int) -> None:
     raise Exit(next((code for code in codes if code != PeerError.exit_code), PeerError.exit_code))
 
 
-def _worker(fn: Task, cfg: Config, place: Place, debug: bool) -> None:
-    if sys.platform == 'linux':     # when the parent is killed, so are we
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    sys.exit(guarded(lambda: _run(fn, cfg, Env(cfg.get('ENV', {})), place, debug)))
+def _worker(fn: Task, cfg: Config, place: Place, debug: bool, parent: Connection) -> None:
+    def run() -> None:
+        with listening(parent):
+            _run(fn, cfg, Env(cfg.get('ENV', {})), place, debug)
+
+    sys.exit(guarded(run))

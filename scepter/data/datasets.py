@@ -135,11 +135,10 @@ class ImageTextFolderDataset(BaseDataset):
     def _read(self, caption: str | Path | None) -> str:
         if not isinstance(caption, Path):
             return caption or ''
-        with open(os.path.join(self.folder, caption), 'rb') as file:
-            text = file.read(MAX_CAPTION_BYTES + 1)
         try:
-            return clean_caption(text.decode('utf-8-sig'))
-        except ValueError as error:    # UnicodeDecodeError is one
+            with open(os.path.join(self.folder, caption), 'rb') as file:
+                return clean_caption(file.read(MAX_CAPTION_BYTES + 1).decode('utf-8-sig'))
+        except (OSError, ValueError) as error:    # UnicodeDecodeError is one
             raise UnreadableError(f'caption {caption}: {error}') from error
 
     def _find_records(self) -> list[Record]:
@@ -360,6 +359,8 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
             yield from enumerate(file, 1)
     except UnicodeDecodeError as error:
         raise DataError(f'{path} is not UTF-8: {error}') from error
+    except OSError as error:
+        raise DataError(f'{path} cannot be read: {error.strerror}') from error
 
 
 def _row(path: str, number: int, line: str) -> dict[str, Any]:
@@ -382,3 +383,5 @@ def _csv_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield reader.line_num, row
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f'{path}: not CSV ({error})') from error
+    except OSError as error:
+        raise DataError(f'{path} cannot be read: {error.strerror}') from error

@@ -19,6 +19,7 @@ import pickle
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -30,10 +31,10 @@ import torch
 from torch import Tensor
 
 from scepter.core.errors import DataError
+from scepter.core.signals import STOP_SIGNALS
 
-MAX_RESTARTS = 3
+MAX_RESTARTS, PERIOD = 3, 3600.0    # so many within so many seconds: a run of weeks may see a few
 ALIGNMENT = 64    # bytes; vector instructions want it
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)    # sent to the whole group; the trainer needs its batches until it has saved
 
 # A fork has the dataset and the user's registered components without pickling either, and starts in milliseconds. It is safe here:
 # workers neither touch a GPU nor use more than one thread. Elsewhere than on Linux, system libraries do not survive a fork.
@@ -43,13 +44,13 @@ _context: Any = get_context('fork' if sys.platform == 'linux' else 'spawn')
 class Workers(Iterator[Any]):
     """read(job) for each of the jobs, in their order, computed ahead in `number` processes.
 
-    Raises what `read` raised, and DataError when workers have died more than MAX_RESTARTS times.
+    Raises what `read` raised, and DataError when workers have died more than MAX_RESTARTS times within PERIOD seconds.
     """
 
     def __init__(self, read: Callable[[Any], Any], jobs: Iterator[Any], number: int, *, prefetch: int, timeout: float,
                  logger: logging.Logger):
         self.read, self.jobs, self.timeout, self.logger = read, jobs, timeout, logger
-        self.restarts = 0
+        self.restarts: deque[float] = deque()     # when they were
         self.pending: deque[tuple[int, Any]] = deque()     # (worker, job), oldest first
         self.depth = number * max(1, prefetch)
         self.workers: list[tuple[Any, Connection]] = [self._start() for _ in range(number)]
@@ -102,10 +103,13 @@ class Workers(Iterator[Any]):
         story = (f'loader worker {worker} (pid {process.pid}) {end} while it read {job}. The usual cause is memory (RAM): the system '
                  'ends the largest process when it runs out (OOM). Lower NUM_WORKERS, PREFETCH or BATCH_SIZE'
                  + ', or raise TIMEOUT' * is_stuck)
-        if self.restarts == MAX_RESTARTS:
-            raise DataError(f'{story}. It is the {self.restarts + 1}th time: given up')
-        self.restarts += 1
-        self.logger.warning(f'{story}. Started again at the same place ({self.restarts} of {MAX_RESTARTS})')
+        now = time.monotonic()
+        while self.restarts and now - self.restarts[0] > PERIOD:
+            self.restarts.popleft()
+        if len(self.restarts) == MAX_RESTARTS:
+            raise DataError(f'{story}. It is the {MAX_RESTARTS + 1}th time within {PERIOD / 60:g} minutes: given up')
+        self.restarts.append(now)
+        self.logger.warning(f'{story}. Started again at the same place ({len(self.restarts)} of {MAX_RESTARTS} in {PERIOD / 60:g} minutes)')
         self.workers[worker] = self._start()
         for w, pending in self.pending:
             if w == worker:
@@ -125,7 +129,8 @@ class Workers(Iterator[Any]):
 
 def _work(pipe: Connection, parents_end: Connection, read: Callable[[Any], Any]) -> None:
     """A worker's life: jobs in, answers out, until it is killed or its parent is gone."""
-    for number in STOP_SIGNALS:
+    signal.set_wakeup_fd(-1)    # the trainer's
+    for number in STOP_SIGNALS:    # sent to the whole group; the trainer needs its batches until it has saved
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     torch.set_num_threads(1)                         # N workers must not start N x cores threads; and threads do not survive a fork

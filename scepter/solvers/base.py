@@ -14,6 +14,7 @@ from scepter.core import checkpoints, streams
 from scepter.core.config import Config, Fault, masked
 from scepter.core.env import Stopped, seed_everything, we
 from scepter.core.errors import DataError
+from scepter.core.lock import WorkDirLock, refusals
 from scepter.core.logger import get_logger, set_up_logging
 from scepter.core.registry import DATASETS, HOOKS, LR_SCHEDULERS, METRICS, MODELS, OPTIMIZERS, SOLVERS
 from scepter.core.schema import Component, param, part, parts
@@ -86,6 +87,7 @@ class BaseSolver(Component, base=True):
         super().__init__(cfg, logger=logger or get_logger())
         self.experiment = Config({'SOLVER': cfg})    # the whole file; the door replaces it, so that a checkpoint can rebuild all
         self.work_dir = Path(self.WORK_DIR)
+        self.lock = WorkDirLock(self.work_dir)
         self._mode_set = _modes(self.cfg)
         self.mode = 'train'
         self.step = 0        # steps of the optimizer
@@ -102,12 +104,16 @@ class BaseSolver(Component, base=True):
 
     # ---------------------------------------------------------------- building, in the documents' order
     def set_up(self) -> None:
-        set_up_logging(self.work_dir, we.rank, we.debug)
-        self.construct_data()
-        self.construct_model()
-        self.construct_metrics()
-        self.model_to_device()
-        self.init_opti()
+        with refusals(self.work_dir):
+            if we.is_main:
+                self.lock.take()
+            we.barrier()    # nobody writes into a folder that is not ours
+            set_up_logging(self.work_dir, we.rank, we.debug)
+            self.construct_data()
+            self.construct_model()
+            self.construct_metrics()
+            self.model_to_device()
+            self.init_opti()
 
     def construct_data(self) -> None:
         """Datasets of each mode, and how a step is cut into micro-batches and processes."""
@@ -158,17 +164,19 @@ class BaseSolver(Component, base=True):
     # ---------------------------------------------------------------- running
     def solve(self) -> None:
         error = None
-        try:
-            self.before_solve()
-            if 'train' in self._mode_set:
-                self.run_train()
-            if 'test' in self._mode_set:
-                self.run_test()
-        except BaseException as caught:
-            error = caught
-            raise
-        finally:
-            self.after_solve(error)
+        with refusals(self.work_dir), contextlib.closing(self.lock):
+            try:
+                self.before_solve()
+                with we.saving_on_stop():
+                    if 'train' in self._mode_set:
+                        self.run_train()
+                    if 'test' in self._mode_set:
+                        self.run_test()
+            except BaseException as caught:
+                error = caught
+                raise
+            finally:
+                self.after_solve(error)
 
     def before_solve(self) -> None:
         if self._checkpoint is not None:
@@ -326,6 +334,7 @@ class BaseSolver(Component, base=True):
     def save_checkpoint(self) -> None:
         """Write WORK_DIR/checkpoints/step-<step>; the main process writes, the others wait."""
         if we.is_main:
+            self.lock.check()
             begin = time.monotonic()
             groups, state = self.checkpoint_contents()
             path = checkpoints.save(self.work_dir / 'checkpoints', self.step, groups, state, masked(self.experiment).dump(),

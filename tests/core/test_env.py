@@ -163,10 +163,11 @@ def test_a_rank_that_hangs_beside_a_failed_one_is_ended(tmp_path: Path):
 def test_a_signal_to_the_parent_reaches_every_rank_which_ends_in_its_own_time(tmp_path: Path):
     job = start(tmp_path, '''
         we.barrier()
-        say('ready')
-        while not we.stop_signal:
-            time.sleep(0.02)
-        say('saved')
+        with we.saving_on_stop():
+            say('ready')
+            while not we.stop_signal:
+                time.sleep(0.02)
+            say('saved')
         raise Stopped(we.stop_signal)
     ''')
     assert job.stdout is not None
@@ -174,4 +175,4 @@ def test_a_signal_to_the_parent_reaches_every_rank_which_ends_in_its_own_time(tm
     job.send_signal(signal.SIGTERM)
     output = job.communicate(timeout=60)[0]
 
-    assert ready == ['ready\n', 'ready\n'] and output.count('saved') == 2 and job.returncode == 143, output
+    assert ready == ['ready\n', 'ready\n'] and output.splitlines().count('saved') == 2 and job.returncode == 143, output

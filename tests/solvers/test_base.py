@@ -212,20 +212,16 @@ def test_a_stop_signal_saves_the_step_and_ends_with_its_number(tmp_path):
             if solver.step == 4:
                 signal.raise_signal(signal.SIGTERM)
 
-    from scepter.core import launch
+    from scepter.core.signals import listening
     we.seed, we.stop_signal = 7, 0
     solver = SOLVERS.build(config(tmp_path).SOLVER)
     solver.hooks['train'].append(StopAt4({}))
     solver.set_up()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    launch._listen_for_stop()
     try:
-        with pytest.raises(Stopped) as stop:
+        with listening(), pytest.raises(Stopped) as stop:
             solver.solve()
     finally:
         we.stop_signal = 0
-        for number, handler in before.items():
-            signal.signal(number, handler)
     assert stop.value.signal == signal.SIGTERM
     assert [p.name for p in (tmp_path / 'checkpoints').glob('step-*')] == ['step-00000004']
 
