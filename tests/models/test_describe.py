@@ -237,6 +237,12 @@ def test_an_inpainting_folder_has_nine_channels(folder):
     assert describe(folder).config.SOLVER.MODEL.DIFFUSION_MODEL.IN_CHANNELS == 9
 
 
+def test_an_offset_of_the_steps_that_is_left_aside_is_said(folder):
+    rewrite(folder / SCHEDULER, timestep_spacing='leading', steps_offset=1)
+    row = next(row for row in describe(folder).taken if row.key == 'SOLVER.SAMPLE_ARGS.DISCRETIZATION')
+    assert row.value == 'leading' and 'steps_offset 1 is left aside' in row.source
+
+
 @pytest.mark.parametrize(('scheduler', 'sampler', 'is_convention'), [
     ({'_class_name': 'EulerAncestralDiscreteScheduler'}, 'euler_ancestral', False),
     ({'_class_name': 'DPMSolverMultistepScheduler'}, 'dpmpp_2m', False),

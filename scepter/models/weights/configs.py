@@ -310,7 +310,10 @@ def sampling(values: Mapping[str, Any], folder: str) -> Node:
         sampler, spacing = _sampler(s), s['timestep_spacing']
         if spacing not in ('leading', 'trailing', 'linspace'):
             raise s.refusal('timestep_spacing', 'expected leading, trailing or linspace')
-        node = {'SAMPLER': sampler, 'DISCRETIZATION': s.said(spacing, 'timestep_spacing')}
+        said = s.said(spacing, 'timestep_spacing')
+        if spacing == 'leading' and s['steps_offset']:
+            said = Said(spacing, f'{said.source}; its steps_offset {s["steps_offset"]} is left aside, so each step is that much cleaner')
+        node = {'SAMPLER': sampler, 'DISCRETIZATION': said}
         if s.get('use_karras_sigmas', False):
             node['DISCRETIZATION'] = s.said('karras', 'use_karras_sigmas')
         return node
