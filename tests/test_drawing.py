@@ -215,6 +215,10 @@ def test_nothing_is_fetched_for_a_config_that_came_with_the_weights_unless_it_is
             with pytest.raises(CheckpointError, match='404'):
                 scepter.load(stranger, **allowed)
             assert asked
+        asked.clear()
+        with pytest.raises(CheckpointError, match=r"was not fetched: .*anybody's word"):
+            scepter.load(cfg=place / 'tiny.yaml', overrides=[f'SOLVER.MODEL.PRETRAINED_MODEL={stranger}'])    # as a training begins
+        assert asked == []
     finally:
         server.shutdown()
         server.server_close()

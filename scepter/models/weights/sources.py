@@ -24,7 +24,7 @@ from scepter.core import checkpoints
 from scepter.core.checkpoints import MANIFEST, Checkpoint
 from scepter.core.env import we
 from scepter.core.errors import CheckpointError, DataError
-from scepter.core.files import atomic
+from scepter.core.files import FS, atomic
 from scepter.core.files.client import shown
 from scepter.core.files.hub import parse
 from scepter.core.files.local import local_path
@@ -82,7 +82,9 @@ def load_pretrained(model: nn.Module, path: str | Path, ignore_keys: Sequence[st
         return
     owned = _of_parts_with_a_file(model)
     kept = set().union(*owned.values())
-    with local_copy(path) as local:
+    reason = f'{shown(str(path))} says that it left out what is there, and that may be anybody\'s word: name a copy of yours as the ' \
+             'PRETRAINED_MODEL of the part'
+    with local_copy(path) as local, FS.without_requests(reason):
         found = read_weights(local, use_ema)
         refuse_contradictions(model, found, ignore_keys, source=str(path))
         weights = weights_for(model, found)
