@@ -54,11 +54,11 @@ def test_no_wording_loses_its_digit_to_the_length_of_the_prompt():
 
 
 def test_a_frozen_part_that_is_gone_is_named(digits, tmp_path, capsys):
-    copy = shutil.copytree(digits, tmp_path / 'copy')
+    copy = shutil.copytree(digits / 'diffusion', tmp_path / 'copy')    # alone: a project that moved whole is found again
     away = digits / 'autoencoder' / 'checkpoints' / 'step-00000002'
     away.rename(away.with_name('moved'))
     try:
-        code = run_inference.main(['--prompt', 'x', '--pretrained_model', str(copy / 'diffusion' / 'checkpoints' / 'step-00000002')])
+        code = run_inference.main(['--prompt', 'x', '--pretrained_model', str(copy / 'checkpoints' / 'step-00000002')])
     finally:
         away.with_name('moved').rename(away)
     said = capsys.readouterr().err
