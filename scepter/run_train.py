@@ -99,7 +99,7 @@ def run_task(cfg: Config, imports: Sequence[str] = ()) -> None:
     for word in imports:
         import_user_code(word)
     solver = SOLVERS.build(cfg.SOLVER, logger=get_logger())
-    solver.experiment = cfg    # a checkpoint's config.yaml holds all of it
+    solver.experiment, solver.imports = cfg, imports    # a checkpoint's config.yaml holds all of it
     solver.set_up()
     solver.solve()
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import unicodedata
@@ -22,6 +23,18 @@ SAMPLERS = {
     'ddim': 'DDIM', 'euler': 'Euler', 'euler_ancestral': 'Euler a', 'lcm': 'LCM', 'heun': 'Heun', 'dpm2': 'DPM2',
     'dpm2_ancestral': 'DPM2 a', 'dpmpp_2s_ancestral': 'DPM++ 2S a', 'dpmpp_sde': 'DPM++ SDE', 'dpmpp_2m': 'DPM++ 2M',
     'dpmpp_2m_sde': 'DPM++ 2M SDE', 'dpmpp_3m_sde': 'DPM++ 3M SDE', 'unipc': 'UniPC', 'lms': 'LMS', 'ddpm': 'DDPM'}
+
+
+def is_figure(value: Any) -> bool:
+    """Whether this is a number, or a tensor or array of one element."""
+    return isinstance(value, (int, float, np.number)) or (isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) == 1)
+
+
+def is_picture(value: Any) -> bool:
+    """Whether this is [3, H, W] or [1, H, W] as a tensor, or [H, W, 3] uint8."""
+    if isinstance(value, Tensor):
+        return value.ndim == 3 and value.shape[0] in (1, 3)
+    return isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3 and value.shape[2] == 3
 
 
 def to_uint8(image: Tensor) -> np.ndarray:

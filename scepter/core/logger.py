@@ -37,6 +37,13 @@ def set_up_logging(work_dir: str | Path | None, rank: int = 0, debug: bool = Fal
         logger.addHandler(_handler(logging.FileHandler(path, encoding='utf-8')))
 
 
+def duration(seconds: float) -> str:
+    """0:42, 3:12 or 1:05:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}:{minutes:02}:{rest:02}' if hours else f'{minutes}:{rest:02}'
+
+
 def _handler(handler: logging.Handler) -> logging.Handler:
     handler.setFormatter(_Formatter(FORMAT, datefmt='%H:%M:%S'))
     return handler

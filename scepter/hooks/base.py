@@ -40,10 +40,14 @@ class Hook(Component, base=True):
         """A step is done; solver.outputs holds what it gave."""
 
     def before_eval(self, solver: Any) -> None:
-        """In training: an evaluation begins."""
+        """In training: an evaluation begins; the network is in evaluation mode."""
 
     def after_eval(self, solver: Any) -> None:
         """In training: an evaluation is done; solver.eval_outputs holds its figures."""
+
+    def read_log(self, solver: Any, logged: dict[str, Any]) -> None:
+        """In training: all hooks have run after a step, or (solver.mode is eval) after an evaluation. `logged` holds every figure (a
+        number or a tensor of one element) and every picture of it under its name in logs: what the network gave and solver.log was told."""
 
     def after_all_iter(self, solver: Any) -> None:
         """The loop of this mode has ended."""

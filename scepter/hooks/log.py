@@ -1,83 +1,111 @@
 """What the run says: a progress bar, lines of text, a JSONL file, TensorBoard."""
 from __future__ import annotations
 
-import json
+import math
 import time
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from scepter.core import jsonl
 from scepter.core.env import we
+from scepter.core.images import is_figure, to_uint8
+from scepter.core.logger import duration
 from scepter.core.registry import HOOKS, need
 from scepter.core.schema import param
 from scepter.hooks.base import Hook
 
-PERFORMANCE = ('samples_per_sec', 'data_wait')
-
-
-def figures(outputs: dict[str, Any], prefix: str = 'train') -> dict[str, float]:
-    """The numbers among outputs under their names in logs: train/loss, train/lr, train/grad_norm, perf/samples_per_sec, val/accuracy."""
-    return {f'{"perf" if k in PERFORMANCE else prefix}/{k}': float(v) for k, v in outputs.items() if isinstance(v, (int, float))}
+# how a line of text shows what is no plain number
+SHOWN = {'perf/samples_per_sec': '{:.3g} samples/s', 'perf/data_wait': 'waited for data {:.0%}', 'perf/gpu_gib': '{:.3g} GiB of GPU memory'}
 
 
 @HOOKS.register_class()
 class LogHook(Hook):
-    """A progress bar, a line every LOG_INTERVAL steps with the mean since the last one, and WORK_DIR/log.jsonl, on the main process."""
+    """A progress bar, a line every LOG_INTERVAL steps with the mean since the last one, and WORK_DIR/log.jsonl, on the main process.
+
+    In log.jsonl `perf/data_wait` is the share of a step spent waiting for data, and a figure that is not finite is null. A resumed run
+    cuts off the lines of the steps that it goes through again.
+    """
 
     LOG_INTERVAL: int = param(10, 'Steps between lines.', least=1)
     PROGRESS: bool = param(True, 'Show a progress bar where the terminal can.')
     SHOW_GPU_MEM: bool = param(False, 'Add the peak of the GPU memory.')
 
-    def before_all_iter(self, solver: Any) -> None:
-        self.sums: dict[str, float] = {}
-        self.count, self.bar = 0, None
-        if we.is_main and solver.mode == 'train':
-            if self.PROGRESS:
-                from tqdm import tqdm
-                self.bar = tqdm(total=solver.max_steps, initial=solver.step, disable=None, dynamic_ncols=True, unit='step')
-            self.file = open(solver.work_dir / 'log.jsonl', 'a', encoding='utf-8')
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__(cfg, logger=logger)
+        self.sums: dict[str, Any] = {}        # since the last line; tensors stay on their device until there is one
+        self.counts: dict[str, int] = {}
+        self.bar: Any = None
+        self._first: tuple[int, float] | None = None     # step and time after the first step, which compiles and warms up
 
-    def after_iter(self, solver: Any) -> None:
+    def before_all_iter(self, solver: Any) -> None:
         if not we.is_main or solver.mode != 'train':
             return
-        for key, value in figures(solver.outputs).items():
-            self.sums[key] = self.sums.get(key, 0.0) + value
-        self.count += 1
-        if self.bar is not None:
-            self.bar.update(1)
-            if 'loss' in solver.outputs and not self.bar.disable:
-                self.bar.set_postfix_str(f'loss {solver.outputs["loss"]:.4f}', refresh=False)
+        self.path = solver.work_dir / 'log.jsonl'
+        jsonl.keep_while(self.path, lambda row: row.get('step', 0) <= solver.step)
+        if self.PROGRESS:
+            from tqdm import tqdm
+            self.bar = tqdm(total=solver.max_steps, initial=solver.step, disable=None, dynamic_ncols=True, unit='step')
+
+    def read_log(self, solver: Any, logged: dict[str, Any]) -> None:
+        if not we.is_main:
+            return
+        figures = {key: value for key, value in logged.items() if is_figure(value)}
+        if solver.mode == 'eval':
+            self._write(solver, {key: float(value) for key, value in figures.items()})
+            return
+        self._first = self._first or (solver.step, time.monotonic())
+        for key, value in figures.items():
+            # the rate is shown as it is now, all others as their mean
+            is_kept = key in self.sums and not key.startswith('train/lr')
+            self.sums[key] = self.sums[key] + value if is_kept else value
+            self.counts[key] = self.counts[key] + 1 if is_kept else 1
+        self._move_bar(figures)
         if solver.step % self.LOG_INTERVAL == 0 or solver.step == solver.max_steps:
-            means = {key: value / self.count for key, value in self.sums.items()}
-            # the rates as they are now
-            means |= {f'train/{key}': float(value) for key, value in solver.outputs.items() if key == 'lr' or key.startswith('lr_')}
+            means = {key: float(total) / self.counts[key] for key, total in self.sums.items()}
             if self.SHOW_GPU_MEM and we.device.type == 'cuda':
                 means['perf/gpu_gib'] = torch.cuda.max_memory_allocated() / 2 ** 30
             self._write(solver, means)
-            self.sums, self.count = {}, 0
-
-    def after_eval(self, solver: Any) -> None:
-        if we.is_main and solver.eval_outputs:
-            self._write(solver, figures(solver.eval_outputs, 'val'))
+            self.sums, self.counts = {}, {}
 
     def after_solve(self, solver: Any) -> None:
-        for opened in (getattr(self, 'bar', None), getattr(self, 'file', None)):
-            if opened is not None:
-                opened.close()
+        if self.bar is not None:
+            self.bar.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        sums = {key: float(total) for key, total in self.sums.items()}
+        return {'sums': {key: total if math.isfinite(total) else None for key, total in sums.items()}, 'counts': self.counts}
+
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.sums = {key: math.nan if total is None else total for key, total in state.get('sums', {}).items()}
+        self.counts = dict(state.get('counts', {}))
+
+    def _move_bar(self, figures: dict[str, Any]) -> None:
+        if self.bar is not None:
+            self.bar.update(1)
+            if 'train/loss' in figures and not self.bar.disable:
+                self.bar.set_postfix_str(f'loss {float(figures["train/loss"]):.4f}', refresh=False)
 
     def _write(self, solver: Any, values: dict[str, float]) -> None:
-        self.file.write(json.dumps({'step': solver.step, 'time': round(time.time(), 3), **values}) + '\n')
-        self.file.flush()
-        shown = '  '.join(f'{key.removeprefix("train/").removeprefix("perf/")} {_short(value)}' for key, value in values.items())
-        self.logger.info(f'step {solver.step}/{solver.max_steps}  {shown}')
+        jsonl.append(self.path, [{'step': solver.step, 'time': round(time.time(), 3), **values}])
+        shown = [_shown(key, value) for key, value in values.items()]
+        self.logger.info('  '.join([f'step {solver.step}/{solver.max_steps}', *self._time_left(solver), *shown]))
+
+    def _time_left(self, solver: Any) -> list[str]:
+        if self._first is None or not self._first[0] < solver.step < solver.max_steps:
+            return []
+        step, begin = self._first
+        return [f'eta {duration((time.monotonic() - begin) / (solver.step - step) * (solver.max_steps - solver.step))}']
 
 
 @HOOKS.register_class()
 class TensorboardLogHook(Hook):
-    """Scalars for TensorBoard, in WORK_DIR/tensorboard."""
+    """Figures and pictures for TensorBoard, in WORK_DIR/tensorboard."""
 
     LOG_DIR: str | None = param(None, 'Folder; default WORK_DIR/tensorboard.')
-    LOG_INTERVAL: int = param(10, 'Steps between points.', least=1)
+    LOG_INTERVAL: int = param(10, 'Steps between points; pictures and evaluations are shown whenever there are some.', least=1)
 
     def before_all_iter(self, solver: Any) -> None:
         if we.is_main:
@@ -86,20 +114,23 @@ class TensorboardLogHook(Hook):
             # purge_step: a resumed run draws over what an interrupted one had drawn beyond its last checkpoint
             self.writer = SummaryWriter(self.LOG_DIR or str(solver.work_dir / 'tensorboard'), purge_step=solver.step + 1)
 
-    def after_iter(self, solver: Any) -> None:
-        if we.is_main and solver.step % self.LOG_INTERVAL == 0:
-            for key, value in figures(solver.outputs).items():
-                self.writer.add_scalar(key, value, solver.step)
-
-    def after_eval(self, solver: Any) -> None:
-        if we.is_main:
-            for key, value in figures(solver.eval_outputs, 'val').items():
-                self.writer.add_scalar(key, value, solver.step)
+    def read_log(self, solver: Any, logged: dict[str, Any]) -> None:
+        if not we.is_main:
+            return
+        is_due = solver.mode == 'eval' or solver.step % self.LOG_INTERVAL == 0
+        for key, value in logged.items():
+            if not is_figure(value):
+                picture = value if isinstance(value, np.ndarray) else to_uint8(value)
+                self.writer.add_image(key, picture, solver.step, dataformats='HWC')
+            elif is_due:
+                self.writer.add_scalar(key, float(value), solver.step)
 
     def after_solve(self, solver: Any) -> None:
         if hasattr(self, 'writer'):
             self.writer.close()
 
 
-def _short(value: float) -> str:
-    return f'{value:.4g}' if abs(value) < 1000 else f'{value:,.0f}'
+def _shown(key: str, value: float) -> str:
+    if key in SHOWN:
+        return SHOWN[key].format(value)
+    return f'{key.removeprefix("train/")} {value:.4g}' if abs(value) < 1000 else f'{key.removeprefix("train/")} {value:,.0f}'

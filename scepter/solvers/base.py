@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +14,13 @@ from scepter.core import checkpoints, streams
 from scepter.core.config import Config, Fault, masked
 from scepter.core.env import Stopped, seed_everything, we
 from scepter.core.errors import DataError
+from scepter.core.images import is_figure, is_picture
 from scepter.core.lock import WorkDirLock, refusals
 from scepter.core.logger import get_logger, set_up_logging
 from scepter.core.registry import DATASETS, HOOKS, LR_SCHEDULERS, METRICS, MODELS, OPTIMIZERS, SOLVERS
 from scepter.core.schema import Component, param, part, parts
 from scepter.data.loader import Loader
-from scepter.solvers import evaluation, state
+from scepter.solvers import console, evaluation, state
 from scepter.solvers.optim import NamedOptimizer, OptimizerPlace, build_optimizers, rate_function
 from scepter.solvers.state import Plan
 from scepter.solvers.step import DTYPES, Batches, Outputs, TrainStep, best_dtype
@@ -98,6 +99,8 @@ class BaseSolver(Component, base=True):
         self.is_eval_due = False      # the evaluation of this step was cut off by a stop signal
         self.batches: Batches = []
         self.hooks = {mode: [HOOKS.build(c, logger=self.logger) for c in self.cfg[f'{mode.upper()}_HOOKS']] for mode in MODES}
+        self.imports: Sequence[str] = ()    # the user's files that came along, for the command that draws
+        self._logged: dict[str, Any] = {}
         self._save_reasons: list[str] = []
         self._saved_step: int | None = None
         self._seconds = {'step': 0.0, 'data': 0.0}
@@ -110,6 +113,7 @@ class BaseSolver(Component, base=True):
             we.barrier()    # nobody writes into a folder that is not ours
             set_up_logging(self.work_dir, we.rank, we.debug)
             self.construct_data()
+            self.logger.info(console.greeting(self))
             self.construct_model()
             self.construct_metrics()
             self.model_to_device()
@@ -156,14 +160,11 @@ class BaseSolver(Component, base=True):
             import torch._functorch.config
             # the graph is gone through once for each loss, so its first pass must not give its memory away
             torch._functorch.config.donated_buffer = False
-        trained = sum(p.numel() for o in self.optimizers for p in o.owned.values())
-        total = sum(p.numel() for p in self.model.parameters())
-        self.logger.info(f'{type(self.model).__name__}: {total:,} parameters, {trained:,} trained, '
-                         f'{self.plan.global_size} samples a step, {self.max_steps} steps on {we.world_size} x {we.device}')
+        self.logger.info(console.sizes(self))
 
     # ---------------------------------------------------------------- running
     def solve(self) -> None:
-        error = None
+        error, begin = None, time.monotonic()
         with refusals(self.work_dir), contextlib.closing(self.lock):
             try:
                 self.before_solve()
@@ -177,6 +178,8 @@ class BaseSolver(Component, base=True):
                 raise
             finally:
                 self.after_solve(error)
+        if we.is_main:
+            self.logger.info(console.farewell(self, time.monotonic() - begin))
 
     def before_solve(self) -> None:
         if self._checkpoint is not None:
@@ -263,9 +266,10 @@ class BaseSolver(Component, base=True):
 
     def after_iter(self) -> None:
         self._seconds['step'] = time.monotonic() - self._begin
-        self.outputs['samples_per_sec'] = self.plan.global_size / max(1e-9, self._seconds['step'])
-        self.outputs['data_wait'] = self._seconds['data'] / max(1e-9, self._seconds['step'])
+        self.log('perf/samples_per_sec', self.plan.global_size / max(1e-9, self._seconds['step']))
+        self.log('perf/data_wait', self._seconds['data'] / max(1e-9, self._seconds['step']))
         self._call('after_iter', 'train')
+        self.hand_out_log(self.outputs)
 
     def after_all_iter(self) -> None:
         self._call('after_all_iter', 'train')
@@ -274,6 +278,29 @@ class BaseSolver(Component, base=True):
     def _call(self, moment: str, mode: str) -> None:
         for hook in self.hooks[mode]:
             getattr(hook, moment)(self)
+
+    def log(self, name: str, value: Any) -> None:
+        """Have hooks that write down what happens (LogHook, TensorboardLogHook, any with read_log) take this in.
+
+        A figure (a number, a tensor of one element) or a picture ([3, H, W] in 0..1, or [H, W, 3] uint8), under `train/<name>`, in an
+        evaluation under `val/<name>`; a name with a slash stays as it is. It is handed out when all hooks of the moment have run.
+        """
+        if not is_figure(value) and not is_picture(value):
+            found = f'{type(value).__name__}{list(value.shape) if hasattr(value, "shape") else ""}'
+            raise TypeError(f'log({name!r}, ...): {found} is neither a figure (a number, or a tensor of one element, such as a mean) nor a '
+                            'picture ([3, H, W] in 0..1, or [H, W, 3] uint8)')
+        prefix = 'val' if self.mode == 'eval' else self.mode
+        self._logged[name if '/' in name else f'{prefix}/{name}'] = value.detach() if isinstance(value, Tensor) else value
+
+    def hand_out_log(self, outputs: Outputs) -> None:
+        """Show the training hooks every number of these outputs, and what was logged."""
+        of_hooks, self._logged = self._logged, {}
+        for name, value in outputs.items():
+            if isinstance(value, (int, float)):
+                self.log(name, value)
+        logged, self._logged = {**self._logged, **of_hooks}, {}
+        for hook in self.hooks['train']:
+            hook.read_log(self, logged)
 
     def train_mode(self) -> None:
         self._set_mode('train')
@@ -313,7 +340,12 @@ class BaseSolver(Component, base=True):
 
     @property
     def max_steps(self) -> int:
+        """Steps in all; a hook that ends the run sets it to solver.step."""
         return self.plan.max_steps
+
+    @max_steps.setter
+    def max_steps(self, steps: int) -> None:
+        self.plan = self.plan._replace(max_steps=steps)
 
     # ---------------------------------------------------------------- checkpoints
     def request_save(self, reason: str = 'asked for') -> None:

@@ -45,6 +45,7 @@ def run_eval(solver: BaseSolver) -> None:
         for metric in solver.metrics if len(n) else []:
             metric.update(solver.outputs['results'], batch)
 
+    solver.eval_mode()
     solver._call('before_eval', 'train')
     for metric in solver.metrics:
         metric.reset()
@@ -55,9 +56,9 @@ def run_eval(solver: BaseSolver) -> None:
         for metric in solver.metrics:
             solver.eval_outputs |= metric.compute()
         solver._call('after_all_iter', 'eval')
-    solver.train_mode()
-    if not solver.is_eval_due:
         solver._call('after_eval', 'train')
+        solver.hand_out_log(solver.eval_outputs)
+    solver.train_mode()
 
 
 def run_test(solver: BaseSolver) -> None:

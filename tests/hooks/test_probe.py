@@ -1,20 +1,17 @@
 """Looking in: pictures of a training, of an evaluation and of a test run."""
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / 'solvers'))
+from tiny import LATENT_DIFFUSION
+
 from scepter import SOLVERS, Config
 from scepter.core.env import we
 from scepter.core.images import read_settings
-
-CODER = {'CH': 32, 'CH_MULT': [1, 1], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 4}
-NETWORK = {'NAME': 'LatentDiffusion', 'SIZE_FACTOR': 2, 'IMAGE_SIZE': 16,
-           'FIRST_STAGE_MODEL': {'NAME': 'AutoencoderKL', 'ENCODER': {'NAME': 'Encoder', **CODER}, 'DECODER': {'NAME': 'Decoder', **CODER}},
-           'DIFFUSION_MODEL': {'NAME': 'DiffusionUNet', 'IN_CHANNELS': 4, 'OUT_CHANNELS': 4, 'MODEL_CHANNELS': 32, 'CHANNEL_MULT': [1],
-                               'NUM_RES_BLOCKS': 1, 'ATTENTION_RESOLUTIONS': [1], 'NUM_HEADS': 2, 'CONTEXT_DIM': 32},
-           'COND_STAGE_MODEL': {'NAME': 'FrozenCLIPEmbedder', 'WIDTH': 32, 'DEPTH': 1, 'HEADS': 2, 'MAX_LENGTH': 8}}
 
 
 def run(work_dir: Path, images: Path, **settings) -> dict[str, torch.Tensor]:
@@ -22,7 +19,7 @@ def run(work_dir: Path, images: Path, **settings) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     we.seed = 3
     solver = SOLVERS.build(Config({
-        'NAME': 'LatentDiffusionSolver', 'WORK_DIR': str(work_dir), 'MAX_STEPS': 2, 'MODEL': NETWORK,
+        'NAME': 'LatentDiffusionSolver', 'WORK_DIR': str(work_dir), 'MAX_STEPS': 2, 'MODEL': LATENT_DIFFUSION,
         'OPTIMIZER': {'NAME': 'AdamW', 'LEARNING_RATE': 1e-3}, 'SAMPLE_ARGS': {'SAMPLE_STEPS': 2},
         'TRAIN_DATA': {'NAME': 'ImageTextFolderDataset', 'DATA_FOLDER': str(images), 'BATCH_SIZE': 2}, **settings}))
     solver.set_up()

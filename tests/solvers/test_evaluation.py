@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import TinyDenoiser, config, run
+from tiny import LATENT_DIFFUSION, TinyDenoiser, config, run
 
 from scepter import run_train
 from scepter.core import checkpoints
@@ -23,12 +23,6 @@ from scepter.core.images import read_settings
 from scepter.core.registry import MODELS
 
 POINTS = {'NAME': 'TinyPoints', 'BATCH_SIZE': 4}
-CODER = {'CH': 32, 'CH_MULT': [1, 1], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 4}
-NETWORK = {'NAME': 'LatentDiffusion', 'SIZE_FACTOR': 2, 'IMAGE_SIZE': 16,
-           'FIRST_STAGE_MODEL': {'NAME': 'AutoencoderKL', 'ENCODER': {'NAME': 'Encoder', **CODER}, 'DECODER': {'NAME': 'Decoder', **CODER}},
-           'DIFFUSION_MODEL': {'NAME': 'DiffusionUNet', 'IN_CHANNELS': 4, 'OUT_CHANNELS': 4, 'MODEL_CHANNELS': 32, 'CHANNEL_MULT': [1],
-                               'NUM_RES_BLOCKS': 1, 'ATTENTION_RESOLUTIONS': [1], 'NUM_HEADS': 2, 'CONTEXT_DIM': 32},
-           'COND_STAGE_MODEL': {'NAME': 'FrozenCLIPEmbedder', 'WIDTH': 32, 'DEPTH': 1, 'HEADS': 2, 'MAX_LENGTH': 8}}
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:
@@ -37,8 +31,16 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 
 # ------------------------------------------------------------------------------------------------ each picture has its own noise
 def drawn(work_dir: Path, batch_size: int, prompts: list[str]) -> dict[str, np.ndarray]:
+    """Pictures of a network after a step that changes nothing."""
+    images = work_dir / 'images'
+    images.mkdir(parents=True)
+    Image.new('RGB', (16, 16), 'red').save(images / 'red.png')
+    (images / 'red.txt').write_text('a wall')
     run(Config({'SOLVER': {
-        'NAME': 'LatentDiffusionSolver', 'WORK_DIR': str(work_dir), 'MODEL': NETWORK, 'SAMPLE_ARGS': {'SAMPLE_STEPS': 2, 'SEED': 5},
+        'NAME': 'LatentDiffusionSolver', 'WORK_DIR': str(work_dir), 'MODEL': LATENT_DIFFUSION,
+        'SAMPLE_ARGS': {'SAMPLE_STEPS': 2, 'SEED': 5},
+        'MAX_STEPS': 1, 'OPTIMIZER': {'NAME': 'SGD', 'LR': 0.0},
+        'TRAIN_DATA': {'NAME': 'ImageTextFolderDataset', 'DATA_FOLDER': str(images), 'BATCH_SIZE': 1},
         'TEST_DATA': {'NAME': 'PromptListDataset', 'PROMPTS': prompts, 'BATCH_SIZE': batch_size}}}))
     return {file.name: np.asarray(Image.open(file)).astype(int) for file in sorted((work_dir / 'test_results').glob('*.png'))}
 
@@ -63,7 +65,7 @@ class DocumentPainter(TinyDenoiser):
 
 def test_a_network_that_takes_one_seed_or_none_has_other_noise_in_each_batch(tmp_path):
     for name in ('once', 'again'):
-        run(config(tmp_path / name, MODE=['test'], MODEL={'NAME': 'DocumentPainter'}, TEST_DATA={'NAME': 'TinyPoints', 'BATCH_SIZE': 2}))
+        run(config(tmp_path / name, steps=1, MODEL={'NAME': 'DocumentPainter'}, TEST_DATA={'NAME': 'TinyPoints', 'BATCH_SIZE': 2}))
     rows = rows_of(tmp_path / 'once' / 'test_results' / 'results.jsonl')
     assert len({r['keyed'] for r in rows}) == len({r['free'] for r in rows}) == 16
     assert rows[0]['row_seed'] == 3
@@ -72,7 +74,7 @@ def test_a_network_that_takes_one_seed_or_none_has_other_noise_in_each_batch(tmp
 
 # ------------------------------------------------------------------------------------------------ a stop signal
 def test_a_stop_in_an_evaluation_leaves_no_figure_and_the_resumed_run_makes_it_first(tmp_path):
-    hooks = [{'NAME': 'CheckpointHook', 'INTERVAL': 0, 'SAVE_BEST_BY': '-loss'}, {'NAME': 'LogHook'}]
+    hooks = [{'NAME': 'CheckpointHook', 'INTERVAL': 0, 'SAVE_BEST_BY': '-loss'}, {'NAME': 'LogHook', 'LOG_INTERVAL': 1}]
     settings = {'TRAIN_HOOKS': hooks, 'EVAL_INTERVAL': 2, 'EVAL_DATA': POINTS}
     with pytest.raises(Stopped) as stop:
         run(config(tmp_path, steps=4, EVAL_HOOKS=[{'NAME': 'StopAfter', 'BATCHES': 2}], **settings))
@@ -88,11 +90,10 @@ def test_a_stop_in_an_evaluation_leaves_no_figure_and_the_resumed_run_makes_it_f
 
 
 def test_a_stop_in_a_test_run_leaves_whole_files_and_the_next_run_does_not_mix_with_them(tmp_path):
-    settings = {'MODE': ['test'], 'TEST_DATA': POINTS}
     with pytest.raises(Stopped) as stop:
-        run(config(tmp_path, TEST_HOOKS=[{'NAME': 'StopAfter', 'BATCHES': 2}], **settings))
+        run(config(tmp_path, steps=1, TEST_DATA=POINTS, TEST_HOOKS=[{'NAME': 'StopAfter', 'BATCHES': 2}]))
     assert stop.value.signal == signal.SIGTERM
-    run(config(tmp_path, **settings))
+    run(config(tmp_path, MODE=['test'], TEST_DATA=POINTS, RESUME_FROM='latest'))
     assert [r['number'] for r in rows_of(tmp_path / 'test_results' / 'results.jsonl')] == list(range(8))
     assert [r['number'] for r in rows_of(tmp_path / 'test_results-2' / 'results.jsonl')] == list(range(16))
 

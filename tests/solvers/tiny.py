@@ -20,6 +20,15 @@ from scepter.diffusion.schedules import cosine
 from scepter.hooks.base import Hook
 from scepter.models.base import TrainModule
 
+# the smallest latent diffusion
+CODER = {'CH': 32, 'CH_MULT': [1, 1], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 4}
+LATENT_DIFFUSION = {
+    'NAME': 'LatentDiffusion', 'SIZE_FACTOR': 2, 'IMAGE_SIZE': 16,
+    'FIRST_STAGE_MODEL': {'NAME': 'AutoencoderKL', 'ENCODER': {'NAME': 'Encoder', **CODER}, 'DECODER': {'NAME': 'Decoder', **CODER}},
+    'DIFFUSION_MODEL': {'NAME': 'DiffusionUNet', 'IN_CHANNELS': 4, 'OUT_CHANNELS': 4, 'MODEL_CHANNELS': 32, 'CHANNEL_MULT': [1],
+                        'NUM_RES_BLOCKS': 1, 'ATTENTION_RESOLUTIONS': [1], 'NUM_HEADS': 2, 'CONTEXT_DIM': 32},
+    'COND_STAGE_MODEL': {'NAME': 'FrozenCLIPEmbedder', 'WIDTH': 32, 'DEPTH': 1, 'HEADS': 2, 'MAX_LENGTH': 8}}
+
 
 @DATASETS.register_class()
 class TinyPoints(BaseDataset):

@@ -1,0 +1,66 @@
+"""What a run says before its first step and after its last."""
+from __future__ import annotations
+
+import inspect
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from scepter.core import checkpoints
+from scepter.core.env import we
+from scepter.core.logger import duration
+
+if TYPE_CHECKING:
+    from scepter.solvers.base import BaseSolver
+
+
+def greeting(solver: BaseSolver) -> str:
+    """Where the run writes, what it reads, and what computes."""
+    if we.device.type == 'cuda':
+        device = f'{torch.cuda.get_device_name(we.device)}'
+    else:
+        device = f'{we.device} with {torch.get_num_threads()} threads'
+    reads = [f'{mode} on {len(data):,} samples' for mode, data in solver.datasets.items() if data is not None]
+    return '; '.join([f'WORK_DIR {solver.work_dir}', ', '.join(reads) or 'nothing to read', f'{we.world_size} x {device}'])
+
+
+def sizes(solver: BaseSolver) -> str:
+    """How large the network is, and how long it trains."""
+    trained = sum(p.numel() for o in solver.optimizers for p in o.owned.values())
+    total = sum(p.numel() for p in solver.model.parameters())
+    plan = solver.plan
+    epochs = plan.global_size * solver.max_steps / len(solver.datasets['train'])
+    return (f'{type(solver.model).__name__}: {total:,} parameters, {trained:,} trained, in {str(solver.dtype).removeprefix("torch.")}; '
+            f'{solver.max_steps:,} steps of {plan.global_size} samples, {epochs:.3g} epochs')
+
+
+def farewell(solver: BaseSolver, seconds: float) -> str:
+    """How long it took, and the command that draws from the newest checkpoint where the network draws from a prompt."""
+    done = f'done in {duration(seconds)}'
+    newest = checkpoints.folder_of(solver.work_dir / 'checkpoints', solver.step)
+    if not newest.is_dir():
+        return done
+    if 'prompt' not in inspect.signature(solver.model.forward_test).parameters:
+        return f'{done}; the newest checkpoint is {newest}'
+    prompts = (solver.batches[-1][0].get('prompt') if solver.batches else None) or ['what to draw']
+    words = [*draw_command(), '--pretrained_model', str(newest)]
+    for word in solver.imports:
+        words += ['--imports', _near(word)]
+    return f'{done}; draw with:\n  {shlex.join([*words, "--prompt", str(prompts[0])])}'
+
+
+def draw_command() -> list[str]:
+    """The drawing door, beside the one that this run came in by."""
+    script = Path(sys.argv[0])
+    if script.name == 'run_train.py':
+        return ['python', str(script.with_name('run_inference.py'))]
+    return ['scepter', 'draw'] if script.name.split(' ')[0] == 'scepter' else ['python', '-m', 'scepter.run_inference']
+
+
+def _near(word: str) -> str:
+    """A file as it is called from here, where that is shorter."""
+    return min(word, os.path.relpath(word), key=len) if word.endswith('.py') else word
