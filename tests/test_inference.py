@@ -252,7 +252,7 @@ REFUSED = {
     'a size that the networks cannot make': (2, ['--image_size', '100,64'], '100x64 cannot be made: sides are multiples of 8, e.g. 96x64'),
     'a sampler with a typo': (2, ['--sampler', 'dpmp_2m'], 'dpmpp_2m'),
     'more steps than levels': (2, ['--sample_steps', '2000'], '2000'),
-    'a strength over 1': (2, ['--image', 'photo.png', '--denoising_strength', '1.5'], 'denoising_strength is 1.5'),
+    'a strength over 1': (2, ['--image', 'photo.png', '--denoising_strength', '1.5'], 'at most 1, got 1.5'),
     'a strength without an image': (2, ['--denoising_strength', '0.5'], 'image'),
     'a key with a typo': (2, ['SOLVER.MODEL.SCALE_FACTR=1'], 'SCALE_FACTOR'),
     'an image that is not there': (3, ['--image', 'gone.png'], 'gone.png'),
