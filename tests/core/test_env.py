@@ -3,18 +3,25 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from scepter.core import launch
 from scepter.core.config import Config, ConfigError
 from scepter.core.env import Stopped, WorkEnv, guarded, we
 from scepter.core.errors import CheckpointError, DataError, NonFiniteError, PeerError, ScepterError
+from scepter.core.launch import Place
+from scepter.core.logger import get_logger
+from scepter.core.signals import listening
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'TORCHELASTIC_RUN_ID')
@@ -111,7 +118,8 @@ def start(folder: Path, task: str) -> subprocess.Popen:
     ''').format(textwrap.indent(textwrap.dedent(task).strip(), ' ' * 12).replace('\n' + ' ' * 8, '\n').removeprefix(' ' * 8)),
                       encoding='utf-8')
     environment = {**{k: v for k, v in os.environ.items() if k not in LAUNCHERS}, 'PYTHONPATH': str(ROOT)}
-    return subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+                            start_new_session=True)
 
 
 def test_two_jobs_of_two_processes_run_side_by_side_and_each_ranks_talk(tmp_path: Path):
@@ -160,19 +168,86 @@ def test_a_rank_that_hangs_beside_a_failed_one_is_ended(tmp_path: Path):
     assert 'rank 1 was killed by SIGKILL' in output
 
 
-def test_a_signal_to_the_parent_reaches_every_rank_which_ends_in_its_own_time(tmp_path: Path):
+@pytest.mark.parametrize(('number', 'is_to_all'), [(signal.SIGTERM, True), (signal.SIGINT, False)])
+def test_a_signal_to_the_parent_or_to_all_lets_every_rank_end_in_its_own_time(tmp_path: Path, number: int, is_to_all: bool):
     job = start(tmp_path, '''
-        we.barrier()
         with we.saving_on_stop():
+            we.barrier()
             say('ready')
             while not we.stop_signal:
                 time.sleep(0.02)
+            time.sleep(1)      # meanwhile the parent passes on what this rank has heard itself
             say('saved')
         raise Stopped(we.stop_signal)
     ''')
     assert job.stdout is not None
     ready = [job.stdout.readline(), job.stdout.readline()]
-    job.send_signal(signal.SIGTERM)
-    output = job.communicate(timeout=60)[0]
+    os.killpg(job.pid, number) if is_to_all else job.send_signal(number)
+    output = job.communicate(timeout=240)[0]
 
-    assert ready == ['ready\n', 'ready\n'] and output.splitlines().count('saved') == 2 and job.returncode == 143, output
+    assert ready == ['ready\n', 'ready\n'] and output.splitlines().count('saved') == 2 and job.returncode == 128 + number, output
+
+
+def test_ranks_whose_parent_is_killed_while_they_begin_do_not_live_on(tmp_path: Path):
+    job = start(tmp_path, '''
+        say('a rank lives on')
+        time.sleep(1000)
+    ''')
+    while len(ranks_of(job.pid)) < 2:
+        time.sleep(0.01)
+    job.kill()
+    output = job.communicate(timeout=240)[0]      # until the last process has closed its end of the pipe
+
+    assert 'lives on' not in output
+
+
+def ranks_of(parent: int) -> list[str]:
+    """The pids of the ranks that a process has started."""
+    children = Path(f'/proc/{parent}/task/{parent}/children').read_text().split()
+    return [child for child in children if b'spawn_main' in Path(f'/proc/{child}/cmdline').read_bytes()]
+
+
+def test_the_others_wait_for_a_save_as_long_as_it_takes_and_not_for_ever(tmp_path: Path):
+    job = start(tmp_path, '''
+        import datetime
+        import torch.distributed as dist
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=1))     # as if ENV.TIMEOUT were this
+        if we.is_main:
+            time.sleep(3)      # it writes
+        we.barrier()
+        say(we.broadcast('saved'), len(we.gather(1)))
+        if we.is_main:
+            time.sleep(1000)
+        we.all_reduce(torch.zeros(1))
+    ''')
+    output = job.communicate(timeout=240)[0]
+
+    assert output.splitlines().count('saved 2') == 2 and job.returncode == 5 and 'does not answer' in output, output
+
+
+# ------------------------------------------------------------------------------------------------ finding one another
+def meet(rank: int, timeout: float, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """What a rank says, and the error, when the others of its four on two machines do not come."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    said: list[str] = []
+    monkeypatch.setattr(launch, 'FIRST_WORD', 0.1)
+    monkeypatch.setattr(get_logger(), 'warning', said.append)
+    with pytest.raises(PeerError) as error:
+        launch._meet(Place(rank, 4, rank % 2, 2, 'spawn', f'tcp://127.0.0.1:{port}'), timeout)
+    return said[0], str(error.value)
+
+
+def test_a_rank_says_soon_for_whom_it_waits_and_gives_up_in_time(monkeypatch: pytest.MonkeyPatch):
+    said, error = meet(0, 0.5, monkeypatch)
+    assert said.startswith('waiting for rank 1, 2, 3 of 4 at tcp://127.0.0.1:') and 'waited' in error and 'for rank 1, 2, 3' in error
+    said, error = meet(2, 0.5, monkeypatch)
+    assert said.startswith('waiting for machine 0 (MASTER_ADDR, MASTER_PORT) of 4') and 'firewall' in error
+
+
+def test_a_stop_signal_ends_the_waiting_at_once(monkeypatch: pytest.MonkeyPatch):
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped), listening():
+        timer.start()
+        launch._meet(Place(0, 2, 0, 2, 'spawn', f'file://{tempfile.mkdtemp()}/here'), 200.0)
