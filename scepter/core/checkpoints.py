@@ -236,8 +236,14 @@ class Checkpoint:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What `save` was given as state."""
-        return json.loads(self._text('state.json'))
+        """What `save` was given as state. Raises CheckpointError where it is no JSON object."""
+        try:
+            state = json.loads(self._text('state.json'))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f'{self.path / "state.json"}: not JSON ({error})') from error
+        if not isinstance(state, dict):
+            raise CheckpointError(f'{self.path / "state.json"}: an object expected, {type(state).__name__} found')
+        return state
 
     def tensors(self, group: str) -> Mapping[str, Tensor]:
         """The tensors of a group, each read when it is asked for; names and shapes cost nothing.

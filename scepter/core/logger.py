@@ -1,6 +1,7 @@
 """Logging: the console on the main process, a file in WORK_DIR, and no secret in either."""
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ def set_up_logging(work_dir: str | Path | None, rank: int = 0, debug: bool = Fal
         path = Path(work_dir) / file_name
         path = path if rank == 0 else path.with_name(f'{path.stem}-rank{rank}{path.suffix}')
         path.parent.mkdir(parents=True, exist_ok=True)
-        logger.addHandler(_handler(logging.FileHandler(path, encoding='utf-8')))
+        logger.addHandler(_handler(_LogFile(path, encoding='utf-8')))
 
 
 def duration(seconds: float) -> str:
@@ -56,6 +57,24 @@ def note_traceback() -> None:
     for handler in logger.handlers:
         if isinstance(handler, logging.FileHandler) or logger.isEnabledFor(logging.DEBUG):
             handler.emit(record)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file whose disk may be full: that is said once on the console, and is no reason to end a run."""
+
+    is_failing = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.is_failing:
+            self.is_failing = True
+            get_logger().warning(f'{self.baseFilename} cannot be written, what follows may be missing there: {error.strerror}')
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 class _Formatter(logging.Formatter):

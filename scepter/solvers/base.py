@@ -131,6 +131,8 @@ class BaseSolver(Component, base=True):
             if len(self.datasets['train']) == 0:
                 raise DataError('TRAIN_DATA holds no sample')
             self._checkpoint = self._find_checkpoint()
+            if self._checkpoint is not None:
+                state.check(self._checkpoint)
             self.plan = Plan.of(self.cfg, self.datasets['train'].BATCH_SIZE, len(self.datasets['train']), we.world_size,
                                 self._checkpoint.state if self._checkpoint is not None else None)
 
@@ -245,9 +247,11 @@ class BaseSolver(Component, base=True):
         for mode in MODES:
             try:
                 self._call('after_solve', mode)
-            except Exception:
+            except Exception as caught:
                 if error is None:
                     raise
+                if isinstance(caught, OSError) and isinstance(error, OSError) and caught.errno == error.errno:
+                    continue    # the same full disk, which is told already
                 self.logger.exception('a hook failed while the run was ending after another error')
 
     # ---------------------------------------------------------------- moments

@@ -1,6 +1,7 @@
 """What a run is at a moment: how its steps are cut, what a checkpoint holds of it, and how it goes on from one."""
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -70,6 +71,20 @@ def contents(solver: BaseSolver) -> tuple[dict[str, dict[str, Tensor]], dict[str
     return groups, state
 
 
+def check(loaded: Checkpoint) -> None:
+    """Whether the state holds what a run goes on from: a manifest that is true says nothing of it. Raises CheckpointError."""
+    kinds = {'step': int, 'samples': int, 'seed': int, 'global_batch_size': int, 'world_size': int, 'optimizers': dict, 'scaler': dict,
+             'hooks': dict, 'is_eval_due': bool}
+    state = loaded.state
+    for key, kind in kinds.items():
+        value = state.get(key, kind())      # one that is missing came into use later than this checkpoint
+        if type(value) is not kind or (kind is int and value < 0):
+            raise CheckpointError(f'{loaded.path}/state.json: {key} is {value!r}, expected {kind.__name__}: no run of ours wrote this')
+    if state.get('step') != loaded.step or state.get('global_batch_size', 0) < 1 or 'seed' not in state:
+        raise CheckpointError(f'{loaded.path}/state.json: its step is {state.get("step")}, its global_batch_size '
+                              f'{state.get("global_batch_size")}, its seed {state.get("seed")}, but the manifest is of step {loaded.step}')
+
+
 def restore(solver: BaseSolver, loaded: Checkpoint) -> None:
     """Go on exactly where a checkpoint was written: weights, optimizers, hooks. Raises CheckpointError where it does not fit."""
     state = loaded.state
@@ -77,11 +92,14 @@ def restore(solver: BaseSolver, loaded: Checkpoint) -> None:
     solver.model.load_trained_state(loaded)
     _restore_optimizers(solver, loaded, state)
     scaler = solver.train_step.scaler
-    if scaler.is_enabled() and state['scaler']:
-        scaler.load_state_dict(state['scaler'])
+    if scaler.is_enabled() and state.get('scaler'):
+        with _told(loaded, 'scaler'):
+            scaler.load_state_dict(state['scaler'])
     for name, group, hook in named_hooks(solver):
-        if name in state['hooks']:
-            hook.load_state_dict(state['hooks'][name], loaded.group(group) if group in loaded.groups else {})
+        if name in state.get('hooks', {}):
+            tensors = loaded.group(group) if group in loaded.groups else {}
+            with _told(loaded, f'state of {name}'):
+                hook.load_state_dict(state['hooks'][name], tensors)
     solver.step, solver.samples, solver.is_eval_due = solver.plan.step, solver.plan.samples, state.get('is_eval_due', False)
     if we.seed != state['seed']:
         solver.logger.warning(f'ENV.SEED is {we.seed}, but {loaded.path} was trained with {state["seed"]}: going on with that one')
@@ -93,14 +111,25 @@ def _restore_optimizers(solver: BaseSolver, loaded: Checkpoint, state: Mapping[s
     tensors = loaded.group('optimizer') if 'optimizer' in loaded.groups else {}
     now = {o.name: o.record()['class'] for o in solver.optimizers}
     records = state.get('optimizers') or _old_records(tensors)
-    then = {name: record['class'] for name, record in records.items()}
+    with _told(loaded, 'optimizers'):
+        then = {name: record['class'] for name, record in records.items()}
     if now.keys() != then.keys() or any(kind not in (None, now[name]) for name, kind in then.items()):
         raise CheckpointError(f'{loaded.path} was trained with the optimizers {_spelled(then)}; this config has {_spelled(now)}. '
                               'Their state cannot be carried over: restore the config, or begin a new run from the weights alone '
                               '(another WORK_DIR, and PretrainedHook with this checkpoint)')
     for o in solver.optimizers:
         own = {key[len(o.name) + 1:]: value for key, value in tensors.items() if key.startswith(f'{o.name}/')}
-        o.load_state_tensors(own, records[o.name].get('stateless', ()), str(loaded.path))
+        with _told(loaded, f'record of the optimizer {o.name}'):
+            o.load_state_tensors(own, records[o.name].get('stateless', ()), str(loaded.path))
+
+
+@contextlib.contextmanager
+def _told(loaded: Checkpoint, what: str) -> Iterator[None]:
+    """Turn what a forged or foreign entry of state.json makes its reader raise into a CheckpointError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f'{loaded.path}/state.json: its {what} cannot be taken up ({type(error).__name__}: {error})') from error
 
 
 def _old_records(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
