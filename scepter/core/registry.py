@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -38,6 +39,7 @@ class Registry:
                  bounds: dict[str, Bounds] | None = None, trial: Callable[[], dict[str, Any]] | None = None, base: str | None = None):
         self.name, self.given, self.aliases, self.bounds, self.trial, self.base = name, given, aliases or {}, bounds or {}, trial, base
         self._reserved: dict[str, str] = {}
+        self._words: dict[str, str] | None = None
         self._entries: dict[str, Any] = {}
         self._libraries: list[Callable[[], dict[str, Any]]] = []
         self._schemas: dict[str, Schema] = {}
@@ -101,6 +103,11 @@ class Registry:
         """Whether there are more names than those registered."""
         return bool(self._libraries)
 
+    def also_called(self, words: dict[str, str]) -> None:
+        """What else the entries are called, in the form of `fold`. Names then hold in any case and spacing, and no other is guessed at:
+        the nearest word is another entry, and that would do something else."""
+        self._words = words
+
     # ---------------------------------------------------------------- reading
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -116,10 +123,21 @@ class Registry:
             return False
         return True
 
+    def canonical(self, name: str) -> str:
+        """The entry's own name, where `also_called` said what else it is called; any other name as it is."""
+        if self._words is None or name in self._entries:
+            return name
+        wanted = fold(self._words.get(fold(name), name))
+        return next((entry for entry in self._entries if fold(entry) == wanted), name)
+
     def get(self, name: str) -> Any:
-        """The class or function of this name. Raises KeyError with the nearest name, and the question of IMPORTS."""
+        """The class or function of this name. Raises KeyError with the nearest name, or all where none is guessed at."""
+        name = self.canonical(name)
         if name in self._entries:
             return self._entries[name]
+        if self._words is not None:
+            raise KeyError(f'{self.name} has no {shown(name)[1:-1]}; '
+                           f'it has {", ".join(self)} (is its file listed under IMPORTS?)')
         offered: dict[str, Any] = {}
         for find in self._libraries:
             offered |= find()
@@ -203,6 +221,11 @@ class Registry:
         return dict_to_yaml(self.name, name, self.schema(name).para_dict(), set_name=True)
 
 
+def fold(name: str) -> str:
+    """A name without what people spell differently: case, spaces, hyphens, underscores, and + for p."""
+    return re.sub(r'[\s_-]+', '', name).casefold().replace('+', 'p')
+
+
 def _is_shipped(obj: Any) -> bool:
     return _home(obj) in ('scepter', *LIBRARIES) and not obj.__module__.startswith('scepter.examples.')
 
@@ -247,3 +270,24 @@ LR_SCHEDULERS = Registry('LR_SCHEDULERS', given=('step', 'max_steps'))
 FILE_SYSTEMS = Registry('FILE_SYSTEMS')
 SCHEDULES = Registry('SCHEDULES', given=('n',))
 SAMPLERS = Registry('SAMPLERS', given=('denoise', 'x', 'levels', 'fresh', 'between'))
+# what other programs call our samplers, folded: without case, spaces, hyphens and underscores, + as p. An algorithm that we do not have
+# stands here under no name of one that we have.
+SAMPLERS.also_called({
+    'ddimscheduler': 'ddim', 'ddpmscheduler': 'ddpm', 'lcmscheduler': 'lcm', 'keuler': 'euler', 'eulerdiscretescheduler': 'euler',
+    'eulera': 'euler_ancestral', 'keulera': 'euler_ancestral', 'keulerancestral': 'euler_ancestral',
+    'eulerancestraldiscretescheduler': 'euler_ancestral', 'kheun': 'heun', 'heundiscretescheduler': 'heun', 'klms': 'lms',
+    'lmsdiscretescheduler': 'lms', 'kdpm2': 'dpm2', 'kdpm2discretescheduler': 'dpm2', 'dpm2a': 'dpm2_ancestral', 'kdpm2a': 'dpm2_ancestral',
+    'kdpm2ancestral': 'dpm2_ancestral', 'kdpm2ancestraldiscretescheduler': 'dpm2_ancestral', 'dpmpp2sa': 'dpmpp_2s_ancestral',
+    'kdpmpp2sa': 'dpmpp_2s_ancestral', 'kdpmpp2m': 'dpmpp_2m', 'dpmsolvermultistepscheduler': 'dpmpp_2m', 'kdpmppsde': 'dpmpp_sde',
+    'dpmsolversdescheduler': 'dpmpp_sde', 'kdpmpp2msde': 'dpmpp_2m_sde', 'unipcmultistepscheduler': 'unipc'})
+
+
+def sampler_named(name: str) -> tuple[str, bool]:
+    """(the sampler, whether its levels are to be Karras's), by the names that people write: 'DPM++ 2M Karras' -> dpmpp_2m, True.
+
+    A name of no sampler is handed on as it is.
+    """
+    if SAMPLERS.offers(name):
+        return SAMPLERS.canonical(name), False
+    bare = re.sub(r'[\s_-]*karras$', '', name, flags=re.IGNORECASE)
+    return SAMPLERS.canonical(bare), bare != name

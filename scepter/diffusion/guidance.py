@@ -31,10 +31,12 @@ def guided(model: Callable[..., Tensor], model_kwargs: ModelKwargs | None, guide
     A list: one scale less than there are model_kwargs.
     guide_rescale: 0 .. 1, how much of each row's standard deviation is taken from the wanted output (arXiv:2305.08891, section 3.4).
     like: [B, ...], gives rows, device and the type in which outputs are summed.
-    Raises ValueError where scales and model_kwargs do not match.
+    Raises ValueError where scales and model_kwargs do not match, and for a scale that is no finite number.
     """
     every = [model_kwargs or {}] if model_kwargs is None or isinstance(model_kwargs, Mapping) else list(model_kwargs)
     weights = _weights(guide_scale, len(every), like)
+    if not 0 <= guide_rescale <= 1:
+        raise ValueError(f'guide_rescale is {guide_rescale}, expected 0 .. 1')
     kept = [i for i, weight in enumerate(weights) if isinstance(weight, Tensor) or weight != 0 or (i == 0 and guide_rescale)]
     wanted = [every[i] for i in kept]
 

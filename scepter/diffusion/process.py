@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from scepter.core import streams
-from scepter.core.registry import SAMPLERS
+from scepter.core.registry import SAMPLERS, sampler_named
 from scepter.diffusion.guidance import GuideScale, ModelKwargs, bounded, guided, shaped_like
 
 
@@ -40,7 +40,8 @@ PREDICTIONS: dict[str, Callable[[Any, Any], tuple[Any, Any]]] = {
 # indices of n levels out of `span`, noisiest first, in whole-number arithmetic: a float step would give n + 1 of them for some n
 DISCRETIZATIONS: dict[str, Callable[[int, int], list[int]]] = {
     'trailing': lambda n, span: [round(span * (n - i) / n) - 1 for i in range(n)],
-    'leading': lambda n, span: [span * i // n for i in reversed(range(n))],
+    # as published schedulers have it (steps_offset 1): whole steps of span // n, from 1 on where there is room for it
+    'leading': lambda n, span: [span // n * i + (span // n * (n - 1) + 1 < span) for i in reversed(range(n))],
     'linspace': lambda n, span: [round((span - 1) * (n - 1 - i) / max(n - 1, 1)) if n > 1 else span - 1 for i in range(n)],
 }
 Discretization = Literal['leading', 'linspace', 'trailing', 'karras']
@@ -179,7 +180,7 @@ class Diffusion:
         x, denoising_strength: begin with the picture x under noise, and run the last int(strength * steps) steps; 1 keeps nothing of
             it, 0 returns it.
         mask: broadcasts against x; where it is 1 the picture is new, where it is 0 it stays x, to the end.
-        solver: a name in SAMPLERS; `_karras` behind it means discretization='karras'.  options: the sampler's own.
+        solver: a name in SAMPLERS, or what others call it; `karras` behind it means discretization='karras'.  options: the sampler's own.
         steps: how many levels the network sees, or their indices themselves, noisiest first (fractions lie between two levels).
         discretization, t_max, t_min: which of the levels t_min .. t_max these are; see `levels`.
         seed: of the noise that a sampler adds. A number: row i is keyed by (seed, i). A list: one seed for each row. None: torch's own.
@@ -190,8 +191,10 @@ class Diffusion:
         return_intermediate: with the result, a list of the x0 or of the states at each of the steps.
         on_step: called as (step, steps, x0) at each of the steps; what it raises ends the drawing.
         """
-        name = solver.removesuffix('_karras')
+        name, is_karras = sampler_named(solver)
         sampler = SAMPLERS.function({'NAME': name, **{key.upper(): value for key, value in options.items()}})
+        if (percentile is not None and not 0 <= percentile <= 1) or (clamp is not None and not clamp > 0):
+            raise ValueError(f'percentile is {percentile} and clamp {clamp}: expected 0 .. 1, and a number above 0')
         if return_intermediate not in (None, 'x0', 'xt'):
             raise ValueError(f'return_intermediate is {return_intermediate!r}, expected x0, xt or None')
         if mask is not None and x is None:
@@ -201,7 +204,7 @@ class Diffusion:
 
         kind = network_dtype(model, noise)
         noise = noise if noise.dtype == torch.float64 else noise.float()
-        levels = self.levels(steps, 'karras' if name != solver else discretization, t_max, t_min,
+        levels = self.levels(steps, 'karras' if is_karras else discretization, t_max, t_min,
                              name in DISCARD_PENULTIMATE if discard_penultimate_step is None else discard_penultimate_step)
         state = noise * math.hypot(levels[0].alpha, levels[0].sigma)
         if x is not None:
@@ -258,7 +261,7 @@ class Diffusion:
                t_min: int | None = None, discard_penultimate: bool = False) -> list[Level]:
         """`steps` levels of plain numbers from t_max (default T-1) down to t_min (0), and the clean one behind them.
 
-        trailing: begins at t_max, as sampling in few steps should (arXiv:2305.08891, table 2).  leading: ends at t_min.
+        trailing: begins at t_max, as sampling in few steps should (arXiv:2305.08891, table 2).  leading: ends at t_min + 1.
         linspace: has both.  karras: both, and lines in the 7th root of sigma/alpha between them (arXiv:2206.00364, equation 5).
         steps may be the indices themselves, descending.
         discard_penultimate: one step more is made, and the last but one left out, where there is room for it.

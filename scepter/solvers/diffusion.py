@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from scepter.core.config import Config, Fault
-from scepter.core.registry import MODELS, SOLVERS
+from scepter.core.registry import MODELS, SAMPLERS, SOLVERS, sampler_named
 from scepter.core.schema import Component, param
 from scepter.solvers.base import BaseSolver
 
@@ -13,7 +13,7 @@ from scepter.solvers.base import BaseSolver
 class SampleArgs(Component):
     """How to draw; what is not given stays as the network's forward_test has it."""
 
-    SAMPLER: str | None = param(None, 'Name of the sampler, e.g. ddim, euler, heun, dpmpp_2m, dpmpp_2m_karras.')
+    SAMPLER: str | None = param(None, 'The sampler: ddim, euler_ancestral, dpmpp_2m_karras, ...; or as others write it, DPM++ 2M Karras.')
     SAMPLE_STEPS: int | None = param(None, 'Steps of the sampler.', least=1)
     SEED: int | None = param(None, 'Picture i is keyed by (SEED, i); below 0 for another one each time.')
     GUIDE_SCALE: float | list[float] | dict[str, float] | None = param(None, 'Strength of classifier-free guidance; 1 for none.', least=0)
@@ -24,6 +24,15 @@ class SampleArgs(Component):
     DENOISING_STRENGTH: float | None = param(None, 'How much of a given image is made anew, 0..1.', least=0, most=1)
     RUN_TRAIN_N: bool | None = param(None, "Draw once more with the network's TRAIN_N_PROMPT as the negative prompt.")
     SAMPLER_ARGS: dict | None = param(None, "The sampler's own options, e.g. {eta: 1.0}, and clamp, percentile, t_max, ...")
+
+    @classmethod
+    def check(cls, cfg: Config) -> Iterator[Fault]:
+        yield from super().check(cfg)
+        try:
+            if cfg.SAMPLER is not None:
+                SAMPLERS.get(sampler_named(cfg.SAMPLER)[0])
+        except KeyError as error:
+            yield Fault('SAMPLER', error.args[0])
 
     def given(self) -> dict[str, Any]:
         """The arguments of forward_test that were given."""
