@@ -295,7 +295,7 @@ def test_explain_shows_no_secret(experiment: Callable[..., Path], capsys: pytest
 @pytest.mark.parametrize(('name', 'place'), [
     ('DiffusionUNet', 'SOLVER.MODEL.DIFFUSION_MODEL'), ('AdamW', 'SOLVER.OPTIMIZER'), ('scaled_linear', 'SOLVER.MODEL.SCHEDULE_ARGS'),
     ('CheckpointHook', 'SOLVER.TRAIN_HOOKS[0]'), ('Cosine', 'SOLVER.LR_SCHEDULER'), ('Encoder', 'SOLVER.MODEL.ENCODER'),
-    ('LatentDiffusion', 'SOLVER.MODEL'), ('RecordedCrop', 'SOLVER.TRAIN_DATA.TRANSFORMS[0]'), ('LatentDiffusionSolver', 'SOLVER'),
+    ('RecordedCrop', 'SOLVER.TRAIN_DATA.TRANSFORMS[0]'), ('LatentDiffusionSolver', 'SOLVER'),
     ('AutoencoderKL', 'SOLVER.MODEL'), ('ImageTextFolderDataset', 'SOLVER.TRAIN_DATA')])
 def test_a_template_stands_at_its_place_and_loads_and_lacks_only_what_is_marked(name: str, place: str, capsys: pytest.CaptureFixture):
     from scepter.core.config import Config, split_path
