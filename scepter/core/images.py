@@ -8,12 +8,13 @@ import os
 import re
 import unicodedata
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from scepter.core.secrets import hide
@@ -141,6 +142,52 @@ def grid(images: list[Tensor], columns: int) -> np.ndarray:
     blank = np.full_like(tiles[0], 255)
     tiles += [blank] * (-len(tiles) % columns)
     return np.concatenate([np.concatenate(tiles[i:i + columns], axis=1) for i in range(0, len(tiles), columns)])
+
+
+def sheet(images: Sequence[Tensor | np.ndarray], columns: int, captions: Sequence[str] = ()) -> np.ndarray:
+    """Pictures to look at, row by row with a caption under each -> [H, W, 3] uint8. Their sizes may differ; see `tile`."""
+    tiles = [Image.fromarray(tile(image)) for image in images]
+    font = ImageFont.load_default(11)
+    width, height = max(t.width for t in tiles), max(t.height for t in tiles)
+    texts = [_lines(captions[i] if i < len(captions) else '', font, width) for i in range(len(tiles))]
+    space = 13 * max(len(lines) for lines in texts)
+    columns = min(columns, len(tiles))
+    page = Image.new('RGB', (columns * (width + 4), -(-len(tiles) // columns) * (height + space + 4)), 'white')
+    pen = ImageDraw.Draw(page)
+    for i, (picture, lines) in enumerate(zip(tiles, texts)):
+        x, y = i % columns * (width + 4) + 2, i // columns * (height + space + 4) + 2
+        page.paste(picture, (x, y))
+        for row, words in enumerate(lines):
+            pen.text((x, y + height + 13 * row), words, 'black', font)
+    return np.asarray(page)
+
+
+def tile(image: Tensor | np.ndarray) -> np.ndarray:
+    """A picture as a sheet shows it: a small one enlarged by whole pixels to a side of 96 at least, a large one reduced to 512."""
+    pixels = to_uint8(image) if isinstance(image, Tensor) else image
+    side = max(pixels.shape[:2])
+    if side < 96:
+        return pixels.repeat(-(-96 // side), 0).repeat(-(-96 // side), 1)
+    if side <= 512:
+        return pixels
+    size = [max(1, round(length * 512 / side)) for length in (pixels.shape[1], pixels.shape[0])]
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+
+
+def _lines(text: str, font: Any, width: int) -> list[str]:
+    """The text in two lines at most that fit the width; the rest of it is left out."""
+    lines: list[str] = []
+    for word in ' '.join(text.split()).split(' ') if text.strip() else []:
+        if lines and font.getlength(f'{lines[-1]} {word}') <= width:
+            lines[-1] += f' {word}'
+        else:
+            lines.append(word)
+    lines = [*lines[:1], f'{lines[1]} ...'] if len(lines) > 2 else lines
+    for i, line in enumerate(lines):
+        while font.getlength(line) > width and len(line) > 1:
+            line = line[:-1]
+        lines[i] = line
+    return lines
 
 
 def save_results(results: list[dict[str, Any]], numbers: list[int], folder: str | Path,
