@@ -156,8 +156,12 @@ def open_config(path: str | None, cfg: str | os.PathLike | Mapping | None, overr
     experiment.override(overrides)
     words, faults = carry_out_imports(Config() if is_theirs else experiment, imports)
     solver = experiment.get('SOLVER') or Config()
+    how = solver.get('SAMPLE_ARGS') or Config() if isinstance(solver, Config) else Config()
+    for key, node in (('SOLVER', solver), ('SOLVER.SAMPLE_ARGS', how)):
+        if not isinstance(node, Config):
+            raise ConfigError(f'{experiment.file or "the config"}: {key} is {node!r}, expected keys and values below it')
     faults += MODELS.faults(solver.get('MODEL'), 'SOLVER.MODEL')
-    faults += schema_of(SampleArgs).faults(solver.get('SAMPLE_ARGS') or Config(), 'SOLVER.SAMPLE_ARGS')
+    faults += schema_of(SampleArgs).faults(how, 'SOLVER.SAMPLE_ARGS')
     check([*faults, *(not_carried_out(experiment, words) if faults else [])], experiment.file or 'the config')
     return experiment, is_theirs
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import scepter.components  # noqa: F401
-from scepter import run_train
+from scepter import run_inference, run_train
 from scepter.core.schema import registries, schema_of
 from scepter.solvers.optim import OptimizerPlace
 
@@ -144,12 +144,15 @@ def test_all_faults_are_shown_at_once_with_line_path_and_suggestion(experiment: 
         'the command line (SOLVER.FAIL=3) SOLVER.FAIL: expected bool, got 3']
 
 
-@pytest.mark.parametrize('text', ['ENV: {SEED: 1}\n', 'SOLVER: 3\n', 'SOLVER: {WORK_DIR: x}\n', 'SOLVER: [1]\n', 'SOLVER:\n', ''])
+@pytest.mark.parametrize('text', ['ENV: {SEED: 1}\n', 'SOLVER: 3\n', 'SOLVER: {WORK_DIR: x}\n', 'SOLVER: [1]\n', 'SOLVER:\n', '',
+                                  'SOLVER: {SAMPLE_ARGS: 3}\n'])
 def test_a_config_without_a_solver_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture):
     (tmp_path / 'a.yaml').write_text(text)
 
-    assert main('--cfg', tmp_path / 'a.yaml') == 2
-    assert ('SOLVER' in capsys.readouterr().err)
+    for door in (run_train, run_inference):
+        assert door.main(['--cfg', str(tmp_path / 'a.yaml'), *['--prompt', 'x'] * (door is run_inference)]) == 2
+        said = capsys.readouterr().err
+        assert 'SOLVER' in said and 'Traceback' not in said
 
 
 @pytest.mark.parametrize('words', [[], ['--check'], ['--cfg'], ['--cfg', 'x', '--launcher', 'mpi'], ['--cfg', 'x', '--max_steps', 'many'],
