@@ -24,7 +24,7 @@ from scepter.core.config import Config, ConfigError
 from scepter.core.env import Env, Exit, _choose_device, guarded, seed_everything, we
 from scepter.core.errors import PeerError
 from scepter.core.logger import get_logger
-from scepter.core.signals import Wish, handle_stop_signals, listening
+from scepter.core.signals import STOP_SIGNALS, Wish, handle_stop_signals, listening
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -234,8 +234,9 @@ def _spawn(fn: Task, cfg: Config, here: int, machine: int, machines: int, debug:
 
 
 def _start(processes: list) -> None:
-    # Ctrl-C reaches a new process before it can listen; held back until then, it does not become a traceback
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    # these reach a new process before it can listen; held back until then, Ctrl-C does not become a traceback. multiprocessing's
+    # resource tracker, which starts along, ignores the others but would die of SIGHUP
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [n for n in STOP_SIGNALS if n != signal.SIGTERM])
     try:
         for process in processes:
             process.start()

@@ -84,6 +84,7 @@ class _Listener(threading.Thread):
     def __init__(self, parent: Connection | None):
         super().__init__(name='scepter-signals', daemon=True)
         self.parent, self.wish, self.closed = parent, Wish(), threading.Event()
+        self.has_told = False
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
 
@@ -127,7 +128,8 @@ class _Listener(threading.Thread):
 
     def _see_to(self, number: int) -> None:
         if we.defers_stop and not (self.wish.is_second or self.wish.is_repeated):
-            if we.is_main:
+            if we.is_main and not self.has_told:
+                self.has_told = True
                 get_logger().warning(f'{signal.Signals(number).name}: this step ends, is saved, and then the run stops; '
                                      f'another signal after {ECHO:g} s ends it at once')
         elif not self.closed.wait(GRACE):
