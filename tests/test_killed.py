@@ -54,7 +54,7 @@ def undisturbed(folder: Path, **env: Any) -> dict[str, Any]:
 
 def test_a_run_that_is_killed_at_any_moment_goes_on_with_the_same_command_bit_for_bit_as_if_nothing_had_happened(tmp_path):
     whole, killed = start(tmp_path / 'whole', NPROC=1), tmp_path / 'killed'
-    for step in (7, 53):     # before the first checkpoint, and between two
+    for step in (9, 54):     # before the first checkpoint, and between two
         process = start(killed, NPROC=1)
         wait_for(step, killed, process)
         process.kill()
@@ -74,8 +74,8 @@ def test_every_shipped_recipe_goes_on_without_being_asked(recipe):
 @pytest.mark.skipif(sys.platform != 'linux', reason='looks up processes in /proc')
 def test_so_does_one_of_two_processes_whichever_of_them_is_killed_and_by_whatever_signal(tmp_path):
     whole, killed = undisturbed(tmp_path / 'whole', NPROC=2), tmp_path / 'killed'
-    for step, number, which in ((7, signal.SIGKILL, child_of), (27, signal.SIGKILL, None), (49, signal.SIGTERM, None),
-                                (71, signal.SIGSEGV, child_of)):
+    for step, number, which in ((9, signal.SIGKILL, child_of), (27, signal.SIGKILL, None), (48, signal.SIGTERM, None),
+                                (72, signal.SIGSEGV, child_of)):
         process = start(killed, NPROC=2)
         wait_for(step, killed, process)
         os.kill(which(process) if which else process.pid, number)

@@ -141,7 +141,7 @@ class Crash(BaseException):
 def config(work_dir: Path, row: Row, steps: int = STEPS) -> Config:
     micro = 4 // row['PROCESSES']
     size = micro * row['PROCESSES'] * row['ACCU_STEP']
-    hooks = [{'NAME': 'LogHook', 'LOG_INTERVAL': 1, 'PROGRESS': False}, {'NAME': 'CheckpointHook', 'INTERVAL': SAVED}, *row['EMA']]
+    hooks = [{'NAME': 'LogHook', 'LOG_INTERVAL': 3, 'PROGRESS': False}, {'NAME': 'CheckpointHook', 'INTERVAL': SAVED}, *row['EMA']]
     same_name = {name: row[name] for name in ('DTYPE', 'PARAM_DTYPE', 'CHANNELS_LAST', 'COMPILE', 'ACCU_STEP', 'GRADIENT_CLIP',
                                               'EVAL_INTERVAL', 'OPTIMIZER')}
     length = {'MAX_STEPS': steps} if row['LENGTH'] == 'MAX_STEPS' else {'MAX_EPOCHS': steps * size / 24}
@@ -189,10 +189,8 @@ def outcome(work_dir: Path, step: int = STEPS) -> dict[str, Any]:
     Figures that tell the speed are left out, for they differ from run to run.
     """
     state = checkpoints.load(checkpoints.folder_of(work_dir / 'checkpoints', step)).state
-    log = {}
-    for row in map(json.loads, (work_dir / 'log.jsonl').read_text().splitlines()):
-        log[f'{row["step"]} {"val" if "val/loss" in row else "train"}'] = {
-            key: value for key, value in row.items() if key != 'time' and not key.startswith('perf/')}
+    rows = [json.loads(line) for line in (work_dir / 'log.jsonl').read_text().splitlines()]
+    log = [{key: value for key, value in row.items() if key != 'time' and not key.startswith('perf/')} for row in rows]
     return {**groups(work_dir, step), 'state': dict(state), 'log': log}
 
 
@@ -204,6 +202,6 @@ def differences(a: Any, b: Any, path: str = '') -> list[str]:
         return [found for i, (x, y) in enumerate(zip(a, b)) for found in differences(x, y, f'{path}/{i}')]
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [f'{path}: another tensor']
-    return [] if a == b or (a != a and b != b) else [f'{path}: {a!r:.200} and {b!r:.200}']
+    return [] if a == b else [f'{path}: {a!r:.200} and {b!r:.200}']
 
 

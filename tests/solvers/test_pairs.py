@@ -95,7 +95,7 @@ def test_a_refused_step_leaves_no_trace_in_the_statistics_of_a_normalisation(tmp
 # ------------------------------------------------------------------------------------------------ the shipped recipe
 def test_the_shipped_recipe_goes_on_to_the_bit(tmp_path):
     images = three_images(tmp_path / 'images')
-    hooks = [{'NAME': 'LogHook', 'LOG_INTERVAL': 1, 'PROGRESS': False}, {'NAME': 'ModelEmaHook', 'BETA': 0.9},
+    hooks = [{'NAME': 'LogHook', 'LOG_INTERVAL': 3, 'PROGRESS': False}, {'NAME': 'ModelEmaHook', 'BETA': 0.9},
              {'NAME': 'CheckpointHook', 'INTERVAL': 5}]
 
     def recipe(name: str) -> Config:
