@@ -209,7 +209,7 @@ class Encoder(BaseModel):
     CH: int = param(128, 'Channels of the first level.', least=GROUPS, multiple=GROUPS)
     CH_MULT: list[int] = param(
         [1, 2, 4, 4], 'Channels of each level, in multiples of CH; each level but the last halves the size.', least=1)
-    NUM_RES_BLOCKS: int = param(2, 'Residual blocks per level.', least=1)
+    NUM_RES_BLOCKS: int = param(2, 'Residual blocks per level.', least=0)
     ATTN_RESOLUTIONS: list[int] = param([], 'Downsampling factors (1, 2, 4, ...) whose levels have attention.', least=1)
     IN_CHANNELS: int = param(3, 'Channels of the image.', least=1)
     Z_CHANNELS: int = param(4, 'Channels of the latent.', least=1)
@@ -254,7 +254,7 @@ class Decoder(BaseModel):
 
     CH: int = param(128, 'Channels of the last level.', least=GROUPS, multiple=GROUPS)
     CH_MULT: list[int] = param([1, 2, 4, 4], 'Channels of each level, as in the encoder, so the decoder begins with the last.', least=1)
-    NUM_RES_BLOCKS: int = param(2, 'Residual blocks per level of the encoder; here there is one more.', least=1)
+    NUM_RES_BLOCKS: int = param(2, 'Residual blocks per level of the encoder; here there is one more.', least=0)
     ATTN_RESOLUTIONS: list[int] = param([], 'Downsampling factors (1, 2, 4, ...) whose levels have attention.', least=1)
     OUT_CH: int = param(3, 'Channels of the image.', least=1)
     Z_CHANNELS: int = param(4, 'Channels of the latent.', least=1)
