@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 def greeting(solver: BaseSolver) -> str:
     """Where the run writes, what it reads, and what computes."""
     if we.device.type == 'cuda':
-        device = f'{torch.cuda.get_device_name(we.device)}'
+        device = torch.cuda.get_device_name(we.device)
     else:
-        device = f'{we.device} with {torch.get_num_threads()} threads'
+        threads = torch.get_num_threads()
+        device = f'{we.device} with {threads} thread{"s" if threads > 1 else ""}'
     reads = [f'{mode} on {len(data):,} samples' for mode, data in solver.datasets.items() if data is not None]
     return '; '.join([f'WORK_DIR {solver.work_dir}', ', '.join(reads) or 'nothing to read', f'{we.world_size} x {device}'])
 
