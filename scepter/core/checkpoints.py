@@ -38,7 +38,7 @@ from scepter.core.logger import get_logger
 
 __all__ = ['Checkpoint', 'is_checkpoint', 'latest', 'load', 'preflight', 'prune', 'resolve', 'save']
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = 'MANIFEST.json'
 MANIFEST_LIMIT = 1 << 24    # bytes
 STEP = re.compile(r'step-(\d{8,})')
@@ -397,7 +397,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(text)
         seal = manifest.pop('sha256')
         if manifest['format'] != FORMAT and _seal(manifest) == text:
-            raise CheckpointError(f'{path}: format {manifest["format"]}, but this version of scepter reads format {FORMAT}: upgrade it')
+            older = isinstance(manifest['format'], int) and manifest['format'] < FORMAT
+            raise CheckpointError(f'{path}: format {manifest["format"]}, but this version of scepter reads format {FORMAT}: '
+                                  + ('take the version that wrote it; this one cannot tell what it leaves out' if older else 'upgrade it'))
         expected = _seal(manifest)
         if text != expected:
             raise CheckpointError(f'{path}: damaged: sha256 {seal} expected, {json.loads(expected)["sha256"]} found')

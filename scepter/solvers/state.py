@@ -47,7 +47,7 @@ class Plan(NamedTuple):
             micro = share // accu
         size = micro * accu * world_size
         step = state.get('step', 0)
-        samples = state.get('samples', step * state.get('global_batch_size', size))
+        samples = state.get('samples', 0)
         if cfg.MAX_STEPS is not None:
             return cls(micro, accu, size, cfg.MAX_STEPS, step, samples)
         left = dataset_size * cfg.MAX_EPOCHS - samples
@@ -77,12 +77,12 @@ def check(loaded: Checkpoint) -> None:
              'hooks': dict, 'is_eval_due': bool}
     state = loaded.state
     for key, kind in kinds.items():
-        value = state.get(key, kind())      # one that is missing came into use later than this checkpoint
+        value = state.get(key)
         if type(value) is not kind or (kind is int and value < 0):
             raise CheckpointError(f'{loaded.path}/state.json: {key} is {value!r}, expected {kind.__name__}: no run of ours wrote this')
-    if state.get('step') != loaded.step or state.get('global_batch_size', 0) < 1 or 'seed' not in state:
-        raise CheckpointError(f'{loaded.path}/state.json: its step is {state.get("step")}, its global_batch_size '
-                              f'{state.get("global_batch_size")}, its seed {state.get("seed")}, but the manifest is of step {loaded.step}')
+    if state['step'] != loaded.step or state['global_batch_size'] < 1:
+        raise CheckpointError(f'{loaded.path}/state.json: its step is {state["step"]}, its global_batch_size {state["global_batch_size"]}, '
+                              f'but the manifest is of step {loaded.step}')
 
 
 def restore(solver: BaseSolver, loaded: Checkpoint) -> None:
@@ -92,15 +92,15 @@ def restore(solver: BaseSolver, loaded: Checkpoint) -> None:
     solver.model.load_trained_state(loaded)
     _restore_optimizers(solver, loaded, state)
     scaler = solver.train_step.scaler
-    if scaler.is_enabled() and state.get('scaler'):
+    if scaler.is_enabled() and state['scaler']:
         with _told(loaded, 'scaler'):
             scaler.load_state_dict(state['scaler'])
     for name, group, hook in named_hooks(solver):
-        if name in state.get('hooks', {}):
+        if name in state['hooks']:
             tensors = loaded.group(group) if group in loaded.groups else {}
             with _told(loaded, f'state of {name}'):
                 hook.load_state_dict(state['hooks'][name], tensors)
-    solver.step, solver.samples, solver.is_eval_due = solver.plan.step, solver.plan.samples, state.get('is_eval_due', False)
+    solver.step, solver.samples, solver.is_eval_due = solver.plan.step, solver.plan.samples, state['is_eval_due']
     if we.seed != state['seed']:
         solver.logger.warning(f'ENV.SEED is {we.seed}, but {loaded.path} was trained with {state["seed"]}: going on with that one')
         we.seed = state['seed']
@@ -110,17 +110,17 @@ def restore(solver: BaseSolver, loaded: Checkpoint) -> None:
 def _restore_optimizers(solver: BaseSolver, loaded: Checkpoint, state: Mapping[str, Any]) -> None:
     tensors = loaded.group('optimizer') if 'optimizer' in loaded.groups else {}
     now = {o.name: o.record()['class'] for o in solver.optimizers}
-    records = state.get('optimizers') or _old_records(tensors)
+    records = state['optimizers']
     with _told(loaded, 'optimizers'):
         then = {name: record['class'] for name, record in records.items()}
-    if now.keys() != then.keys() or any(kind not in (None, now[name]) for name, kind in then.items()):
+    if now != then:
         raise CheckpointError(f'{loaded.path} was trained with the optimizers {_spelled(then)}; this config has {_spelled(now)}. '
                               'Their state cannot be carried over: restore the config, or begin a new run from the weights alone '
                               '(another WORK_DIR, and PretrainedHook with this checkpoint)')
     for o in solver.optimizers:
         own = {key[len(o.name) + 1:]: value for key, value in tensors.items() if key.startswith(f'{o.name}/')}
         with _told(loaded, f'record of the optimizer {o.name}'):
-            o.load_state_tensors(own, records[o.name].get('stateless', ()), str(loaded.path))
+            o.load_state_tensors(own, records[o.name]['stateless'], str(loaded.path))
 
 
 @contextlib.contextmanager
@@ -132,13 +132,8 @@ def _told(loaded: Checkpoint, what: str) -> Iterator[None]:
         raise CheckpointError(f'{loaded.path}/state.json: its {what} cannot be taken up ({type(error).__name__}: {error})') from error
 
 
-def _old_records(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """What checkpoints of before 2026-11-24 tell of their optimizers: the names alone."""
-    return {key.split('/')[0]: {'class': None} for key in tensors}
-
-
-def _spelled(optimizers: Mapping[str, str | None]) -> str:
-    return ', '.join(f'{name}: {kind}' if kind else name for name, kind in optimizers.items())
+def _spelled(optimizers: Mapping[str, str]) -> str:
+    return ', '.join(f'{name}: {kind}' for name, kind in optimizers.items())
 
 
 def named_hooks(solver: BaseSolver) -> Iterator[tuple[str, str, Any]]:

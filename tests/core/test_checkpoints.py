@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scepter.core import checkpoints
-from scepter.core.checkpoints import MANIFEST, is_sound, latest, load, preflight, prune, resolve, save
+from scepter.core.checkpoints import FORMAT, MANIFEST, is_sound, latest, load, preflight, prune, resolve, save
 from scepter.core.errors import CheckpointError
 from scepter.core.files import atomic
 from scepter.core.files.tensors import HEADER_LIMIT, TENSOR_LIMIT, TensorFile, write_tensors
@@ -227,10 +227,11 @@ def test_a_forged_manifest_of_the_wrong_shape_is_refused(tmp_path, changes):
         load(folder)
 
 
-def test_a_format_of_the_future_says_so(tmp_path):
-    reseal(write(tmp_path, 1), format=2)
+@pytest.mark.parametrize(('number', 'advice'), [(FORMAT + 1, 'upgrade it'), (FORMAT - 1, 'take the version that wrote it')])
+def test_another_format_says_so(tmp_path, number, advice):
+    reseal(write(tmp_path, 1), format=number)
 
-    with pytest.raises(CheckpointError, match='format 2, but this version of scepter reads format 1'):
+    with pytest.raises(CheckpointError, match=f'format {number}, but this version of scepter reads format {FORMAT}: {advice}'):
         load(tmp_path / 'step-00000001')
 
 
