@@ -184,6 +184,19 @@ def test_killed_workers_are_replaced_at_the_same_place(said):
     assert all('memory (RAM)' in m and 'OOM' in m for m in deaths)
 
 
+def test_deaths_of_more_than_an_hour_ago_do_not_count(said, monkeypatch):
+    monkeypatch.setattr('scepter.data.workers.PERIOD', 0.0)     # an hour passes at once
+    dataset = Numbers({'SIZE': 10})
+    loader, found = Loader(dataset, seed=7, num_workers=1), []
+    for i in range(30):
+        if i % 6 == 2:
+            os.kill(pids(loader)[0], signal.SIGKILL)
+        found.append(next(loader))
+    loader.close()
+    assert_equal(stream(dataset, 30), found)
+    assert len([m for m in said if 'SIGKILL' in m and '1 of 3 in' in m]) == 5
+
+
 def test_a_sample_that_kills_its_worker_each_time_ends_the_run():
     began = time.monotonic()
     with pytest.raises(DataError, match=r'SIGKILL while it read range\(.*4th time'):
