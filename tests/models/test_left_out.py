@@ -181,8 +181,12 @@ def store(tmp_path_factory) -> Iterator[tuple[Path, str]]:
 ALIKE = ("a run's folder", 'a file of to-single', 'a hook')
 
 
-@pytest.fixture(scope='module', params=[pytest.param(way, id=name, marks=pytest.mark.slow if name in ALIKE else ())
-                                        for name, way in WAYS.items()])
+ROWS = [pytest.param(way, id=name, marks=pytest.mark.slow if name in ALIKE else ()) for name, way in WAYS.items()]
+# an address is relative to nothing, and does not move
+in_a_folder = pytest.mark.parametrize('done', [row for row in ROWS if not row.values[0].prefix], indirect=True)
+
+
+@pytest.fixture(scope='module', params=ROWS)
 def done(request, tmp_path_factory, store) -> Iterator[Run]:
     way, root = request.param, tmp_path_factory.mktemp('way') / 'project'
     root.mkdir()
@@ -245,9 +249,8 @@ def test_it_is_drawn_from_any_folder(done, tmp_path, monkeypatch):
     assert same(restore(done.root / 'run'), done.weights)
 
 
+@in_a_folder
 def test_another_file_at_the_same_relative_place_is_not_mistaken_for_it(done, tmp_path, monkeypatch):
-    if done.way.prefix:
-        pytest.skip('an address is relative to nothing')
     monkeypatch.chdir(tmp_path)
     done.way.save(network(seed=1), tmp_path / done.way.name)
     assert same(restore(done.checkpoint), done.weights)
@@ -293,9 +296,8 @@ def replaced(done, store) -> Iterator[None]:
         aside.rename(path)
 
 
+@in_a_folder
 def test_a_project_that_moved_is_drawn_and_resumed(done, tmp_path, monkeypatch):
-    if done.way.prefix:
-        pytest.skip('an address does not move')
     monkeypatch.chdir(tmp_path)
     moved = done.root.with_name('moved')
     done.root.rename(moved)
