@@ -142,7 +142,11 @@ def seed_everything(*words: int | str) -> None:
     seed = streams.seed_global(*words)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)     # torch.manual_seed notes a call for a CUDA that may never come, at every step
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
+    elif torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
 
 
 def guarded(main: Callable[[], None]) -> int:

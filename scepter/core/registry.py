@@ -19,7 +19,7 @@ from typing import Any
 
 from scepter.core.config import NOWHERE, Config, ConfigError, Fault, Origin, did_you_mean
 from scepter.core.schema import Component, Schema, dict_to_yaml, registries, schema_of
-from scepter.core.values import Bounds, shown
+from scepter.core.values import NO_BOUNDS, Bounds, shown
 
 LIBRARIES = ('torch', 'torchvision')    # whose classes are offered under their own names
 
@@ -179,6 +179,9 @@ class Registry:
         if self.trial is None or _home(obj) not in LIBRARIES:
             return
         own = Config({key: value for key, value in node.items() if key not in beside})
+        if all(key == 'NAME' or ((p := self.schema(name).find(key)) is not None and p.bounds != NO_BOUNDS)
+               for key in own):
+            return      # its ranges say it all; torch's optimizers import a compiler, a second of it, when they are built
         try:
             obj(**self.schema(name).arguments(own), **self.trial())
         except (ValueError, TypeError, RuntimeError) as error:

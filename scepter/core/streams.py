@@ -159,6 +159,23 @@ def permute(seed: int, epoch: int, place: int, size: int) -> int:
             return value
 
 
+def permuted(seed: int, n: np.ndarray, size: int) -> np.ndarray:
+    """`permute` of many draws at once: int64 [B], numbers in the endless stream of shuffled epochs -> int64 [B], indices."""
+    epoch, place = np.divmod(np.asarray(n, np.int64), size)
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    key = _mixed(np.uint64(seed & MASK), (epoch + 1).astype(np.uint64))
+    value = place.astype(np.uint64)
+    walking = np.arange(len(value))
+    while len(walking):
+        left, right = value[walking] >> half, value[walking] & mask
+        for turn in range(8):
+            left, right = right, left ^ (_mixed(key[walking], right << np.uint64(3) | np.uint64(turn)) >> np.uint64(32) & mask)
+        value[walking] = left << half | right
+        walking = walking[value[walking] >= size]
+    return value.astype(np.int64)
+
+
 def bits(seed: int, use: str, n: np.ndarray) -> np.ndarray:
     """uint64 [len(n)]: 64 even bits for each of n, by SplitMix64's finalizer applied to the key, then to each n."""
     key = _mix(seed & MASK, zlib.crc32(use.encode()))
@@ -183,6 +200,15 @@ def _mix(a: int, b: int) -> int:
     z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & MASK
     z = ((z ^ z >> 27) * 0x94D049BB133111EB) & MASK
     return z ^ z >> 31
+
+
+def _mixed(a: np.ndarray | np.uint64, b: np.ndarray) -> np.ndarray:
+    """`_mix` of many words at once."""
+    with np.errstate(over='ignore'):
+        z = a + (b + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+        return z ^ z >> np.uint64(31)
 
 
 def _rows(seed: int, use: str, n: np.ndarray, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -59,6 +59,7 @@ class ModelEmaHook(Hook):
         # float32, or small steps would be lost in the rounding
         self.average = {name: copy(p, torch.float32 if p.is_floating_point() else p.dtype) for name, p in trained.items()}
         self.buffers = {name: copy(getattr(module, key), getattr(module, key).dtype) for name, (module, key) in self._owners.items()}
+        self._are_alike = all(p.dtype == a.dtype and p.device == a.device for p, a in zip(self._parameters, self.average.values()))
         self._is_begun = True
         self._take_loaded()
 
@@ -67,7 +68,7 @@ class ModelEmaHook(Hook):
         """Average once more, for the count-th time."""
         beta = min(self.BETA, (1 + count) / (10 + count)) if self.WARMUP else self.BETA
         averages = list(self.average.values())
-        weights: list[Tensor] = [p if p.dtype == a.dtype and p.device == a.device else p.to(a) for p, a in zip(self._parameters, averages)]
+        weights: list[Tensor] = [*self._parameters] if self._are_alike else [p.to(a) for p, a in zip(self._parameters, averages)]
         if averages:
             torch._foreach_lerp_(averages, weights, 1 - beta)
         for copy, (module, key) in zip(self.buffers.values(), self._owners.values()):

@@ -34,6 +34,7 @@ class TrainStep:
                  clip: float | None, prepare: Callable[[dict[str, Any]], dict[str, Any]]):
         self.model, self.optimizers, self.factor, self.dtype, self.clip, self.prepare = model, optimizers, factor, dtype, clip, prepare
         self.scaler = torch.amp.GradScaler(we.device.type, enabled=dtype == torch.float16)
+        self._owned = [p for o in optimizers for p in o.owned.values()]
         self.refused = 0           # steps in a row
         self.has_changed = False   # whether the last step changed the weights
         self._counting = [(module, name) for module in model.modules() if any(p.requires_grad for p in module.parameters())
@@ -55,7 +56,7 @@ class TrainStep:
             for key, value in outputs.items():
                 if isinstance(value, Tensor) and value.ndim == 0:
                     totals[key] = totals.get(key, 0) + value.detach().float() / len(batches)
-        parameters = [p for o in due for p in o.owned.values()]
+        parameters = self._owned if len(due) == len(self.optimizers) else [p for o in due for p in o.owned.values()]
         average_gradients(parameters)
         if self.scaler.is_enabled():
             for o in due:

@@ -116,6 +116,14 @@ def test_a_seed_for_each_row_is_taken_as_it_is_and_counted():
 
 
 # ------------------------------------------------------------------------------------------------ orders
+@pytest.mark.parametrize('size', [1, 2, 3, 5, 64, 65, 1797, 10 ** 9 + 7])
+@pytest.mark.parametrize('seed', [0, 7, -1, 2 ** 63 + 5])
+def test_many_places_of_an_order_are_those_that_one_by_one_give(size: int, seed: int):
+    n = np.concatenate([np.arange(200), np.arange(200) * 10 ** 7 + 3])
+
+    assert streams.permuted(seed, n, size).tolist() == [streams.permute(seed, *divmod(int(i), size), size) for i in n]
+
+
 @pytest.mark.parametrize('size', [1, 2, 3, 4, 5, 7, 8, 9, 63, 64, 65, 1000, 1797])
 def test_an_order_is_a_bijection_of_every_size(size: int):
     for epoch in range(3):
