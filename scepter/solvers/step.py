@@ -71,6 +71,7 @@ class TrainStep:
         if self._is_finite(scalars, step, batches):
             self._update(due, parameters, norm, scalars['grad_norm'])
             share_buffers(self.buffers)
+            self.has_changed = bool(due)
         else:
             for buffer, value in zip(self.buffers, before):
                 buffer.copy_(value)

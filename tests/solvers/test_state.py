@@ -172,3 +172,12 @@ def test_compile_acts_on_every_network(tmp_path):
     solver.plan = solver.plan._replace(max_steps=2)
     solver.run_train()
     assert compiled and calls == [('train',)]
+
+
+def test_an_average_is_taken_only_where_an_optimizer_has_stepped(tmp_path):
+    hooks = [{'NAME': 'ModelEmaHook', 'BETA': 0.5, 'WARMUP': False}]
+    optimizer = {'NAME': 'SGD', 'LEARNING_RATE': 1e-1, 'EVERY': 4}
+    one, two = (run(config(tmp_path / str(steps), steps=steps, MODEL=MODEL, OPTIMIZER=optimizer, LR_SCHEDULER=None, TRAIN_HOOKS=hooks))
+                for steps in (1, 4))
+    averages = [solver.hooks['train'][0].average['first.weight'] for solver in (one, two)]
+    assert torch.equal(*averages) and not torch.equal(averages[0], one.model.first.weight)
