@@ -256,6 +256,7 @@ def test_what_is_damaged_was_right_before(cfg: Config):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)     # a check also computes schedules
 @settings(quick, max_examples=50_000)
 @given(st.integers(0, 2 ** 48))
 def test_fifty_thousand_damages(check: Callable[[bytes], None], seed: int):
