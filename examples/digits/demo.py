@@ -38,7 +38,7 @@ def main() -> None:
     for name in ('autoencoder', 'diffusion', 'drawn'):
         shutil.rmtree(out / name, ignore_errors=True)
 
-    print('Two short trainings and 700 pictures: 2 to 4 minutes on two CPU cores, 1.5 GB of memory, 80 MB in ' + str(out), flush=True)
+    print('Two short trainings and 700 pictures: 2 to 4 minutes on two CPU cores, 1.2 GB of memory, 80 MB in ' + str(out), flush=True)
     begin = time.monotonic()
     train('autoencoder', args.seed, out)
     stage1 = newest(out / 'autoencoder')

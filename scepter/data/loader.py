@@ -182,7 +182,7 @@ class _Batches(Iterator[Batch]):
 
 @lru_cache(maxsize=4)
 def _order(seed: int, block: int, size: int) -> list[int]:
-    """The indices of BLOCK draws in shuffled epochs: one by one they cost 21 us each, together 1."""
+    """The indices of BLOCK draws in shuffled epochs: one by one they cost 12 us each, together 0.7."""
     return streams.permuted(seed, np.arange(block * BLOCK, (block + 1) * BLOCK), size).tolist()
 
 
