@@ -29,10 +29,11 @@ import scepter
 import scepter.components
 from scepter.core import checkpoints, streams
 from scepter.core.calls import accepted
-from scepter.core.config import NOWHERE, Config, ConfigError, did_you_mean
+from scepter.core.config import Config
 from scepter.core.env import we
 from scepter.core.errors import DataError
 from scepter.core.experiment import carry_out_imports, not_carried_out
+from scepter.core.faults import NOWHERE, ConfigError, did_you_mean
 from scepter.core.files import FS, atomic
 from scepter.core.images import free_path, grid, png_text, save_new, save_png, to_uint8
 from scepter.core.logger import get_logger

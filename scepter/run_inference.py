@@ -69,7 +69,7 @@ def command_line() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     from scepter import drawing
-    from scepter.core.config import ConfigError
+    from scepter.core.faults import ConfigError
     from scepter.core.logger import set_up_logging
     set_up_logging(None, debug=args.debug)
     prompts = prompts_of(args)

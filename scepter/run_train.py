@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> None:
 
 def load(args: argparse.Namespace) -> Config:
     """The config with the command line on top of it."""
-    from scepter.core.config import Config, Origin
+    from scepter.core.config import Config
+    from scepter.core.faults import Origin
     cfg = Config.load(args.cfg, args.overrides)
     solver = cfg.get('SOLVER')
     if not isinstance(solver, Config):

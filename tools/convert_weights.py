@@ -45,7 +45,8 @@ def command_line() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     import scepter.components  # noqa: F401  fills the registries
-    from scepter.core.config import Config, ConfigError
+    from scepter.core.config import Config
+    from scepter.core.faults import ConfigError
     from scepter.core.registry import MODELS
     from scepter.drawing import without_weights
     from scepter.models.weights import family_of, load_into, local_copy, read_weights, refuse_contradictions, weights_for

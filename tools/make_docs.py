@@ -21,12 +21,13 @@ if not __package__:    # run as a file
     sys.path.insert(0, str(ROOT))
 
 import scepter.components  # noqa: E402, F401  fills the registries
-from scepter.core.config import dump, plain  # noqa: E402
+from scepter.core.config import plain
 from scepter.core.env import Env  # noqa: E402
 from scepter.core.experiment import Experiment, import_user_code  # noqa: E402
 from scepter.core.registry import Registry  # noqa: E402
 from scepter.core.schema import REQUIRED, Component, Param, Schema, registries, schema_of  # noqa: E402
 from scepter.core.values import NO_BOUNDS, Bounds, is_foreign  # noqa: E402
+from scepter.core.yaml import dump  # noqa: E402
 
 PAGE = (ROOT / 'docs' if (ROOT / 'docs').is_dir() else Path()) / 'components.md'    # an installation has no docs: here, then
 HEAD = '''# Components

@@ -29,8 +29,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from scepter.core.config import did_you_mean
 from scepter.core.errors import CheckpointError
+from scepter.core.faults import did_you_mean
 from scepter.core.files import atomic
 from scepter.core.files.atomic import NO_SPACE, Digest
 from scepter.core.files.tensors import TensorFile, nbytes, write_tensors

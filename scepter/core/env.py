@@ -10,8 +10,9 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from scepter.core.config import Config, ConfigError
+from scepter.core.config import Config
 from scepter.core.errors import ScepterError
+from scepter.core.faults import ConfigError
 from scepter.core.logger import get_logger, note_traceback
 from scepter.core.schema import Component, param
 

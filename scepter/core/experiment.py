@@ -8,8 +8,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from scepter.core.config import Config, Fault
+from scepter.core.config import Config
 from scepter.core.env import Env
+from scepter.core.faults import Fault
 from scepter.core.logger import get_logger
 from scepter.core.registry import SOLVERS
 from scepter.core.schema import Component, check, param, part, schema_of

@@ -6,10 +6,12 @@ import textwrap
 from dataclasses import dataclass
 from typing import Any
 
-from scepter.core.config import NOWHERE, Config, ConfigError, Fault, Origin, did_you_mean, dump, masked, plain, split_path
+from scepter.core.config import Config, masked, plain, split_path
 from scepter.core.experiment import Experiment
+from scepter.core.faults import NOWHERE, ConfigError, Fault, Origin, did_you_mean
 from scepter.core.registry import Registry
 from scepter.core.schema import REQUIRED, Param, Schema, registries, schema_of
+from scepter.core.yaml import dump
 
 
 def explain(cfg: Config, path: str) -> str:

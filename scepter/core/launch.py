@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from scepter.core.config import Config, ConfigError
+from scepter.core.config import Config
 from scepter.core.env import Env, Exit, _choose_device, guarded, seed_everything, we
 from scepter.core.errors import PeerError
+from scepter.core.faults import ConfigError
 from scepter.core.logger import get_logger
 from scepter.core.signals import STOP_SIGNALS, Wish, handle_stop_signals, listening
 

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from scepter.core.config import NOWHERE, Config, ConfigError, Fault, Origin, did_you_mean
+from scepter.core.config import Config
+from scepter.core.faults import NOWHERE, ConfigError, Fault, Origin, did_you_mean
 from scepter.core.schema import Component, Schema, dict_to_yaml, registries, schema_of
 from scepter.core.values import NO_BOUNDS, Bounds, shown
 

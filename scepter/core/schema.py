@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from scepter.core.config import NOWHERE, Config, ConfigError, Fault, Origin, did_you_mean, dump, plain, split_path
+from scepter.core.config import Config, plain, split_path
+from scepter.core.faults import NOWHERE, ConfigError, Fault, Origin, did_you_mean
 from scepter.core.values import NO_BOUNDS, Bounds, converted, fits, shown, spell
+from scepter.core.yaml import dump
 
 if TYPE_CHECKING:
     from scepter.core.registry import Registry

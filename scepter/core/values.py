@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
-from scepter.core.config import Config, Fault, masked, plain, read_scalar
+from scepter.core.config import Config, masked, plain
+from scepter.core.faults import Fault
 from scepter.core.secrets import FromEnv
+from scepter.core.yaml import read_scalar
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from PIL import ExifTags, Image, ImageFile
 from torch import Tensor
 
 import scepter.data.transforms  # noqa: F401  fills TRANSFORMS
-from scepter.core.config import Config, Fault
+from scepter.core.config import Config
 from scepter.core.errors import DataError
+from scepter.core.faults import Fault
 from scepter.core.files import FS
 from scepter.core.logger import get_logger
 from scepter.core.registry import DATASETS, TRANSFORMS

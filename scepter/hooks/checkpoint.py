@@ -5,7 +5,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from scepter.core.config import Config, ConfigError, Fault
+from scepter.core.config import Config
+from scepter.core.faults import ConfigError, Fault
 from scepter.core.registry import HOOKS
 from scepter.core.schema import param
 from scepter.hooks.base import Hook

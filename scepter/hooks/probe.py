@@ -12,8 +12,8 @@ from torch import Tensor
 
 from scepter.core import jsonl, streams
 from scepter.core.calls import accepted
-from scepter.core.config import ConfigError
 from scepter.core.env import we
+from scepter.core.faults import ConfigError
 from scepter.core.images import save_png, sheet, tile
 from scepter.core.registry import HOOKS
 from scepter.core.schema import param

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from scepter.core import streams
-from scepter.core.config import Config, Fault
+from scepter.core.config import Config
+from scepter.core.faults import Fault
 from scepter.core.registry import BACKBONES, LOSSES, MODELS
 from scepter.core.schema import param, part
 from scepter.models.base import BaseModel, TrainModule

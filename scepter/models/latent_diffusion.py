@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from scepter.core import streams
-from scepter.core.config import Config, ConfigError, Fault
+from scepter.core.config import Config
 from scepter.core.env import we
 from scepter.core.errors import CheckpointError, ScepterError
+from scepter.core.faults import ConfigError, Fault
 from scepter.core.registry import BACKBONES, EMBEDDERS, LOSSES, MODELS, SAMPLERS, SCHEDULES
 from scepter.core.schema import default, param, part
 from scepter.diffusion.process import Diffusion

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scepter.core.config import Config, Fault
+from scepter.core.config import Config
+from scepter.core.faults import Fault
 from scepter.core.registry import BACKBONES
 from scepter.core.schema import param
 from scepter.models.base import BaseModel, Told

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from scepter.core import checkpoints, streams
-from scepter.core.config import Config, Fault, masked
+from scepter.core.config import Config, masked
 from scepter.core.env import Stopped, seed_everything, we
 from scepter.core.errors import DataError
+from scepter.core.faults import Fault
 from scepter.core.images import is_figure, is_picture
 from scepter.core.lock import WorkDirLock, refusals
 from scepter.core.logger import get_logger, set_up_logging

@@ -4,7 +4,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from scepter.core.config import Config, Fault
+from scepter.core.config import Config
+from scepter.core.faults import Fault
 from scepter.core.registry import MODELS, SAMPLERS, SOLVERS, sampler_named
 from scepter.core.schema import Component, param
 from scepter.solvers.base import BaseSolver

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from scepter.core import jsonl, streams
 from scepter.core.calls import accepted
-from scepter.core.config import ConfigError
 from scepter.core.env import Stopped, seed_everything, we
+from scepter.core.faults import ConfigError
 from scepter.core.images import free_path, save_results
 from scepter.data.loader import OrderedLoader
 

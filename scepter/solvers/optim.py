@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from scepter.core.config import Config, ConfigError
+from scepter.core.config import Config
 from scepter.core.errors import CheckpointError
+from scepter.core.faults import ConfigError
 from scepter.core.registry import LR_SCHEDULERS, OPTIMIZERS
 from scepter.core.schema import Component, param, split_node
 from scepter.core.values import Bounds

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from scepter.core.checkpoints import Checkpoint
-from scepter.core.config import Config, ConfigError, masked, plain
+from scepter.core.config import Config, masked, plain
 from scepter.core.env import we
 from scepter.core.errors import CheckpointError
+from scepter.core.faults import ConfigError
 
 if TYPE_CHECKING:
     from scepter.solvers.base import BaseSolver

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from scepter.core import streams
-from scepter.core.config import ConfigError
 from scepter.core.env import we
 from scepter.core.errors import NonFiniteError
+from scepter.core.faults import ConfigError
 from scepter.core.logger import get_logger
 from scepter.solvers.optim import NamedOptimizer
 from scepter.solvers.parallel import average_gradients, share_buffers

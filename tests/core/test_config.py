@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scepter.core.config import Config, ConfigError
+from scepter.core.config import Config
+from scepter.core.faults import ConfigError
 from scepter.core.images import read_settings, save_png
 from scepter.core.logger import get_logger, set_up_logging
 from scepter.core.secrets import hide, is_secret

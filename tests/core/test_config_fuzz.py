@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 import scepter.components  # noqa: F401
 from scepter import run_train
-from scepter.core.config import Config, ConfigError
+from scepter.core.config import Config
 from scepter.core.experiment import Experiment, check_experiment
+from scepter.core.faults import ConfigError
 from scepter.core.schema import schema_of
 
 EXAMPLES = Path(__file__).resolve().parents[2] / 'examples'

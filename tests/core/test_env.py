@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from scepter.core import launch
-from scepter.core.config import Config, ConfigError
+from scepter.core.config import Config
 from scepter.core.env import Stopped, WorkEnv, guarded, we
 from scepter.core.errors import CheckpointError, DataError, NonFiniteError, PeerError, ScepterError
+from scepter.core.faults import ConfigError
 from scepter.core.launch import Place
 from scepter.core.logger import get_logger
 from scepter.core.signals import listening

@@ -6,7 +6,8 @@ import traceback
 import pytest
 
 import scepter.components  # noqa: F401
-from scepter.core.config import NOWHERE, Config, ConfigError
+from scepter.core.config import Config
+from scepter.core.faults import NOWHERE, ConfigError
 from scepter.core.registry import SAMPLERS, Registry, need
 from scepter.core.schema import REQUIRED, Component, param, registries, value_faults
 

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from scepter.core.config import Config, ConfigError, Fault
+from scepter.core.config import Config
+from scepter.core.faults import ConfigError, Fault
 from scepter.core.registry import Registry
 from scepter.core.schema import Component, default, dict_to_yaml, param, part, parts, schema_of
 from scepter.core.values import Bounds

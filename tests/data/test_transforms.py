@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from scepter.core.config import ConfigError
 from scepter.core.errors import DataError
+from scepter.core.faults import ConfigError
 from scepter.core.registry import DATASETS, TRANSFORMS
 from scepter.data.datasets import to_mask, to_tensor
 from scepter.data.loader import OrderedLoader

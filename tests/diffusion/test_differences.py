@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scepter.core.config import ConfigError
+from scepter.core.faults import ConfigError
 from scepter.diffusion import Diffusion, schedules
 from tests.diffusion.test_parity import BETAS, STABLE, START, STEPS, network
 

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from scepter.core import streams
-from scepter.core.config import ConfigError
+from scepter.core.faults import ConfigError
 from scepter.core.registry import SAMPLERS, SCHEDULES
 from scepter.diffusion import PREDICTIONS, Diffusion, Level, zero_terminal_snr
 

@@ -13,8 +13,8 @@ import tiny
 from tiny import LATENT_DIFFUSION
 
 from scepter import SOLVERS, Config
-from scepter.core.config import ConfigError
 from scepter.core.env import we
+from scepter.core.faults import ConfigError
 from scepter.core.images import read_settings, sheet
 
 

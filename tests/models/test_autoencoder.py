@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from scepter.core import streams
-from scepter.core.config import ConfigError
+from scepter.core.faults import ConfigError
 from scepter.core.registry import MODELS
 from scepter.models.autoencoder import DiagonalGaussian, in_tiles
 from tests.models.oracles import KL_F8, autoencoder, diffusers_autoencoder, relative_error

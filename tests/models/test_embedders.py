@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from scepter.core.config import ConfigError
 from scepter.core.errors import CheckpointError
+from scepter.core.faults import ConfigError
 from scepter.core.logger import get_logger
 from scepter.core.registry import EMBEDDERS
 from scepter.models.embedders.base import BaseEmbedder

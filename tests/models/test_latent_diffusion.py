@@ -9,8 +9,9 @@ import torch
 import scepter
 import scepter.components
 from scepter.core import streams
-from scepter.core.config import Config, ConfigError
+from scepter.core.config import Config
 from scepter.core.errors import DataError
+from scepter.core.faults import ConfigError
 from scepter.core.registry import BACKBONES, MODELS
 from scepter.core.schema import param
 from scepter.models.autoencoder import DiagonalGaussian, EncoderOutput

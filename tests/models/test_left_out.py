@@ -19,9 +19,10 @@ from torch import Tensor, nn
 import scepter
 import scepter.components
 from scepter.core import checkpoints
-from scepter.core.config import Config, ConfigError
+from scepter.core.config import Config
 from scepter.core.env import seed_everything, we
 from scepter.core.errors import CheckpointError
+from scepter.core.faults import ConfigError
 from scepter.core.registry import EMBEDDERS, MODELS, SOLVERS
 from scepter.models.embedders.base import BaseEmbedder
 from scepter.models.restore import restore

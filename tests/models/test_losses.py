@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import scepter.models.losses  # noqa: F401  (registers)
-from scepter.core.config import ConfigError
+from scepter.core.faults import ConfigError
 from scepter.core.registry import LOSSES
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scepter.core.config import ConfigError
+from scepter.core.faults import ConfigError
 from scepter.core.registry import BACKBONES
 from tests.models.oracles import REFINER, SD15, SD21, SDXL, diffusers_unet, relative_error, tiny, unet
 

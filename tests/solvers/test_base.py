@@ -13,9 +13,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import TinyDenoiser, config, groups, run, same
 
-from scepter.core.config import ConfigError
 from scepter.core.env import Stopped, we
 from scepter.core.errors import CheckpointError, NonFiniteError
+from scepter.core.faults import ConfigError
 from scepter.core.registry import MODELS, SOLVERS
 from scepter.hooks.base import Hook
 

@@ -12,9 +12,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from pairs import FACTORS, REFUSED, Crash, Stop, all_rows, config, differences, outcome, table, train, whole_and_halves
 
-from scepter.core.config import Config, ConfigError
+from scepter.core.config import Config
 from scepter.core.env import we
 from scepter.core.experiment import check_experiment
+from scepter.core.faults import ConfigError
 from scepter.core.registry import OPTIMIZERS
 from tests.twins import three_images, twin
 

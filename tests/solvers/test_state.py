@@ -12,8 +12,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import config, groups, run, same
 
-from scepter.core.config import Config, ConfigError
+from scepter.core.config import Config
 from scepter.core.errors import CheckpointError, NonFiniteError
+from scepter.core.faults import ConfigError
 from scepter.core.registry import MODELS, OPTIMIZERS
 from scepter.core.schema import param
 from scepter.models.base import TrainModule

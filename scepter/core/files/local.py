@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from scepter.core.config import did_you_mean
 from scepter.core.errors import DataError
+from scepter.core.faults import did_you_mean
 from scepter.core.files import atomic
 from scepter.core.files.client import FileClient
 from scepter.core.registry import FILE_SYSTEMS

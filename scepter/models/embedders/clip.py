@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from scepter.core.config import Config, Fault
+from scepter.core.config import Config
 from scepter.core.errors import CheckpointError
+from scepter.core.faults import Fault
 from scepter.core.registry import EMBEDDERS
 from scepter.core.schema import param
 from scepter.models.embedders.text_tower import (

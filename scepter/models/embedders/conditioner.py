@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from scepter.core.config import Config, Fault
+from scepter.core.config import Config
+from scepter.core.faults import Fault
 from scepter.core.registry import EMBEDDERS
 from scepter.core.schema import REQUIRED, param, parts
 from scepter.models.base import Told

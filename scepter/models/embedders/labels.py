@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scepter.core.config import Config, Fault
+from scepter.core.config import Config
 from scepter.core.errors import DataError
+from scepter.core.faults import Fault
 from scepter.core.registry import EMBEDDERS
 from scepter.core.schema import param
 from scepter.models.base import Told

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scepter.core.config import Config, Fault
+from scepter.core.config import Config
+from scepter.core.faults import Fault
 from scepter.core.registry import EMBEDDERS
 from scepter.core.schema import param
 from scepter.models.embedders.text_tower import TextTowerEmbedder, Tower, causal_attention, init_block_std, shape_faults, table

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scepter.core.config import Config, ConfigError, Fault
+from scepter.core.config import Config
+from scepter.core.faults import ConfigError, Fault
 from scepter.core.schema import param
 from scepter.models.base import Told
 from scepter.models.embedders.base import BaseEmbedder
