@@ -20,7 +20,7 @@ _HOMES = {
     'core.faults': ('ConfigError', 'Fault'),
     'core.errors': ('ScepterError', 'DataError', 'CheckpointError', 'PeerError', 'NonFiniteError'),
     'core.env': ('we',),
-    'core.files': ('FS',),
+    'core.stores': ('FS',),
     'core.logger': ('get_logger',),
     'diffusion': ('Diffusion',),
     'drawing': ('load',),

@@ -1,7 +1,7 @@
 """Every component of the package, registered by being imported. Called by the doors and by tests, never by core."""
 from __future__ import annotations
 
-import scepter.core.files
+import scepter.core.stores
 import scepter.data.datasets
 import scepter.data.transforms
 import scepter.diffusion.samplers

@@ -27,18 +27,19 @@ from torch import Tensor
 
 import scepter
 import scepter.components
-from scepter.core import checkpoints, streams
+from scepter.core import streams
 from scepter.core.calls import accepted
 from scepter.core.config import Config
+from scepter.core.disk import atomic, checkpoints
 from scepter.core.env import we
 from scepter.core.errors import DataError
 from scepter.core.experiment import carry_out_imports, not_carried_out
 from scepter.core.faults import NOWHERE, ConfigError, did_you_mean
-from scepter.core.files import FS, atomic
 from scepter.core.images import free_path, grid, png_text, save_new, save_png, to_uint8
 from scepter.core.logger import get_logger
 from scepter.core.registry import MODELS
 from scepter.core.schema import check, default, schema_of
+from scepter.core.stores import FS
 from scepter.data.datasets import UnreadableError, load_image, to_rgb
 from scepter.models import weights
 from scepter.models.base import TrainModule

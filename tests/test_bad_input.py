@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from scepter import run_train
-from scepter.core import checkpoints
 from scepter.core.config import Config
+from scepter.core.disk import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 CODER = {'CH': 32, 'CH_MULT': [1, 1], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 4}

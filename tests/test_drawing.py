@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import scepter
-from scepter.core import checkpoints
 from scepter.core.config import Config
+from scepter.core.disk import checkpoints
+from scepter.core.disk.tensors import write_tensors
 from scepter.core.errors import CheckpointError
 from scepter.core.faults import ConfigError
-from scepter.core.files.tensors import write_tensors
 from scepter.core.images import read_settings
 from scepter.run_inference import main
 from tests.models.oracles import randomize

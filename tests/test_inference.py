@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from scepter.core import checkpoints
 from scepter.core.config import Config
+from scepter.core.disk import checkpoints
 from scepter.core.images import read_settings
 from scepter.models.unfilled import unfilled
 from scepter.run_inference import main

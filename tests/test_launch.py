@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scepter import run_train
-from scepter.core import checkpoints
+from scepter.core.disk import checkpoints
 
 TINY = Path(__file__).parent / 'solvers' / 'tiny.py'
 sys.path.insert(0, str(TINY.parent))

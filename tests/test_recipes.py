@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from scepter.core.config import Config
-from scepter.core.files.tensors import TensorFile
+from scepter.core.disk.tensors import TensorFile
 from scepter.core.images import read_settings
 from scepter.core.registry import MODELS
 from scepter.drawing import without_weights

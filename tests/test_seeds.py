@@ -189,7 +189,7 @@ def command(script: str, *words: str) -> subprocess.CompletedProcess:
 
 
 def test_the_training_command_leaves_a_checkpoint_of_what_was_trained(trained):
-    from scepter.core import checkpoints
+    from scepter.core.disk import checkpoints
     loaded = checkpoints.load(trained)
     names = set(loaded.tensors('model'))
     assert any(n.startswith('model.input_blocks') for n in names)

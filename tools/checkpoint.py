@@ -44,7 +44,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def list_checkpoints(args: argparse.Namespace) -> None:
-    from scepter.core import checkpoints
+    from scepter.core.disk import checkpoints
     from scepter.core.errors import CheckpointError
     for folder in below(args.paths):
         try:
@@ -57,7 +57,7 @@ def list_checkpoints(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    from scepter.core import checkpoints
+    from scepter.core.disk import checkpoints
     from scepter.core.errors import CheckpointError
     faults = []
     for folder in below(args.paths):
@@ -73,9 +73,9 @@ def verify(args: argparse.Namespace) -> None:
 
 def to_single(args: argparse.Namespace) -> None:
     from scepter import drawing
-    from scepter.core import checkpoints
-    from scepter.core.files import FS
-    from scepter.core.files.tensors import nbytes, write_tensors
+    from scepter.core.disk import checkpoints
+    from scepter.core.disk.tensors import nbytes, write_tensors
+    from scepter.core.stores import FS
     from scepter.models.restore import put_places, without_files
     pipe = drawing.load(args.checkpoint, device='cpu', dtype='float32', ema=args.ema == 'on', imports=args.imports,
                         allow_downloads=args.allow_downloads)
@@ -89,7 +89,7 @@ def to_single(args: argparse.Namespace) -> None:
 
 def below(paths: Sequence[str]) -> list[Path]:
     """The checkpoints that the paths mean: themselves, or those of a WORK_DIR. Raises CheckpointError where there is none."""
-    from scepter.core import checkpoints
+    from scepter.core.disk import checkpoints
     from scepter.core.errors import CheckpointError
     found = []
     for path in map(Path, paths):

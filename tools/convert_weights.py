@@ -75,7 +75,7 @@ def write_checkpoint(model: object, cfg: Config, args: argparse.Namespace) -> st
     """A checkpoint folder of ours, step 0, that holds every weight."""
     import torch
 
-    from scepter.core import checkpoints
+    from scepter.core.disk import checkpoints
     model.to(getattr(torch, args.dtype))
     return str(checkpoints.save(args.target, 0, {'model': model.state_dict()}, {'left_out': []}, cfg.dump()))
 

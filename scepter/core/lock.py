@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from scepter.core.disk import atomic
 from scepter.core.errors import CheckpointError
-from scepter.core.files import atomic
 from scepter.core.logger import get_logger
 
 HEARTBEAT = 20.0    # seconds

@@ -25,10 +25,10 @@ import scepter.data.transforms  # noqa: F401  fills TRANSFORMS
 from scepter.core.config import Config
 from scepter.core.errors import DataError
 from scepter.core.faults import Fault
-from scepter.core.files import FS
 from scepter.core.logger import get_logger
 from scepter.core.registry import DATASETS, TRANSFORMS
 from scepter.core.schema import Component, param, parts
+from scepter.core.stores import FS
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif')
 # what is opened, whatever the name says: a PostScript file called .png would start Ghostscript

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from scepter.core.checkpoints import Checkpoint
+from scepter.core.disk.checkpoints import Checkpoint
 from scepter.core.faults import ConfigError, did_you_mean
 from scepter.core.schema import Component
 

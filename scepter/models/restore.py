@@ -4,14 +4,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from scepter.core import checkpoints
-from scepter.core.checkpoints import Checkpoint
 from scepter.core.config import Config
+from scepter.core.disk import checkpoints
+from scepter.core.disk.checkpoints import Checkpoint
+from scepter.core.disk.tensors import TensorFile
 from scepter.core.errors import CheckpointError
-from scepter.core.files.client import shown
-from scepter.core.files.tensors import TensorFile
 from scepter.core.logger import get_logger
 from scepter.core.registry import MODELS
+from scepter.core.stores.client import shown
 from scepter.models.base import TrainModule
 from scepter.models.unfilled import unfilled
 from scepter.models.weights import carried_config, load_into, load_pretrained, read_weights, weights_for

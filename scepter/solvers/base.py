@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from scepter.core import checkpoints, streams
+from scepter.core import streams
 from scepter.core.config import Config, masked
+from scepter.core.disk import checkpoints
 from scepter.core.env import Stopped, seed_everything, we
 from scepter.core.errors import DataError
 from scepter.core.faults import Fault

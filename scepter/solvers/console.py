@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from scepter.core import checkpoints
+from scepter.core.disk import checkpoints
 from scepter.core.env import we
 from scepter.core.logger import duration
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from scepter.core.checkpoints import Checkpoint
 from scepter.core.config import Config, masked, plain
+from scepter.core.disk.checkpoints import Checkpoint
 from scepter.core.env import we
 from scepter.core.errors import CheckpointError
 from scepter.core.faults import ConfigError

@@ -22,11 +22,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scepter.core import checkpoints
-from scepter.core.checkpoints import FORMAT, MANIFEST, is_sound, latest, load, preflight, prune, resolve, save
+from scepter.core.disk import atomic, checkpoints
+from scepter.core.disk.checkpoints import FORMAT, MANIFEST, is_sound, latest, load, preflight, prune, resolve, save
+from scepter.core.disk.tensors import HEADER_LIMIT, TENSOR_LIMIT, TensorFile, write_tensors
 from scepter.core.errors import CheckpointError
-from scepter.core.files import atomic
-from scepter.core.files.tensors import HEADER_LIMIT, TENSOR_LIMIT, TensorFile, write_tensors
 
 
 def write(root: Path, step: int, value: int | None = None, size: int = 100, keep: int | None = None) -> Path:

@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 
+from scepter.core.disk import atomic
 from scepter.core.errors import CheckpointError, DataError
-from scepter.core.files import atomic, front, hub
-from scepter.core.files.client import base_name, shown
-from scepter.core.files.front import FileSystem
+from scepter.core.stores import front, hub
+from scepter.core.stores.client import base_name, shown
+from scepter.core.stores.front import FileSystem
 from scepter.models.weights import local_copy
 
 BODY = bytes(range(256)) * 3000      # 768,000 bytes
@@ -606,6 +607,6 @@ def test_safe_join_takes_plain_names_and_refuses_links_that_lead_out(tmp_path):
 
 
 def test_the_front_imports_nothing_heavy():
-    code = 'import sys, scepter.core.files; print(sys.modules.keys() & {"torch", "huggingface_hub", "fsspec", "requests"})'
+    code = 'import sys, scepter.core.stores; print(sys.modules.keys() & {"torch", "huggingface_hub", "fsspec", "requests"})'
 
     assert subprocess.check_output([sys.executable, '-c', code], text=True).strip() == 'set()'

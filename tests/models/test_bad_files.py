@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import scepter.components  # noqa: F401  (registers)
+from scepter.core.disk.tensors import write_tensors
 from scepter.core.errors import CheckpointError
-from scepter.core.files.tensors import write_tensors
 from scepter.core.registry import EMBEDDERS, MODELS
 from scepter.models.weights import load_pretrained, read_weights
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import scepter.components  # noqa: F401  (registers)
+from scepter.core.disk.tensors import write_tensors
 from scepter.core.errors import CheckpointError
-from scepter.core.files.tensors import write_tensors
 from scepter.core.registry import MODELS
 from scepter.models.weights import export_diffusers, load_pretrained, read_weights
 from scepter.models.weights.names import unet_to_diffusers, vae_to_diffusers

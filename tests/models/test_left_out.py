@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import scepter
 import scepter.components
-from scepter.core import checkpoints
 from scepter.core.config import Config
+from scepter.core.disk import checkpoints
 from scepter.core.env import seed_everything, we
 from scepter.core.errors import CheckpointError
 from scepter.core.faults import ConfigError
@@ -289,7 +289,7 @@ def replaced(done, store) -> Iterator[None]:
     for path, aside in moved.items():
         path.rename(aside)
     done.way.save(network(seed=1), place / done.way.name)
-    from scepter.core.files import FS
+    from scepter.core.stores import FS
     FS._fetched.clear()
     yield
     for path, aside in moved.items():

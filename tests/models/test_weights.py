@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import scepter.components  # noqa: F401  (registers)
+from scepter.core.disk.tensors import TensorFile, write_tensors
 from scepter.core.errors import CheckpointError
-from scepter.core.files.tensors import TensorFile, write_tensors
 from scepter.core.registry import BACKBONES, EMBEDDERS, MODELS
 from scepter.models.weights import (
     Weights,

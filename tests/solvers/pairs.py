@@ -13,8 +13,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import groups
 
-from scepter.core import checkpoints, streams
+from scepter.core import streams
 from scepter.core.config import Config
+from scepter.core.disk import checkpoints
 from scepter.core.env import seed_everything, we
 from scepter.core.registry import DATASETS, MODELS, SOLVERS
 from scepter.core.schema import param

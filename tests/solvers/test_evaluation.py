@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny import LATENT_DIFFUSION, TinyDenoiser, config, run
 
 from scepter import run_train
-from scepter.core import checkpoints
 from scepter.core.config import Config
+from scepter.core.disk import checkpoints
 from scepter.core.env import Stopped, we
 from scepter.core.images import read_settings
 from scepter.core.registry import MODELS

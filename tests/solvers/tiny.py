@@ -133,7 +133,7 @@ def run(cfg: Config, seed: int = 7) -> Any:
 
 def groups(work_dir: Path, step: int) -> dict[str, dict[str, Tensor]]:
     """Every tensor of a checkpoint."""
-    from scepter.core import checkpoints
+    from scepter.core.disk import checkpoints
     loaded = checkpoints.load(checkpoints.folder_of(work_dir / 'checkpoints', step))
     return {name: loaded.group(name) for name in loaded.groups}
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from scepter.core.config import Config
-from scepter.core.files import atomic
-from scepter.core.files.tensors import write_tensors
+from scepter.core.disk import atomic
+from scepter.core.disk.tensors import write_tensors
 from scepter.core.registry import SCHEDULES
 from scepter.models.weights.files import Weights
 from scepter.models.weights.names import openclip_to_hf, unet_to_diffusers, vae_to_diffusers

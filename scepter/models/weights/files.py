@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from scepter.core import checkpoints
+from scepter.core.disk import checkpoints
+from scepter.core.disk.tensors import TensorFile
 from scepter.core.errors import CheckpointError
-from scepter.core.files import FS
-from scepter.core.files.local import missing
-from scepter.core.files.tensors import TensorFile
+from scepter.core.stores import FS
+from scepter.core.stores.local import missing
 
 PICKLES = ('.ckpt', '.pth', '.pt', '.bin')
 FILES = ('.safetensors', *PICKLES)

@@ -20,16 +20,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from scepter.core import checkpoints
-from scepter.core.checkpoints import MANIFEST, Checkpoint
+from scepter.core.disk import atomic, checkpoints
+from scepter.core.disk.checkpoints import MANIFEST, Checkpoint
+from scepter.core.disk.tensors import TensorFile
 from scepter.core.env import we
 from scepter.core.errors import CheckpointError, DataError
-from scepter.core.files import FS, atomic
-from scepter.core.files.client import shown
-from scepter.core.files.hub import parse
-from scepter.core.files.local import local_path
-from scepter.core.files.tensors import TensorFile
 from scepter.core.logger import get_logger
+from scepter.core.stores import FS
+from scepter.core.stores.client import shown
+from scepter.core.stores.hub import parse
+from scepter.core.stores.local import local_path
 from scepter.models.weights.compare import refuse_contradictions, scale_beside
 from scepter.models.weights.files import Entry, Weights, local_copy, read_weights
 from scepter.models.weights.hugging_face import in_layout_of

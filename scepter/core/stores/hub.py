@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from scepter.core.disk import atomic
 from scepter.core.errors import DataError
-from scepter.core.files import atomic
-from scepter.core.files.client import FileClient
 from scepter.core.registry import FILE_SYSTEMS, need
 from scepter.core.schema import param
+from scepter.core.stores.client import FileClient
 
 T = TypeVar('T')
 # weights of other frameworks, which most repositories carry beside those of PyTorch

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, unquote, urlsplit
 
+from scepter.core.disk import atomic
 from scepter.core.errors import DataError
-from scepter.core.files import atomic
-from scepter.core.files.client import FileClient, Transient, shown
 from scepter.core.registry import FILE_SYSTEMS
 from scepter.core.schema import param
+from scepter.core.stores.client import FileClient, Transient, shown
 
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504, 507, 509)
 SLOWEST = 100       # bytes a second; below it over TIMEOUT seconds a transfer has stalled, though bytes still drip

@@ -29,11 +29,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from scepter.core.disk import atomic
+from scepter.core.disk.atomic import NO_SPACE, Digest
+from scepter.core.disk.tensors import TensorFile, nbytes, write_tensors
 from scepter.core.errors import CheckpointError
 from scepter.core.faults import did_you_mean
-from scepter.core.files import atomic
-from scepter.core.files.atomic import NO_SPACE, Digest
-from scepter.core.files.tensors import TensorFile, nbytes, write_tensors
 from scepter.core.logger import get_logger
 
 __all__ = ['Checkpoint', 'is_checkpoint', 'latest', 'load', 'preflight', 'prune', 'resolve', 'save']

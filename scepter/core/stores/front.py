@@ -25,13 +25,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from scepter.core.disk import atomic
 from scepter.core.errors import DataError
-from scepter.core.files import atomic
-from scepter.core.files.client import FileClient, Transient, base_name, shown
-from scepter.core.files.generic import FsspecFs
-from scepter.core.files.local import LocalFs
 from scepter.core.logger import get_logger
 from scepter.core.registry import FILE_SYSTEMS
+from scepter.core.stores.client import FileClient, Transient, base_name, shown
+from scepter.core.stores.generic import FsspecFs
+from scepter.core.stores.local import LocalFs
 
 PIN = '#sha256='
 ORPHAN_AGE = 3600      # seconds; a download that has not been touched for so long is nobody's

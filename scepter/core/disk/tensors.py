@@ -19,8 +19,8 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from scepter.core.disk.atomic import Digest, write_file
 from scepter.core.errors import CheckpointError
-from scepter.core.files.atomic import Digest, write_file
 
 DTYPES = {
     'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from scepter.core.errors import DataError
-from scepter.core.files.client import FileClient, Transient, shown
 from scepter.core.registry import FILE_SYSTEMS
+from scepter.core.stores.client import FileClient, Transient, shown
 
 T = TypeVar('T')
 

@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from scepter.core.disk import atomic
 from scepter.core.errors import DataError
 from scepter.core.faults import did_you_mean
-from scepter.core.files import atomic
-from scepter.core.files.client import FileClient
 from scepter.core.registry import FILE_SYSTEMS
+from scepter.core.stores.client import FileClient
 
 LIKE_A_REPOSITORY = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*')
 
