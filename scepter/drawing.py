@@ -27,6 +27,7 @@ from torch import Tensor
 
 import scepter
 import scepter.components
+from scepter import weights
 from scepter.core import streams
 from scepter.core.calls import accepted
 from scepter.core.config import Config
@@ -41,7 +42,6 @@ from scepter.core.registry import MODELS
 from scepter.core.schema import check, default, schema_of
 from scepter.core.stores import FS
 from scepter.data.datasets import UnreadableError, load_image, to_rgb
-from scepter.models import weights
 from scepter.models.base import TrainModule
 from scepter.models.restore import config_of, has_config, restore
 from scepter.models.unfilled import unfilled

@@ -130,7 +130,7 @@ def test_a_single_file_of_ours_is_drawn_by_the_config_that_it_carries(place, pip
 
 
 def test_a_folder_of_diffusers_opens_without_a_config_which_can_be_kept(pipe, tmp_path, caplog):
-    from scepter.models.weights import export_diffusers
+    from scepter.weights import export_diffusers
     export_diffusers(pipe.model, tmp_path / 'folder')
     found = []
     text = said(lambda: found.append(scepter.load(tmp_path / 'folder')), caplog)

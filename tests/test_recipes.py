@@ -14,9 +14,9 @@ from scepter.core.images import read_settings
 from scepter.core.registry import MODELS
 from scepter.drawing import without_weights
 from scepter.models.restore import restore
-from scepter.models.weights.parity import inputs, relative
 from scepter.run_inference import main as run_inference
 from scepter.run_train import main as run_train
+from scepter.weights.parity import inputs, relative
 from tests.twins import EXAMPLES, SIZES, network, publish, three_images, twin
 
 ROOT = EXAMPLES.parent

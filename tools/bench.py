@@ -185,7 +185,7 @@ def networks(recipe: str) -> tuple[Any, Any, Callable[..., tuple]]:
     from scepter.core.config import Config
     from scepter.core.env import we
     from scepter.core.registry import BACKBONES
-    from scepter.models.weights.names import unet_to_diffusers
+    from scepter.weights.names import unet_to_diffusers
     node = Config.load(recipe).SOLVER.MODEL.DIFFUSION_MODEL
     is_xl = 'xl' in recipe
     settings = {'block_out_channels': (320, 640, 1280), 'down_block_types': ('DownBlock2D', *['CrossAttnDownBlock2D'] * 2),

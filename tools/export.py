@@ -50,7 +50,7 @@ def write(model: object, args: argparse.Namespace) -> None:
     import torch
 
     from scepter.core.errors import CheckpointError
-    from scepter.models.weights.parity import export
+    from scepter.weights.parity import export
     is_checked = args.is_checked and importlib.util.find_spec('diffusers') is not None
     dtype = None if args.dtype == 'float32' else getattr(torch, args.dtype)
     try:

@@ -43,7 +43,7 @@ class BaseModel(Component, nn.Module, base=True):
         A part whose own config names a PRETRAINED_MODEL keeps what that gave it.
         Missing, unexpected and mis-shaped keys are a CheckpointError unless ignore_keys (exact names or globs) names them.
         """
-        from scepter.models.weights import load_pretrained
+        from scepter.weights import load_pretrained
         modules = dict(self.named_modules())
         if part not in modules:
             raise ConfigError(f'{type(self).__name__} has no part {part}{did_you_mean(part, modules)}')
@@ -93,7 +93,7 @@ class TrainModule(BaseModel, base=True):
 
         What is saved (trained_state), recorded (sources) and loaded (load_trained_state) follows from it.
         """
-        from scepter.models.weights.sources import left_out
+        from scepter.weights.sources import left_out
         return left_out(self)
 
     def trained_state(self) -> dict[str, Tensor]:
@@ -103,12 +103,12 @@ class TrainModule(BaseModel, base=True):
 
     def sources(self, folder: str | Path) -> list[dict[str, Any]]:
         """What a checkpoint below this folder records as its `left_out`, as JSON."""
-        from scepter.models.weights.sources import record
+        from scepter.weights.sources import record
         return record(self, folder)
 
     def agree_on_sources(self) -> None:
         """Let the main process hash the files that this network was loaded from, for all. Every process calls it."""
-        from scepter.models.weights.sources import agree
+        from scepter.weights.sources import agree
         agree(self)
 
     def load_trained_state(self, checkpoint: Checkpoint, use_ema: bool = False) -> None:
@@ -117,10 +117,10 @@ class TrainModule(BaseModel, base=True):
         What the network's own files gave already is not read again. Raises CheckpointError with every name or shape that does not fit,
         and where a source is gone or another one now, with both digests.
         """
-        from scepter.models.weights.sources import fill
+        from scepter.weights.sources import fill
         fill(self, checkpoint, use_ema)
 
     def refuse_unfilled(self) -> None:
         """Raises CheckpointError where parameters are as they were built, since no file gave them."""
-        from scepter.models.weights import refuse_unfilled
+        from scepter.weights import refuse_unfilled
         refuse_unfilled(self)

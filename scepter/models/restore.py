@@ -14,8 +14,8 @@ from scepter.core.registry import MODELS
 from scepter.core.stores.client import shown
 from scepter.models.base import TrainModule
 from scepter.models.unfilled import unfilled
-from scepter.models.weights import carried_config, load_into, load_pretrained, read_weights, weights_for
-from scepter.models.weights.sources import as_written, deferred, records
+from scepter.weights import carried_config, load_into, load_pretrained, read_weights, weights_for
+from scepter.weights.sources import as_written, deferred, records
 
 PLACES = ('PRETRAINED_MODEL', 'TOKENIZER_PATH')    # keys of files that a part may be built from
 

@@ -23,7 +23,7 @@ from scepter.core.errors import CheckpointError, DataError
 from scepter.core.stores import front, hub
 from scepter.core.stores.client import base_name, shown
 from scepter.core.stores.front import FileSystem
-from scepter.models.weights import local_copy
+from scepter.weights import local_copy
 
 BODY = bytes(range(256)) * 3000      # 768,000 bytes
 SHA = hashlib.sha256(BODY).hexdigest()

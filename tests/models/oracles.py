@@ -1,4 +1,4 @@
-"""Ours and diffusers' networks with the same random weights. The map of names is written independently of scepter.models.weights."""
+"""Ours and diffusers' networks with the same random weights. The map of names is written independently of scepter.weights."""
 from __future__ import annotations
 
 import re

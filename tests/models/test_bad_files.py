@@ -20,7 +20,7 @@ import scepter.components  # noqa: F401  (registers)
 from scepter.core.disk.tensors import write_tensors
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import EMBEDDERS, MODELS
-from scepter.models.weights import load_pretrained, read_weights
+from scepter.weights import load_pretrained, read_weights
 
 CANARY = 'SCEPTER_TEST_CANARY'
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from scepter.core import streams
 from scepter.core.config import Config
 from scepter.core.images import to_uint8
-from scepter.models.weights import export_diffusers
+from scepter.weights import export_diffusers
 from tests.models.oracles import relative_error
 from tests.twins import network, twin
 

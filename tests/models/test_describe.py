@@ -14,13 +14,13 @@ from scepter.core import streams
 from scepter.core.config import Config
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import BACKBONES, EMBEDDERS, MODELS, SCHEDULES
-from scepter.models.weights import describe, load_pretrained
-from scepter.models.weights.configs import sampling
-from scepter.models.weights.describe import said_of, values_of
-from scepter.models.weights.files import read_settings
 from scepter.run_inference import main as run_inference
 from scepter.run_train import main as run_train
 from scepter.solvers.diffusion import SampleArgs
+from scepter.weights import describe, load_pretrained
+from scepter.weights.configs import sampling
+from scepter.weights.describe import said_of, values_of
+from scepter.weights.files import read_settings
 from tests.models.strangers import pipeline, rewrite
 from tests.twins import three_images
 

@@ -13,7 +13,7 @@ from scepter.core.logger import get_logger
 from scepter.core.registry import EMBEDDERS
 from scepter.models.embedders.base import BaseEmbedder
 from scepter.models.embedders.tokenizer import ClipTokenizer, split_weights, weighted_pieces
-from scepter.models.weights import load_into
+from scepter.weights import load_into
 
 transformers = pytest.importorskip('transformers')
 open_clip = pytest.importorskip('open_clip')
@@ -34,8 +34,8 @@ def openclip(**keys):
 
 def hf_tower(embedder, kind='CLIPTextModel', act='quick_gelu'):
     """transformers' own tower with the weights of ours."""
-    from scepter.models.weights import Weights
-    from scepter.models.weights.names import openclip_to_hf
+    from scepter.weights import Weights
+    from scepter.weights.names import openclip_to_hf
     width = embedder.tower.width
     config = transformers.CLIPTextConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=embedder.tower.depth,
                                          num_attention_heads=embedder.tower.heads, vocab_size=49408, hidden_act=act, projection_dim=width,

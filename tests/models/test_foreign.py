@@ -8,8 +8,8 @@ import scepter.components  # noqa: F401  (registers)
 from scepter.core.disk.tensors import write_tensors
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import MODELS
-from scepter.models.weights import export_diffusers, load_pretrained, read_weights
-from scepter.models.weights.names import unet_to_diffusers, vae_to_diffusers
+from scepter.weights import export_diffusers, load_pretrained, read_weights
+from scepter.weights.names import unet_to_diffusers, vae_to_diffusers
 from tests.models.test_weights import build, compvis
 
 KOHYA = 'lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q'
@@ -109,7 +109,7 @@ PARTS = {
 
 
 def read(module):
-    from scepter.models.weights import Weights
+    from scepter.weights import Weights
     return Weights.of(module.state_dict())
 
 

@@ -102,7 +102,7 @@ def test_what_a_mask_leaves_is_the_image_itself(model):
 def test_a_network_of_nine_channels_fills_in_what_diffusers_does(tmp_path):
     import diffusers
 
-    from scepter.models.weights import describe
+    from scepter.weights import describe
     from tests.models.strangers import pipeline
     pipe = diffusers.StableDiffusionInpaintPipeline(**pipeline('sd15', tmp_path, unet={'in_channels': 9}).components,
                                                     requires_safety_checker=False)

@@ -26,7 +26,7 @@ from scepter.core.faults import ConfigError
 from scepter.core.registry import EMBEDDERS, MODELS, SOLVERS
 from scepter.models.embedders.base import BaseEmbedder
 from scepter.models.restore import restore
-from scepter.models.weights import export_diffusers, sources
+from scepter.weights import export_diffusers, sources
 from tests.models.oracles import randomize
 from tests.twins import three_images
 

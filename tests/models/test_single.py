@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from scepter.core.config import Config
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import MODELS
-from scepter.models.weights import Weights, describe, load_pretrained
-from scepter.models.weights.compare import facts
-from scepter.models.weights.describe import values_of
-from scepter.models.weights.shapes import describe_single
+from scepter.weights import Weights, describe, load_pretrained
+from scepter.weights.compare import facts
+from scepter.weights.describe import values_of
+from scepter.weights.shapes import describe_single
 from tests.models.oracles import randomize
 from tests.twins import publish
 

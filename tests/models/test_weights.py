@@ -13,7 +13,7 @@ import scepter.components  # noqa: F401  (registers)
 from scepter.core.disk.tensors import TensorFile, write_tensors
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import BACKBONES, EMBEDDERS, MODELS
-from scepter.models.weights import (
+from scepter.weights import (
     Weights,
     export_diffusers,
     export_single,
@@ -23,9 +23,9 @@ from scepter.models.weights import (
     load_pretrained,
     read_weights,
 )
-from scepter.models.weights.files import ema_name
-from scepter.models.weights.layouts import BUFFERS
-from scepter.models.weights.names import unet_from_diffusers, unet_to_diffusers, vae_from_diffusers, vae_to_diffusers
+from scepter.weights.files import ema_name
+from scepter.weights.layouts import BUFFERS
+from scepter.weights.names import unet_from_diffusers, unet_to_diffusers, vae_from_diffusers, vae_to_diffusers
 
 VAE = {'NAME': 'AutoencoderKL', 'EMBED_DIM': 4,
        'ENCODER': {'NAME': 'Encoder', 'CH': 32, 'CH_MULT': [1, 2], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 4},
@@ -173,7 +173,7 @@ def test_an_exported_file_opens_without_yaml_as_what_no_shape_shows(models, tmp_
 @pytest.mark.parametrize('shape', SHAPES)
 def test_diffusers_computes_the_same_with_what_we_export(models, shape, tmp_path):
     pytest.importorskip('diffusers')
-    from scepter.models.weights.parity import check_export
+    from scepter.weights.parity import check_export
     export_diffusers(models[shape], tmp_path)
     assert check_export(models[shape], tmp_path) <= 1e-5
     noted = TensorFile(tmp_path / 'unet' / 'diffusion_pytorch_model.safetensors').metadata
@@ -183,14 +183,14 @@ def test_diffusers_computes_the_same_with_what_we_export(models, shape, tmp_path
 @pytest.mark.parametrize('shape', ['sd15', 'sd21', 'sdxl'])
 def test_diffusers_computes_the_same_with_a_single_file(models, shape, tmp_path):
     pytest.importorskip('diffusers')
-    from scepter.models.weights.parity import check_export
+    from scepter.weights.parity import check_export
     export_single(models[shape], tmp_path / 'model.safetensors')
     assert check_export(models[shape], tmp_path / 'model.safetensors') <= 1e-5
 
 
 def test_a_wrong_export_is_noticed(models, tmp_path):
     pytest.importorskip('diffusers')
-    from scepter.models.weights.parity import check_export
+    from scepter.weights.parity import check_export
     export_diffusers(models['sd15'], tmp_path)
     with pytest.raises(CheckpointError, match='something else'):
         check_export(blank(models['sd15']), tmp_path)
@@ -212,7 +212,7 @@ def test_the_pipelines_of_diffusers_open_a_folder_and_draw(models, shape, pipeli
 @pytest.mark.parametrize('zero_snr', [False, True])
 def test_the_scheduler_of_a_folder_has_our_levels(models, schedule, zero_snr):
     diffusers = pytest.importorskip('diffusers')
-    from scepter.models.weights.export import scheduler_config
+    from scepter.weights.export import scheduler_config
     cfg = {**models['sd21'].cfg, 'SCHEDULE_ARGS': {'NAME': schedule}, 'ZERO_TERMINAL_SNR': zero_snr}
     model = MODELS.build(cfg)
     theirs = diffusers.DDIMScheduler.from_config(scheduler_config(model))
@@ -342,7 +342,7 @@ def test_parts_load_from_the_whole_and_from_files_of_their_own(models, tmp_path,
 
 
 def test_a_network_that_diffusers_has_not_goes_to_one_file_only(tmp_path):
-    from scepter.models.weights.parity import export
+    from scepter.weights.parity import export
     cfg = {'NAME': 'LatentDiffusion', 'DIFFUSION_MODEL': {**UNET, 'CONTEXT_DIM': None, 'NUM_HEADS': 4, 'RESBLOCK_UPDOWN': True},
            'FIRST_STAGE_MODEL': VAE, 'PARAMETERIZATION': 'flow', 'SCHEDULE_ARGS': {'NAME': 'shifted'}, 'SIZE_FACTOR': 2}
     model = MODELS.build(cfg)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from scepter.core.logger import get_logger
 from scepter.models.base import BaseModel, Told
-from scepter.models.weights.hugging_face import accept_both_layouts, give_both_names
+from scepter.weights.hugging_face import accept_both_layouts, give_both_names
 
 
 class BaseEmbedder(BaseModel, base=True):

@@ -24,8 +24,8 @@ from scepter.models.embedders.text_tower import (
     table,
 )
 from scepter.models.embedders.tokenizer import ClipTokenizer
-from scepter.models.weights import Weights, load_into, local_copy, read_json, text_tower_weights
-from scepter.models.weights.sources import Loaded, mark
+from scepter.weights import Weights, load_into, local_copy, read_json, text_tower_weights
+from scepter.weights.sources import Loaded, mark
 
 
 @EMBEDDERS.register_class()

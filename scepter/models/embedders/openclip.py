@@ -14,8 +14,8 @@ from scepter.core.registry import EMBEDDERS
 from scepter.core.schema import param
 from scepter.models.embedders.text_tower import TextTowerEmbedder, Tower, causal_attention, init_block_std, shape_faults, table
 from scepter.models.embedders.tokenizer import ClipTokenizer
-from scepter.models.weights import load_pretrained, local_copy
-from scepter.models.weights.sources import Loaded
+from scepter.weights import load_pretrained, local_copy
+from scepter.weights.sources import Loaded
 
 # name -> (width, depth, heads, width of the pooled vector)
 ARCHITECTURES = {'ViT-L-14': (768, 12, 12, 768), 'ViT-H-14': (1024, 24, 16, 1024), 'ViT-bigG-14': (1280, 32, 20, 1280)}

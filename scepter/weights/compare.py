@@ -16,11 +16,11 @@ from scepter.core.config import Config
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import BACKBONES, EMBEDDERS, MODELS, SCHEDULES, Registry
 from scepter.core.schema import Component, schema_of
-from scepter.models.weights import configs
-from scepter.models.weights.configs import Node
-from scepter.models.weights.describe import said_of, short, taken_of, values_of
-from scepter.models.weights.files import Weights
-from scepter.models.weights.shapes import process
+from scepter.weights import configs
+from scepter.weights.configs import Node
+from scepter.weights.describe import said_of, short, taken_of, values_of
+from scepter.weights.files import Weights
+from scepter.weights.shapes import process
 
 # section of a LatentDiffusion -> (its registry, keys that a component like ours has): what a user wrote in its place is not looked at
 SECTIONS: dict[str, tuple[Registry, set[str]]] = {

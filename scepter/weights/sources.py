@@ -30,11 +30,11 @@ from scepter.core.stores import FS
 from scepter.core.stores.client import shown
 from scepter.core.stores.hub import parse
 from scepter.core.stores.local import local_path
-from scepter.models.weights.compare import refuse_contradictions, scale_beside
-from scepter.models.weights.files import Entry, Weights, local_copy, read_weights
-from scepter.models.weights.hugging_face import in_layout_of
-from scepter.models.weights.layouts import weights_for
-from scepter.models.weights.loading import load_into, put, some
+from scepter.weights.compare import refuse_contradictions, scale_beside
+from scepter.weights.files import Entry, Weights, local_copy, read_weights
+from scepter.weights.hugging_face import in_layout_of
+from scepter.weights.layouts import weights_for
+from scepter.weights.loading import load_into, put, some
 
 Stamp = tuple[str, int, int, int]
 

@@ -124,7 +124,7 @@ def read_weights(path: str | Path, use_ema: bool = False) -> Weights:
     if not path.is_dir():
         raise CheckpointError(f'{path}: no such file or folder of weights')
     if checkpoints.is_checkpoint(path):
-        from scepter.models.weights.sources import weights_of
+        from scepter.weights.sources import weights_of
         return weights_of(checkpoints.load(path), use_ema)
     parts = [part for part in PIPELINE_PARTS if (path / part).is_dir()]
     if not parts:

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 from scepter.core.config import Config
 from scepter.core.errors import CheckpointError
-from scepter.models.weights import configs
-from scepter.models.weights.configs import Node, Said
-from scepter.models.weights.files import local_copy, read_file, read_settings
-from scepter.models.weights.shapes import describe_single
+from scepter.weights import configs
+from scepter.weights.configs import Node, Said
+from scepter.weights.files import local_copy, read_file, read_settings
+from scepter.weights.shapes import describe_single
 
 PIPELINES = {f'StableDiffusion{kind}Pipeline': 'XL' in kind for kind in
              ('', 'Img2Img', 'Inpaint', 'XL', 'XLImg2Img', 'XLInpaint')}    # class of model_index.json -> whether it is SDXL's

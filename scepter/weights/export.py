@@ -15,8 +15,8 @@ from scepter.core.config import Config
 from scepter.core.disk import atomic
 from scepter.core.disk.tensors import write_tensors
 from scepter.core.registry import SCHEDULES
-from scepter.models.weights.files import Weights
-from scepter.models.weights.names import openclip_to_hf, unet_to_diffusers, vae_to_diffusers
+from scepter.weights.files import Weights
+from scepter.weights.names import openclip_to_hf, unet_to_diffusers, vae_to_diffusers
 
 UNMEASURED = 'not measured'.ljust(80)    # the place in a file's metadata where `note_parity` writes
 PREDICTIONS = {'eps': 'epsilon', 'v': 'v_prediction', 'x0': 'sample'}

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from scepter.models.weights.files import Entry, Weights
+from scepter.weights.files import Entry, Weights
 
 RESNET = {'in_layers.0': 'norm1', 'in_layers.2': 'conv1', 'emb_layers.1': 'time_emb_proj', 'out_layers.0': 'norm2', 'out_layers.3': 'conv2',
           'skip_connection': 'conv_shortcut'}

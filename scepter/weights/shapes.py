@@ -14,10 +14,10 @@ import torch
 
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import SCHEDULES
-from scepter.models.weights.configs import Node, Said, conditioner
-from scepter.models.weights.files import Weights, carried_config
-from scepter.models.weights.foreign import foreign_kind, lone_parts
-from scepter.models.weights.layouts import TEXT, UNET, VAE, whole_model
+from scepter.weights.configs import Node, Said, conditioner
+from scepter.weights.files import Weights, carried_config
+from scepter.weights.foreign import foreign_kind, lone_parts
+from scepter.weights.layouts import TEXT, UNET, VAE, whole_model
 
 TOWERS = {(1024, 23): 'ViT-H-14', (1024, 24): 'ViT-H-14', (1280, 32): 'ViT-bigG-14'}    # (width, blocks in the file) of OpenCLIP's
 BLOCK = 'transformer_blocks.0'

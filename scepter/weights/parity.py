@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import need
-from scepter.models.weights.export import (
+from scepter.weights.export import (
     export_diffusers,
     export_single,
     is_sdxl,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from scepter.models.weights.files import Weights, ema_name, read_model_folder, read_weights
-from scepter.models.weights.names import clip_text_section, openclip_from_hf, unet_from_diffusers, vae_from_diffusers
+from scepter.weights.files import Weights, ema_name, read_model_folder, read_weights
+from scepter.weights.names import clip_text_section, openclip_from_hf, unet_from_diffusers, vae_from_diffusers
 
 # what published single files hold beside weights, name by name: the schedule's buffers, which follow from the config
 BUFFERS = frozenset({

@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from scepter.models.weights.files import INVERSION, Weights
+from scepter.weights.files import INVERSION, Weights
 
 
 class Kind(NamedTuple):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from scepter.core.errors import CheckpointError
-from scepter.models.weights.files import Entry, Weights
-from scepter.models.weights.foreign import PARTS, foreign_kind, lone_parts
-from scepter.models.weights.hugging_face import in_layout_of
+from scepter.weights.files import Entry, Weights
+from scepter.weights.foreign import PARTS, foreign_kind, lone_parts
+from scepter.weights.hugging_face import in_layout_of
 
 # width of the UNet's text context -> whose it is
 KINDS = {768: 'Stable Diffusion 1', 1024: 'Stable Diffusion 2', 2048: 'Stable Diffusion XL', 1280: "Stable Diffusion XL's refiner"}
