@@ -20,6 +20,7 @@ _HOMES = {
     'core.faults': ('ConfigError', 'Fault'),
     'core.errors': ('ScepterError', 'DataError', 'CheckpointError', 'PeerError', 'NonFiniteError'),
     'core.env': ('we',),
+    'core.launch': ('launch',),
     'core.stores': ('FS',),
     'core.logger': ('get_logger',),
     'diffusion': ('Diffusion',),

@@ -41,12 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def module(command: str) -> types.ModuleType:
     """The module of a command."""
+    name = COMMANDS[command][0]
+    return tool(name.removeprefix('scepter.tools.')) if name.startswith('scepter.tools.') else importlib.import_module(name)
+
+
+def tool(name: str) -> types.ModuleType:
+    """tools/<name>.py: inside the package where it is installed, beside it in a checkout."""
     if 'scepter.tools' not in sys.modules and importlib.util.find_spec('scepter.tools') is None:
-        # a checkout, where the tools lie beside the package
         tools = types.ModuleType('scepter.tools')
         tools.__path__ = [str(Path(__file__).resolve().parents[1] / 'tools')]
         sys.modules['scepter.tools'] = tools
-    return importlib.import_module(COMMANDS[command][0])
+    return importlib.import_module(f'scepter.tools.{name}')
 
 
 if __name__ == '__main__':

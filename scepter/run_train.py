@@ -53,9 +53,9 @@ def command_line() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     import scepter.components  # noqa: F401  fills the registries
     from scepter.core.config import Config
-    from scepter.core.env import we
     from scepter.core.experiment import carry_out_imports, check_experiment
     from scepter.core.explain import explain, template
+    from scepter.core.launch import launch
     from scepter.core.logger import set_up_logging
     from scepter.core.schema import check
     set_up_logging(None, int(os.environ.get('RANK', 0)) if args.launcher == 'torchrun' else 0, args.debug)
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     if args.check:
         print(f'{cfg.file}: no faults')
         return
-    we.init_env(cfg, partial(run_task, imports=imports), args.launcher, args.debug)
+    launch(cfg, partial(run_task, imports=imports), args.launcher, args.debug)
 
 
 def load(args: argparse.Namespace) -> Config:

@@ -59,7 +59,7 @@ def test_the_table_says_what_we_think_it_says():
     rows = table()
 
     assert rows['core'] == {'core'} and rows['diffusion'] == {'core', 'diffusion'} and rows['solvers'] == {'core', 'data', 'solvers'}
-    assert rows['models'] == {'core', 'diffusion', 'models'} and rows['run_*'] == {'*'} and rows['components'] == {'*'}
+    assert rows['models'] == {'core', 'diffusion', 'weights', 'models'} and rows['run_*'] == {'*'} and rows['components'] == {'*'}
 
 
 def test_a_broken_arrow_is_seen():

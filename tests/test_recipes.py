@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from scepter.commands import tool
 from scepter.core.config import Config
 from scepter.core.disk.tensors import TensorFile
 from scepter.core.images import read_settings
@@ -16,9 +17,9 @@ from scepter.drawing import without_weights
 from scepter.models.restore import restore
 from scepter.run_inference import main as run_inference
 from scepter.run_train import main as run_train
-from scepter.weights.parity import inputs, relative
 from tests.twins import EXAMPLES, SIZES, network, publish, three_images, twin
 
+inputs, relative = tool('parity').inputs, tool('parity').relative
 ROOT = EXAMPLES.parent
 # recipe -> parameters of the UNet and of the text towers; the autoencoder is the same in all
 PUBLISHED = {'sd15/sd15_512_full': (859_520_964, 123_060_480), 'sd21/sd21_512': (865_910_724, 340_387_840),

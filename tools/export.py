@@ -49,12 +49,12 @@ def write(model: object, args: argparse.Namespace) -> None:
 
     import torch
 
+    from scepter.commands import tool
     from scepter.core.errors import CheckpointError
-    from scepter.weights.parity import export
     is_checked = args.is_checked and importlib.util.find_spec('diffusers') is not None
     dtype = None if args.dtype == 'float32' else getattr(torch, args.dtype)
     try:
-        figure = export(model, args.target, dtype, is_checked)
+        figure = tool('parity').export(model, args.target, dtype, is_checked)
     except ValueError as error:
         raise CheckpointError(f'{args.target} cannot be written: {error}') from error
     said = 'not opened with diffusers' if figure is None else f'diffusers differs by {figure:.1e} of the largest value'

@@ -21,7 +21,7 @@ if not __package__:    # run as a file
     sys.path.insert(0, str(ROOT))
 
 import scepter.components  # noqa: E402, F401  fills the registries
-from scepter.core.config import plain
+from scepter.core.config import plain  # noqa: E402
 from scepter.core.env import Env  # noqa: E402
 from scepter.core.experiment import Experiment, import_user_code  # noqa: E402
 from scepter.core.registry import Registry  # noqa: E402

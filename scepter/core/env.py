@@ -1,7 +1,4 @@
-"""`we`: which process this is, on which device, and how the processes of a run talk. How they begin is core/launch.py.
-
-    we.init_env(cfg, run_task)     # calls run_task(cfg) in this process, or in one new process per device
-"""
+"""`we`: which process this is, on which device, and how the processes of a run talk. How they begin is core/launch.py."""
 from __future__ import annotations
 
 import contextlib
@@ -10,7 +7,6 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from scepter.core.config import Config
 from scepter.core.errors import ScepterError
 from scepter.core.faults import ConfigError
 from scepter.core.logger import get_logger, note_traceback
@@ -35,7 +31,7 @@ class Env(Component):
 
 
 class WorkEnv:
-    """The one object called `we`. Before init_env it describes a single process."""
+    """The one object called `we`. Before `launch` it describes a single process."""
 
     def __init__(self) -> None:
         self.rank, self.world_size, self.local_rank = 0, 1, 0
@@ -66,16 +62,6 @@ class WorkEnv:
     def device_id(self) -> Any:
         """What .to() takes: the GPU's number, or the device where there is no CUDA."""
         return self.device.index or 0 if self.device.type == 'cuda' else self.device
-
-    # ---------------------------------------------------------------- beginning
-    def init_env(self, cfg: Config, fn: Callable[[Config], None], launcher: str = 'spawn', debug: bool = False) -> None:
-        """Call fn(cfg) in each process of the run, and return when all have ended well.
-
-        spawn: one process per device of this machine (in-process when that is one); WORLD_SIZE and RANK in the environment then count
-        machines. torchrun: this process is one of many, as its environment says. Raises what fn raises; PeerError if a process died.
-        """
-        from scepter.core.launch import launch  # which speaks of `we`
-        launch(cfg, fn, launcher, debug)
 
     # ---------------------------------------------------------------- stopping
     @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """How the processes of a run begin, hear signals, and end together.
 
-    launch(cfg, fn)     # what we.init_env does: fn(cfg) in this process, or in one new process per device
+    launch(cfg, run_task)     # run_task(cfg) in this process, or in one new process per device
 """
 from __future__ import annotations
 
@@ -49,7 +49,11 @@ class Place:
 
 
 def launch(cfg: Config, fn: Task, launcher: str = 'spawn', debug: bool = False) -> None:
-    """Call fn(cfg) in each process of the run, as WorkEnv.init_env promises."""
+    """Call fn(cfg) in each process of the run, and return when all have ended well.
+
+    spawn: one process per device of this machine (in-process when that is one); WORLD_SIZE and RANK in the environment then count
+    machines. torchrun: this process is one of many, as its environment says. Raises what fn raises; PeerError if a process died.
+    """
     env = Env(cfg.get('ENV', {}))
     if launcher == 'torchrun':
         if 'LOCAL_RANK' not in os.environ:

@@ -13,19 +13,30 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from scepter.core.config import Config, plain, split_path
 from scepter.core.faults import NOWHERE, ConfigError, Fault, Origin, did_you_mean
 from scepter.core.values import NO_BOUNDS, Bounds, converted, fits, shown, spell
 from scepter.core.yaml import dump
 
-if TYPE_CHECKING:
-    from scepter.core.registry import Registry
-
 REQUIRED: Any = type('REQUIRED', (), {'__repr__': lambda self: 'required', '__bool__': lambda self: False,
                                       '__copy__': lambda self: self, '__deepcopy__': lambda self, memo: self,
                                       '__reduce__': lambda self: 'REQUIRED'})()
+
+
+class Parts(Protocol):
+    """What a schema asks of the registry (core/registry.py) that a part of a component comes from."""
+    name: str
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a component of this name is registered."""
+
+    def faults(self, cfg: Any, where: str, origin: Origin = NOWHERE, beside: Schema | None = None) -> Iterator[Fault]:
+        """What is wrong with the config of a part."""
+
+    def schema(self, name: str) -> Schema:
+        """The parameters of one of its components."""
 
 
 @dataclass(eq=False)
@@ -33,7 +44,7 @@ class Param:
     """One key that a component reads. As a class attribute it hands out the value from self.cfg."""
     default: Any = REQUIRED
     doc: str = ''
-    registry: Registry | None = None    # the value is itself a component of this registry
+    registry: Parts | None = None       # the value is itself a component of this registry
     many: bool = False                  # ... or a list of them
     name: str = ''
     owner: Any = field(default=None, repr=False)
@@ -88,7 +99,7 @@ def param(default: Any = REQUIRED, doc: str = '', *, least: float | None = None,
     return Param(default, doc, bounds=Bounds(least, most, above, below, multiple))
 
 
-def part(registry: Registry, doc: str = '', default: Any = REQUIRED, place: Any = None) -> Any:
+def part(registry: Parts, doc: str = '', default: Any = REQUIRED, place: Any = None) -> Any:
     """Declare a key that holds the config of another component (default=None: it may be left out).
 
     place: a Component class of further keys that the node may hold; the key then also takes a map of named nodes.
@@ -96,7 +107,7 @@ def part(registry: Registry, doc: str = '', default: Any = REQUIRED, place: Any 
     return Param(default, doc, registry, place=place)
 
 
-def parts(registry: Registry, doc: str = '', default: Any = ()) -> Any:
+def parts(registry: Parts, doc: str = '', default: Any = ()) -> Any:
     """Declare a key that holds a list of component configs."""
     return Param(default if default is REQUIRED else list(default), doc, registry, many=True)
 
@@ -160,10 +171,10 @@ def schema_of(owner: type[Component]) -> Schema:
     return _schemas[owner]
 
 
-_registries: list[Registry] = []
+_registries: list[Any] = []
 
 
-def registries() -> list[Registry]:
+def registries() -> list[Any]:
     """All registries, in the order in which they were made: each one enters itself."""
     return _registries
 

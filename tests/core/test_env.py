@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from scepter.core import launch
+from scepter.core import launch as launching
 from scepter.core.config import Config
 from scepter.core.env import Stopped, WorkEnv, guarded, we
 from scepter.core.errors import CheckpointError, DataError, NonFiniteError, PeerError, ScepterError
 from scepter.core.faults import ConfigError
-from scepter.core.launch import Place
+from scepter.core.launch import Place, launch
 from scepter.core.logger import get_logger
 from scepter.core.signals import listening
 
@@ -47,7 +47,7 @@ def test_one_process_runs_in_place_with_the_configs_seed_and_device():
     seen = []
     cfg = Config({'ENV': {'NPROC': 1, 'DEVICE': 'cpu', 'SEED': 5}})
     for _ in range(2):
-        we.init_env(cfg, lambda c: seen.append((c is cfg, we.seed, we.device.type, torch.rand(1).item())))
+        launch(cfg, lambda c: seen.append((c is cfg, we.seed, we.device.type, torch.rand(1).item())))
 
     assert seen[0] == seen[1] and seen[0][:3] == (True, 5, 'cpu')
 
@@ -88,13 +88,13 @@ def test_a_launch_that_cannot_be_is_a_fault_of_the_config(env: dict, environment
         monkeypatch.setenv(name, value)
 
     with pytest.raises(ConfigError, match=words):
-        WorkEnv().init_env(Config({'ENV': {'DEVICE': 'cpu', **env}}), print, launcher)
+        launch(Config({'ENV': {'DEVICE': 'cpu', **env}}), print, launcher)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_a_device_that_is_not_there_is_a_fault_of_the_config():
     with pytest.raises(ConfigError, match='torch sees no such device'):
-        WorkEnv().init_env(Config({'ENV': {'DEVICE': 'cuda', 'NPROC': 1}}), print)
+        launch(Config({'ENV': {'DEVICE': 'cuda', 'NPROC': 1}}), print)
 
 
 # ------------------------------------------------------------------------------------------------ many processes
@@ -106,6 +106,7 @@ def start(folder: Path, task: str) -> subprocess.Popen:
         import torch
         from scepter.core.config import Config
         from scepter.core.env import Stopped, guarded, we
+        from scepter.core.launch import launch
         from scepter.core.errors import DataError
 
         def say(*words):      # in one write: print's own two would mix with those of another rank
@@ -115,7 +116,7 @@ def start(folder: Path, task: str) -> subprocess.Popen:
         {}
 
         if __name__ == '__main__':
-            sys.exit(guarded(lambda: we.init_env(Config({{'ENV': {{'NPROC': 2, 'DEVICE': 'cpu', 'SEED': 5}}}}), task)))
+            sys.exit(guarded(lambda: launch(Config({{'ENV': {{'NPROC': 2, 'DEVICE': 'cpu', 'SEED': 5}}}}), task)))
     ''').format(textwrap.indent(textwrap.dedent(task).strip(), ' ' * 12).replace('\n' + ' ' * 8, '\n').removeprefix(' ' * 8)),
                       encoding='utf-8')
     environment = {**{k: v for k, v in os.environ.items() if k not in LAUNCHERS}, 'PYTHONPATH': str(ROOT)}
@@ -233,10 +234,10 @@ def meet(rank: int, timeout: float, monkeypatch: pytest.MonkeyPatch) -> tuple[st
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     said: list[str] = []
-    monkeypatch.setattr(launch, 'FIRST_WORD', 0.1)
+    monkeypatch.setattr(launching, 'FIRST_WORD', 0.1)
     monkeypatch.setattr(get_logger(), 'warning', said.append)
     with pytest.raises(PeerError) as error:
-        launch._meet(Place(rank, 4, rank % 2, 2, 'spawn', f'tcp://127.0.0.1:{port}'), timeout)
+        launching._meet(Place(rank, 4, rank % 2, 2, 'spawn', f'tcp://127.0.0.1:{port}'), timeout)
     return said[0], str(error.value)
 
 
@@ -251,4 +252,4 @@ def test_a_stop_signal_ends_the_waiting_at_once(monkeypatch: pytest.MonkeyPatch)
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped), listening():
         timer.start()
-        launch._meet(Place(0, 2, 0, 2, 'spawn', f'file://{tempfile.mkdtemp()}/here'), 200.0)
+        launching._meet(Place(0, 2, 0, 2, 'spawn', f'file://{tempfile.mkdtemp()}/here'), 200.0)

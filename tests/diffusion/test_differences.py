@@ -75,7 +75,7 @@ def test_their_zero_terminal_snr_is_not_zero_but_for_ddim(name, scheduler, toler
                                                             rescale_betas_zero_snr=True)
     scheduler.set_timesteps(STEPS)
     ratios = scheduler.sigmas.double()[:STEPS].flip(0)
-    assert ratios[-1] == 4096
+    assert ratios[-1] == pytest.approx(4096, rel=1e-6)    # of float32 roots, which processors round differently
     other = theirs(scheduler, float(scheduler.init_noise_sigma))
     exact = Diffusion(*schedules.zero_terminal_snr(*schedules.scaled_linear(1000)), 'v')
     assert apart(ours(name, exact), other) > 1e-4

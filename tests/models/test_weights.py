@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 import scepter.components  # noqa: F401  (registers)
+from scepter.commands import tool
 from scepter.core.disk.tensors import TensorFile, write_tensors
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import BACKBONES, EMBEDDERS, MODELS
@@ -173,9 +172,8 @@ def test_an_exported_file_opens_without_yaml_as_what_no_shape_shows(models, tmp_
 @pytest.mark.parametrize('shape', SHAPES)
 def test_diffusers_computes_the_same_with_what_we_export(models, shape, tmp_path):
     pytest.importorskip('diffusers')
-    from scepter.weights.parity import check_export
     export_diffusers(models[shape], tmp_path)
-    assert check_export(models[shape], tmp_path) <= 1e-5
+    assert tool('parity').check_export(models[shape], tmp_path) <= 1e-5
     noted = TensorFile(tmp_path / 'unet' / 'diffusion_pytorch_model.safetensors').metadata
     assert 'relative difference to diffusers' in noted['scepter.parity'] and noted['modelspec.sai_model_spec'] == '1.0.1'
 
@@ -183,17 +181,15 @@ def test_diffusers_computes_the_same_with_what_we_export(models, shape, tmp_path
 @pytest.mark.parametrize('shape', ['sd15', 'sd21', 'sdxl'])
 def test_diffusers_computes_the_same_with_a_single_file(models, shape, tmp_path):
     pytest.importorskip('diffusers')
-    from scepter.weights.parity import check_export
     export_single(models[shape], tmp_path / 'model.safetensors')
-    assert check_export(models[shape], tmp_path / 'model.safetensors') <= 1e-5
+    assert tool('parity').check_export(models[shape], tmp_path / 'model.safetensors') <= 1e-5
 
 
 def test_a_wrong_export_is_noticed(models, tmp_path):
     pytest.importorskip('diffusers')
-    from scepter.weights.parity import check_export
     export_diffusers(models['sd15'], tmp_path)
     with pytest.raises(CheckpointError, match='something else'):
-        check_export(blank(models['sd15']), tmp_path)
+        tool('parity').check_export(blank(models['sd15']), tmp_path)
 
 
 @pytest.mark.parametrize(('shape', 'pipeline'), [('sd15', 'StableDiffusionPipeline'), ('sd21', 'StableDiffusionPipeline'),
@@ -342,27 +338,18 @@ def test_parts_load_from_the_whole_and_from_files_of_their_own(models, tmp_path,
 
 
 def test_a_network_that_diffusers_has_not_goes_to_one_file_only(tmp_path):
-    from scepter.weights.parity import export
     cfg = {'NAME': 'LatentDiffusion', 'DIFFUSION_MODEL': {**UNET, 'CONTEXT_DIM': None, 'NUM_HEADS': 4, 'RESBLOCK_UPDOWN': True},
            'FIRST_STAGE_MODEL': VAE, 'PARAMETERIZATION': 'flow', 'SCHEDULE_ARGS': {'NAME': 'shifted'}, 'SIZE_FACTOR': 2}
     model = MODELS.build(cfg)
     with pytest.raises(ValueError, match='diffusers has no'):
-        export(model, tmp_path / 'folder')
-    assert export(model, tmp_path / 'm.safetensors') is None
+        tool('parity').export(model, tmp_path / 'folder')
+    assert tool('parity').export(model, tmp_path / 'm.safetensors') is None
     other = blank(model)
     load_pretrained(other, tmp_path / 'm.safetensors')
     assert_same(other, model)
 
 
 # ---------------------------------------------------------------- tools
-def tool(name):
-    path = Path(__file__).parents[2] / 'tools' / f'{name}.py'
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def config(tmp_path):
     """The YAML of the tiny SD1.5."""

@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from pairs import FACTORS, REFUSED, Crash, Stop, all_rows, config, differences, outcome, table, train, whole_and_halves
 
 from scepter.core.config import Config
-from scepter.core.env import we
 from scepter.core.experiment import check_experiment
 from scepter.core.faults import ConfigError
+from scepter.core.launch import launch
 from scepter.core.registry import OPTIMIZERS
 from tests.twins import three_images, twin
 
@@ -54,7 +54,7 @@ def test_five_steps_and_five_more_are_ten_to_the_bit(tmp_path, i):
 @pytest.mark.parametrize('rows', [pytest.param([i for i in range(len(ROWS)) if i not in ALONE + SLOW], id='fast'),
                                   pytest.param([i for i in SLOW if i not in ALONE], id='compiled', marks=pytest.mark.slow)])
 def test_and_so_they_are_on_two_processes(tmp_path, rows):
-    we.init_env(Config({'FOLDER': str(tmp_path), 'ROWS': rows, 'ENV': {'NPROC': 2, 'DEVICE': 'cpu', 'THREADS': 1}}), all_rows)
+    launch(Config({'FOLDER': str(tmp_path), 'ROWS': rows, 'ENV': {'NPROC': 2, 'DEVICE': 'cpu', 'THREADS': 1}}), all_rows)
     assert len(rows) > 0 and all(is_exact(tmp_path / str(i)) for i in rows)
 
 
