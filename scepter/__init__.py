@@ -11,7 +11,7 @@ from typing import Any
 __version__ = '0.1.0'
 
 _REGISTRIES = ('MODELS', 'BACKBONES', 'EMBEDDERS', 'LOSSES', 'SOLVERS', 'HOOKS', 'DATASETS', 'TRANSFORMS', 'METRICS', 'OPTIMIZERS',
-               'LR_SCHEDULERS', 'FILE_SYSTEMS', 'SCHEDULES', 'SAMPLERS')
+               'LR_SCHEDULERS', 'FILE_SYSTEMS', 'SCHEDULES', 'LEVELS', 'SAMPLERS')
 _HOMES = {
     'core.registry': (*_REGISTRIES, 'Registry', 'need'),
     'core.schema': ('Component', 'param', 'part', 'parts', 'REQUIRED', 'dict_to_yaml', 'default'),

@@ -4,6 +4,7 @@ from __future__ import annotations
 import scepter.core.stores
 import scepter.data.datasets
 import scepter.data.transforms
+import scepter.diffusion.levels
 import scepter.diffusion.samplers
 import scepter.diffusion.schedules
 import scepter.hooks.checkpoint

@@ -53,14 +53,16 @@ DISCARD_PENULTIMATE = {'dpm2', 'dpm2_ancestral', 'dpmpp_2m_sde'}
 class Diffusion:
     """A noise schedule together with what the network predicts.
 
+        diffusion = Diffusion(*schedules.flow(1000), prediction='flow')
+
     alphas, sigmas: [T], from almost clean (index 0) to noise (index T-1); any process, see `schedules`.
-    times: [T], what the network is told at each level; by default the index itself.
+    times: [T], what the network is told at each level, a schedule's third table; by default the index itself.
 
     Raises ValueError for an unknown prediction, a schedule that does not go from clean to noise, and a prediction that says nothing
     about x0 at some level, as eps does where alpha is 0.
     """
 
-    def __init__(self, alphas: Tensor, sigmas: Tensor, prediction: str = 'eps', times: Tensor | None = None):
+    def __init__(self, alphas: Tensor, sigmas: Tensor, times: Tensor | None = None, *, prediction: str = 'eps'):
         if prediction not in PREDICTIONS:
             raise ValueError(f'prediction {prediction!r} is not one of {", ".join(PREDICTIONS)}')
         alphas, sigmas = (torch.as_tensor(v, dtype=torch.float64, device='cpu') for v in (alphas, sigmas))
@@ -70,8 +72,10 @@ class Diffusion:
         if not (alphas >= 0).all() or not (sigmas > 0).all() or not (ratios[1:] > ratios[:-1]).all():
             raise ValueError('a schedule goes from almost clean (index 0) to noise: alpha >= 0, sigma > 0, sigma/alpha ascending; '
                              'turn a descending one round with .flip(0)')
-        if times is not None and times.shape != alphas.shape:
-            raise ValueError(f'times {list(times.shape)} for {len(alphas)} levels: expected one for each')
+        if isinstance(times, str):
+            raise ValueError(f'times is {times!r}, expected a tensor [T]: the prediction is given by its name, prediction={times!r}')
+        if times is not None and (times.shape != alphas.shape or not times.isfinite().all()):
+            raise ValueError(f'times {list(times.shape)} for {len(alphas)} levels: expected one finite number for each')
         self.prediction, self.num_timesteps = prediction, len(alphas)
         self.alphas, self.sigmas = alphas, sigmas
         self.times = None if times is None else times.detach().cpu()

@@ -1,8 +1,8 @@
-"""Noise schedules: plain functions  n -> (alphas, sigmas),  float64 [n], from almost clean (index 0) to noise (index n-1).
+"""Noise schedules: plain functions  n -> (alphas, sigmas) or (alphas, sigmas, times),  [n], from almost clean (0) to noise (n-1).
 
-x_t = alpha * x0 + sigma * eps. All but `shifted` preserve variance: alpha^2 + sigma^2 = 1. Whether they are written in betas, in
+x_t = alpha * x0 + sigma * eps, float64. All but flows preserve variance: alpha^2 + sigma^2 = 1. Whether they are written in betas, in
 the noise of another process or in log-SNR, only alpha/sigma matters to the mathematics; the pair says at which scale the network
-sees the state.
+sees the state. times is what the network is told at each level; where a schedule leaves it out, the index 0 .. n-1.
 """
 from __future__ import annotations
 
@@ -106,26 +106,37 @@ def logsnr_cosine_interp(n: int, *, logsnr_min: float = -15.0, logsnr_max: float
 
 
 @SCHEDULES.register_function()
-def shifted(n: int, *, shift: Positive = 3.0) -> Schedule:
-    """Rectified flow, sigma = s*t / (1 + (s-1)*t) and alpha = 1 - sigma, t = 1/n .. 1 (SD3, arXiv:2403.03206, equation 23).
+def flow(n: int, *, shift: Positive = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Rectified flow (arXiv:2209.03003): sigma = s*t / (1 + (s-1)*t), alpha = 1 - sigma, t = 1/n .. 1; the network is told 1000*sigma.
 
-    shift 1 is plain flow matching. Networks are usually told 1000*sigma: Diffusion(..., times=1000 * sigmas).
+    So are published flow networks, whatever their shift s, and one that is trained under one shift may be drawn from under another.
+    shift: 1 is plain flow matching; more noise for larger pictures (SD3, arXiv:2403.03206, equation 23).
     """
     t = torch.arange(1, n + 1, dtype=torch.float64) / n
     alphas = (1 - t) / (1 + (shift - 1) * t)
-    return alphas, 1 - alphas
+    sigmas = 1 - alphas
+    return alphas, sigmas, 1000 * sigmas
 
 
-def zero_terminal_snr(alphas: Tensor, sigmas: Tensor) -> Schedule:
+@SCHEDULES.register_function()
+def shifted(n: int, *, shift: Positive = 3.0) -> Schedule:
+    """The levels of `flow` for a network that is told their index 0 .. n-1: one whose training began before there was `flow`.
+
+    What an index means depends on the shift, so it is drawn from under the shift that it was trained under.
+    """
+    return flow(n, shift=shift)[:2]
+
+
+def zero_terminal_snr(alphas: Tensor, sigmas: Tensor, *times: Tensor) -> tuple[Tensor, ...]:
     """The schedule stretched so that its last level is noise alone (arXiv:2305.08891, algorithm 1: alpha is moved and scaled).
 
-    Raises ValueError where the schedule does not preserve variance.
+    times, where there are any, stay as they are. Raises ValueError where the schedule does not preserve variance.
     """
     alphas, sigmas = alphas.double(), sigmas.double()
     if not torch.allclose(alphas ** 2 + sigmas ** 2, torch.ones_like(alphas), atol=1e-5):
-        raise ValueError('zero terminal SNR rescales schedules with alpha^2 + sigma^2 = 1 only; `shifted` ends in pure noise by itself')
+        raise ValueError('zero terminal SNR rescales schedules with alpha^2 + sigma^2 = 1 only; a flow ends in pure noise by itself')
     alphas = (alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])
-    return alphas, torch.sqrt(1 - alphas ** 2)
+    return alphas, torch.sqrt(1 - alphas ** 2), *times
 
 
 def from_betas(betas: Tensor) -> Schedule:

@@ -18,7 +18,7 @@ from scepter.core.config import Config
 from scepter.core.env import we
 from scepter.core.errors import CheckpointError, ScepterError
 from scepter.core.faults import ConfigError, Fault
-from scepter.core.registry import BACKBONES, EMBEDDERS, LOSSES, MODELS, SAMPLERS, SCHEDULES
+from scepter.core.registry import BACKBONES, EMBEDDERS, LEVELS, LOSSES, MODELS, SAMPLERS, SCHEDULES
 from scepter.core.schema import default, param, part
 from scepter.diffusion.process import Diffusion
 from scepter.diffusion.schedules import zero_terminal_snr
@@ -43,6 +43,7 @@ class LatentDiffusion(TrainModule):
 
     PARAMETERIZATION: Literal['eps', 'x0', 'v', 'flow'] = param('eps', 'What the network predicts.')
     TIMESTEPS: int = param(1000, 'Levels of noise in training.', least=1)
+    TIMESTEP_DENSITY: dict = part(LEVELS, 'How often training draws each level.', default={'NAME': 'uniform'})
     SCHEDULE_ARGS: dict = part(SCHEDULES, 'How noise grows over the levels.', default={'NAME': 'scaled_linear'})
     ZERO_TERMINAL_SNR: bool = param(False, 'Rescale the schedule so that the last level is pure noise (2305.08891); not for eps.')
     MIN_SNR_GAMMA: float | None = param(None, 'Weigh the loss by min(SNR, gamma) (2303.09556); 5 is usual.', above=0)
@@ -77,7 +78,7 @@ class LatentDiffusion(TrainModule):
         self.loss = LOSSES.build(self.LOSS, logger=logger) if self.LOSS is not None else None
 
         self._check_parts()
-        self.diffusion = _diffusion_of(self.cfg)
+        self.diffusion, self.draw_levels = _diffusion_of(self.cfg), LEVELS.function(self.TIMESTEP_DENSITY)
         self.num_timesteps, self.size_factor, self.scale_factor = self.TIMESTEPS, self.SIZE_FACTOR, self.SCALE_FACTOR
         self.p_zero, self.train_n_prompt, self.default_n_prompt = self.P_ZERO, self.TRAIN_N_PROMPT, self.DEFAULT_N_PROMPT
 
@@ -116,7 +117,7 @@ class LatentDiffusion(TrainModule):
         prompt: list of B, or label: int64 [B], whichever the embedder reads. Raises ValueError where it is missing.
         """
         x0 = self.encode_first_stage(image) if moments is None else self.scale_factor * DiagonalGaussian(moments).sample()
-        t = streams.integers('timestep', self.num_timesteps, len(x0))
+        t = self.draw_levels('timestep', self.num_timesteps, len(x0))
         probe: dict[str, Any] = {'t': t}
         model_kwargs = {}
         if self.cond_stage_model is not None:
@@ -321,10 +322,10 @@ SAMPLERS.reserve(LatentDiffusion.forward_test)
 def _diffusion_of(cfg: Config) -> Diffusion:
     """The process of a config. Raises ValueError where its schedule is none, or the prediction says nothing about x0 at some level."""
     with torch.device('cpu'):    # numbers, also where the networks are built on the meta device
-        alphas, sigmas = SCHEDULES.function(cfg.SCHEDULE_ARGS)(n=cfg.TIMESTEPS)
+        schedule = SCHEDULES.function(cfg.SCHEDULE_ARGS)(n=cfg.TIMESTEPS)
         if cfg.ZERO_TERMINAL_SNR:
-            alphas, sigmas = zero_terminal_snr(alphas, sigmas)
-        return Diffusion(alphas, sigmas, cfg.PARAMETERIZATION)
+            schedule = zero_terminal_snr(*schedule)
+        return Diffusion(*schedule, prediction=cfg.PARAMETERIZATION)
 
 
 def _size_faults(cfg: Config) -> Iterator[Fault]:

@@ -115,8 +115,9 @@ def facts(model: Mapping[str, Any]) -> dict[str, Fact]:
     found = {key: Fact(model[key], repr(model[key])) for key in ('PARAMETERIZATION', 'TIMESTEPS', 'ZERO_TERMINAL_SNR', 'SCALE_FACTOR')
              if key in model}
     if 'SCHEDULE_ARGS' in model:
-        alphas, _ = SCHEDULES.build(Config.of(model['SCHEDULE_ARGS']), n=model.get('TIMESTEPS', 1000))
-        found['SCHEDULE_ARGS'] = Fact(alphas, short(model['SCHEDULE_ARGS']), ('SCHEDULE_ARGS.NAME',))
+        alphas, _, *times = SCHEDULES.build(Config.of(model['SCHEDULE_ARGS']), n=model.get('TIMESTEPS', 1000))
+        told = times[0] if times else torch.arange(len(alphas))
+        found['SCHEDULE_ARGS'] = Fact(torch.stack([alphas, told / len(alphas)], 1), short(model['SCHEDULE_ARGS']), ('SCHEDULE_ARGS.NAME',))
     if (heads := _heads(_filled(BACKBONES, model.get('DIFFUSION_MODEL')))) is not None:
         found['DIFFUSION_MODEL.NUM_HEADS'] = heads
     text = model.get('COND_STAGE_MODEL') or {}

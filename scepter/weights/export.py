@@ -264,7 +264,9 @@ def scheduler_config(model: nn.Module) -> dict[str, Any]:
     if schedule['NAME'] == 'scaled_linear':
         return {**config, 'beta_schedule': 'scaled_linear', 'beta_start': schedule.get('BETA_MIN', 0.00085),
                 'beta_end': schedule.get('BETA_MAX', 0.012)}
-    alphas, sigmas = SCHEDULES.build(model.SCHEDULE_ARGS, n=model.TIMESTEPS)
+    alphas, sigmas, *times = SCHEDULES.build(model.SCHEDULE_ARGS, n=model.TIMESTEPS)
+    if times:
+        raise ValueError(f'the pipelines of Stable Diffusion tell a network the index of a level, not the times of {schedule["NAME"]}')
     if not torch.allclose(alphas ** 2 + sigmas ** 2, torch.ones_like(alphas)):
         raise ValueError(f'the pipelines of Stable Diffusion cannot sample on {schedule["NAME"]}: alpha^2 + sigma^2 is not 1')
     signal = torch.cat([torch.ones(1, dtype=alphas.dtype), alphas]) ** 2

@@ -77,11 +77,11 @@ def test_their_zero_terminal_snr_is_not_zero_but_for_ddim(name, scheduler, toler
     ratios = scheduler.sigmas.double()[:STEPS].flip(0)
     assert ratios[-1] == pytest.approx(4096, rel=1e-6)    # of float32 roots, which processors round differently
     other = theirs(scheduler, float(scheduler.init_noise_sigma))
-    exact = Diffusion(*schedules.zero_terminal_snr(*schedules.scaled_linear(1000)), 'v')
+    exact = Diffusion(*schedules.zero_terminal_snr(*schedules.scaled_linear(1000)), prediction='v')
     assert apart(ours(name, exact), other) > 1e-4
 
     alphas = (1 + ratios ** 2).rsqrt()
-    as_theirs = Diffusion(alphas, alphas * ratios, 'v', times=scheduler.timesteps.flip(0))
+    as_theirs = Diffusion(alphas, alphas * ratios, scheduler.timesteps.flip(0), prediction='v')
     assert apart(ours(name, as_theirs), other) < tolerance
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scepter.core.registry import SAMPLERS, SCHEDULES
+from scepter.core.registry import LEVELS, SAMPLERS, SCHEDULES
 from scepter.diffusion import PREDICTIONS, Diffusion, schedules
 
 PAGE = (Path(__file__).parents[2] / 'docs' / 'diffusion.md').read_text(encoding='utf-8')
@@ -15,11 +15,12 @@ PAGE = (Path(__file__).parents[2] / 'docs' / 'diffusion.md').read_text(encoding=
 @pytest.fixture
 def page() -> dict:
     """The names that the page's examples leave behind; what they register is taken back afterwards."""
-    before = dict(PREDICTIONS), dict(SAMPLERS._entries), dict(SCHEDULES._entries)
+    tables = (PREDICTIONS, SAMPLERS._entries, SCHEDULES._entries, LEVELS._entries)
+    before = [dict(table) for table in tables]
     names: dict = {'__name__': 'page'}
     exec(compile('\n'.join(re.findall(r'```python\n(.*?)```', PAGE, re.DOTALL)), 'docs/diffusion.md', 'exec', dont_inherit=True), names)  # noqa: S102
     yield names
-    for table, old in zip((PREDICTIONS, SAMPLERS._entries, SCHEDULES._entries), before):
+    for table, old in zip(tables, before):
         table.clear()
         table.update(old)
 
@@ -44,5 +45,5 @@ def test_the_pages_levels_are_those_of_four_steps(discretization):
     assert ', '.join(map(str, times)) in row
 
 
-def test_the_page_names_every_schedule_and_sampler():
-    assert [name for name in [*SCHEDULES, *SAMPLERS, *PREDICTIONS] if f'`{name}`' not in PAGE] == []
+def test_the_page_names_every_schedule_and_density_and_sampler():
+    assert [name for name in [*SCHEDULES, *LEVELS, *SAMPLERS, *PREDICTIONS] if f'`{name}`' not in PAGE] == []

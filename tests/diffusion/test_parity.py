@@ -133,7 +133,7 @@ def test_euler_of_a_flow(monkeypatch):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(1000, shift=3.0)
     scheduler.set_timesteps(STEPS)
     levels = [Level(1000 * s, 1 - s, s) for s in scheduler.sigmas.tolist()]
-    flow = Diffusion(*schedules.shifted(1000), 'flow')
+    flow = Diffusion(*schedules.flow(1000, shift=3.0), prediction='flow')
     x = theirs_x = START
     x = SAMPLERS.get('euler')(lambda x, level: flow.split(network(x, level.t), x, level), x, levels, fresh=None, between=None)
     for t in scheduler.timesteps:
@@ -144,7 +144,7 @@ def test_euler_of_a_flow(monkeypatch):
 def test_zero_terminal_snr_from_pure_noise(monkeypatch):
     """v at alpha 0, by both libraries' DDIM."""
     alphas, sigmas = schedules.zero_terminal_snr(*schedules.scaled_linear(1000))
-    v = Diffusion(alphas, sigmas, 'v')
+    v = Diffusion(alphas, sigmas, prediction='v')
     scheduler = diffusers.DDIMScheduler(1000, **BETAS, timestep_spacing='trailing', clip_sample=False, prediction_type='v_prediction',
                                         rescale_betas_zero_snr=True)
     scheduler.set_timesteps(STEPS)

@@ -18,10 +18,10 @@ MEAN, STD = 0.3, 0.5
 PROCESSES = {
     'vp': SCHEDULES.get('scaled_linear')(1000),
     'zero terminal SNR': zero_terminal_snr(*SCHEDULES.get('scaled_linear')(1000)),
-    'flow': SCHEDULES.get('shifted')(1000),
+    'flow': SCHEDULES.get('flow')(1000, shift=3.0),
     've': (torch.ones(1000), torch.logspace(-2, 2, 1000)),
 }
-PAIRS = [(process, prediction) for process, (alphas, _) in PROCESSES.items() for prediction in PREDICTIONS
+PAIRS = [(process, prediction) for process, (alphas, *_) in PROCESSES.items() for prediction in PREDICTIONS
          if prediction != 'eps' or alphas.min() > 0]
 STABLE = Diffusion(*PROCESSES['vp'])
 NOISE = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -30,7 +30,7 @@ NOISE = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 def exact(diffusion: Diffusion):
     """A network that knows its data to be N(MEAN, STD^2): what it is told decides what it says, as for a real one."""
     def model(x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
-        level = diffusion.at(float(t[0]))
+        level = diffusion.at(np.interp(float(t[0]), diffusion._times, range(diffusion.num_timesteps)))
         alpha, sigma = level.alpha, level.sigma
         x0 = MEAN + alpha * STD ** 2 / ((alpha * STD) ** 2 + sigma ** 2) * (x - alpha * MEAN)
         return diffusion.target(x0, (x - alpha * x0) / sigma, level)
@@ -40,7 +40,7 @@ def exact(diffusion: Diffusion):
 # ---------------------------------------------------------------- the two equations
 @pytest.mark.parametrize(('process', 'prediction'), PAIRS)
 def test_split_inverts_target(process, prediction):
-    diffusion = Diffusion(*PROCESSES[process], prediction)
+    diffusion = Diffusion(*PROCESSES[process], prediction=prediction)
     x0, eps = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64)
     level = diffusion.level(torch.tensor([0, 1, 500, 998, 999]), x0)
     found = diffusion.split(diffusion.target(x0, eps, level), diffusion.diffuse(x0, eps, level), level)
@@ -50,7 +50,7 @@ def test_split_inverts_target(process, prediction):
 
 @pytest.mark.parametrize('prediction', PREDICTIONS)
 def test_a_level_of_plain_numbers_splits_like_one_of_tensors(prediction):
-    diffusion = Diffusion(*PROCESSES['vp'], prediction)
+    diffusion = Diffusion(*PROCESSES['vp'], prediction=prediction)
     out, xt = torch.randn(2, 1, 4, dtype=torch.float64)
     for a, b in zip(diffusion.split(out, xt, diffusion.at(700)), diffusion.split(out, xt, diffusion.level(torch.tensor([700]), xt))):
         torch.testing.assert_close(a, b)
@@ -67,7 +67,7 @@ def test_a_level_of_each_token_is_the_same_code():
 
 def test_eps_is_refused_where_alpha_is_zero():
     with pytest.raises(ValueError, match='says nothing about x0 at level 999'):
-        Diffusion(*PROCESSES['zero terminal SNR'], 'eps')
+        Diffusion(*PROCESSES['zero terminal SNR'], prediction='eps')
 
 
 @pytest.mark.parametrize(('alphas', 'sigmas', 'words'), [
@@ -81,23 +81,26 @@ def test_a_schedule_that_does_not_go_from_clean_to_noise_is_refused(alphas, sigm
 
 def test_an_unknown_prediction_and_misfit_times_are_refused():
     with pytest.raises(ValueError, match="'epsilon' is not one of eps, x0, v, flow"):
-        Diffusion(*PROCESSES['vp'], 'epsilon')
-    with pytest.raises(ValueError, match='times'):
-        Diffusion(*PROCESSES['vp'], times=torch.arange(10))
+        Diffusion(*PROCESSES['vp'], prediction='epsilon')
+    with pytest.raises(ValueError, match=r"times is 'v', .* prediction='v'"):
+        Diffusion(*PROCESSES['vp'], 'v')
+    for times in (torch.arange(10), torch.full((1000,), math.inf)):
+        with pytest.raises(ValueError, match='for 1000 levels: expected one finite number for each'):
+            Diffusion(*PROCESSES['vp'], times)
 
 
 # ---------------------------------------------------------------- training
 @pytest.mark.parametrize('prediction', PREDICTIONS)
 def test_the_loss_is_the_mean_squared_error_of_each_sample(prediction):
-    diffusion, t, x0 = Diffusion(*PROCESSES['vp'], prediction), torch.tensor([10, 400, 990]), torch.randn(3, 2, 4, 4)
+    diffusion, t, x0 = Diffusion(*PROCESSES['vp'], prediction=prediction), torch.tensor([10, 400, 990]), torch.randn(3, 2, 4, 4)
     level = diffusion.level(t, x0)
     want = (0.5 * diffusion.diffuse(x0, NOISE, level) - diffusion.target(x0, NOISE, level)).square().mean((1, 2, 3))
     torch.testing.assert_close(diffusion.loss(x0, t, lambda x, t, half: half * x, {'half': 0.5}, NOISE), want)
 
 
 def test_the_exact_network_has_no_loss_on_a_point():
-    diffusion, x0 = Diffusion(*PROCESSES['flow'], 'flow'), torch.zeros(3, 2, 4, 4)
-    model = lambda x, t: x / diffusion.level(t, x).sigma    # of x0 = 0: eps - x0 = x / sigma
+    diffusion, x0 = Diffusion(*PROCESSES['flow'], prediction='flow'), torch.zeros(3, 2, 4, 4)
+    model = lambda x, t: x / (t / 1000).view(-1, 1, 1, 1)    # of x0 = 0: eps - x0 = x / sigma
     assert diffusion.loss(x0, torch.tensor([5, 500, 999]), model).max() < 1e-9
 
 
@@ -160,7 +163,7 @@ def test_min_snr_weights_have_the_papers_form(gamma):
     snr = (PROCESSES['vp'][0] / PROCESSES['vp'][1]) ** 2
     forms = {'eps': snr.clamp(max=gamma) / snr, 'v': snr.clamp(max=gamma) / (snr + 1), 'x0': snr.clamp(max=gamma)}
     for prediction, want in forms.items():
-        diffusion = Diffusion(*PROCESSES['vp'], prediction)
+        diffusion = Diffusion(*PROCESSES['vp'], prediction=prediction)
         torch.testing.assert_close(diffusion.min_snr(gamma)(diffusion.level(t, t.double())), want)
 
 
@@ -172,7 +175,7 @@ def test_min_snr_uses_the_square_of_alpha():
 
 
 def test_min_snr_is_finite_with_zero_terminal_snr():
-    diffusion = Diffusion(*PROCESSES['zero terminal SNR'], 'v')
+    diffusion = Diffusion(*PROCESSES['zero terminal SNR'], prediction='v')
     weights = diffusion.min_snr(5)(diffusion.level(torch.arange(1000), torch.zeros(1000)))
     assert weights.isfinite().all() and weights[-1] == 0
 
@@ -204,8 +207,8 @@ def test_the_network_is_told_the_times():
     def model(x: Tensor, t: Tensor) -> Tensor:
         told.append(t)
         return x
-    alphas, sigmas = PROCESSES['flow']
-    diffusion = Diffusion(alphas, sigmas, 'flow', times=1000 * sigmas)
+    alphas, sigmas = SCHEDULES.get('shifted')(1000)
+    diffusion = Diffusion(alphas, sigmas, 1000 * sigmas, prediction='flow')
     diffusion.loss(NOISE, torch.tensor([0, 10, 999]), model)
     diffusion.sample(NOISE, model, steps=2)
     STABLE.sample(NOISE, model, steps=2)
@@ -225,7 +228,7 @@ def test_every_number_of_steps_has_exactly_as_many_levels(discretization):
 
 def test_every_number_of_karras_steps_has_exactly_as_many_levels():
     for process in ('vp', 'zero terminal SNR'):
-        diffusion = Diffusion(*PROCESSES[process], 'v')
+        diffusion = Diffusion(*PROCESSES[process], prediction='v')
         for n in [1, 2, 3, 4, 61, 103, 121, 122, *range(5, 1001, 13), 1000]:
             levels = diffusion.levels(n, 'karras')
             assert len(levels) == n + 1 and levels[0].t == 999 and levels[-1][1:] == (1.0, 0.0)
@@ -284,11 +287,11 @@ def test_impossible_levels_are_refused(arguments, words):
 
 @pytest.mark.parametrize('process', PROCESSES)
 def test_a_level_between_two_lies_there_in_log_snr_and_on_the_process(process):
-    diffusion = Diffusion(*PROCESSES[process], 'v')
+    diffusion = Diffusion(*PROCESSES[process], prediction='v')
     a, b = diffusion.at(900), diffusion.at(300.5)
     middle = diffusion.between(a, b, 0.25)
     log = [math.log(level.alpha / level.sigma) for level in (a, middle, b)]
-    assert log[1] == pytest.approx(0.75 * log[0] + 0.25 * log[2]) and 300.5 < middle.t < 900
+    assert log[1] == pytest.approx(0.75 * log[0] + 0.25 * log[2]) and b.t < middle.t < a.t
     kept = {'flow': lambda level: level.alpha + level.sigma, 've': lambda level: level.alpha}
     if process in kept:
         assert kept[process](middle) == pytest.approx(1, abs=1e-12)
@@ -308,7 +311,7 @@ def test_between_finds_the_levels_of_the_schedule_and_those_cleaner_than_all_of_
 def test_all_predictions_draw_the_same(solver, process):
     draws = []
     for prediction in (p for q, p in PAIRS if q == process):
-        diffusion = Diffusion(*PROCESSES[process], prediction)
+        diffusion = Diffusion(*PROCESSES[process], prediction=prediction)
         draws.append(diffusion.sample(NOISE.double(), exact(diffusion), solver=solver, steps=8, seed=1))
     for other in draws[1:]:
         torch.testing.assert_close(other, draws[0], rtol=1e-4, atol=1e-4)    # times of levels between two are float32
@@ -319,7 +322,7 @@ def test_all_predictions_draw_the_same(solver, process):
 @pytest.mark.parametrize('process', PROCESSES)
 def test_noise_is_carried_to_the_data(solver, discretization, process):
     """The exact flow of a Gaussian keeps each state's place in units of the standard deviation."""
-    diffusion = Diffusion(*PROCESSES[process], 'v')
+    diffusion = Diffusion(*PROCESSES[process], prediction='v')
     end = diffusion.sample(NOISE.double(), exact(diffusion), solver=solver, steps=200, discretization=discretization,
                            discard_penultimate_step=False)
     start = diffusion.at(999)
@@ -340,7 +343,7 @@ def test_added_noise_obeys_the_seed_and_not_the_batch(solver):
 
 def test_the_kth_draw_of_a_row_differs_from_its_others():
     noise = torch.zeros(1, 1, 64, 64)
-    diffusion = Diffusion(torch.tensor([0.9, 0.5, 0.1]).sqrt(), torch.tensor([0.1, 0.5, 0.9]).sqrt(), 'x0')
+    diffusion = Diffusion(torch.tensor([0.9, 0.5, 0.1]).sqrt(), torch.tensor([0.1, 0.5, 0.9]).sqrt(), prediction='x0')
     _, states = diffusion.sample(noise, lambda x, t: 0 * x, solver='ddpm', steps=3, seed=0, return_intermediate='xt')
     drawn = states[2] - math.sqrt(1 / 45) * states[1]    # what the last step but one added, beside down * eps
     assert abs(torch.corrcoef(torch.stack([states[1].flatten(), drawn.flatten()]))[0, 1]) < 0.05
@@ -451,7 +454,7 @@ def test_a_condition_turns_the_unconditional_network_into_the_conditional_one():
 
 
 def test_a_condition_leaves_pure_noise_alone():
-    diffusion = Diffusion(*PROCESSES['zero terminal SNR'], 'v')
+    diffusion = Diffusion(*PROCESSES['zero terminal SNR'], prediction='v')
     out = diffusion.sample(NOISE, exact(diffusion), condition_fn=lambda x, t: torch.ones_like(x), steps=5)
     assert out.isfinite().all()
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from scepter.core.registry import SCHEDULES
@@ -18,12 +18,12 @@ def log_snr(alphas, sigmas):
 @pytest.mark.parametrize('n', [2, 25, 1000])
 @pytest.mark.parametrize('name', sorted(set(SCHEDULES) - {'listed'}))
 def test_every_schedule_goes_from_clean_to_noise(name, n):
-    alphas, sigmas = SCHEDULES.get(name)(n)
-    assert alphas.dtype == sigmas.dtype == torch.float64 and alphas.shape == sigmas.shape == (n,)
-    Diffusion(alphas, sigmas, 'v')    # its constructor refuses any other
+    tables = SCHEDULES.get(name)(n)
+    assert {table.dtype for table in tables} == {torch.float64} and {table.shape for table in tables} == {(n,)}
+    Diffusion(*tables, prediction='v')    # its constructor refuses any other
 
 
-@pytest.mark.parametrize('name', sorted(set(SCHEDULES) - {'shifted', 'listed'}))
+@pytest.mark.parametrize('name', sorted(set(SCHEDULES) - {'flow', 'shifted', 'listed'}))
 def test_schedules_preserve_variance(name):
     alphas, sigmas = SCHEDULES.get(name)(1000)
     torch.testing.assert_close(alphas ** 2 + sigmas ** 2, torch.ones(1000).double(), rtol=0, atol=1e-14)
@@ -92,10 +92,31 @@ def test_the_interpolated_shift_goes_from_scale_min_to_scale_max():
     torch.testing.assert_close(plain - interp, torch.linspace(2 * math.log(2), 2 * math.log(4), 50).double())
 
 
-def test_shifted_is_the_flow_of_sd3_and_ends_in_pure_noise():
-    alphas, sigmas = SCHEDULES.get('shifted')(4, shift=3.0)
+def test_a_shifted_flow_is_that_of_sd3_and_ends_in_pure_noise():
+    alphas, sigmas, times = SCHEDULES.get('flow')(4, shift=3.0)
     torch.testing.assert_close(sigmas, torch.tensor([0.5, 0.75, 0.9, 1.0]).double())
-    assert alphas[-1] == 0 and torch.equal(alphas + sigmas, torch.ones(4).double())
+    assert alphas[-1] == 0 and torch.equal(alphas + sigmas, torch.ones(4).double()) and torch.equal(times, 1000 * sigmas)
+
+
+@pytest.mark.parametrize('shift', [1.0, 3.0])
+def test_a_flow_has_the_levels_and_the_times_of_the_reference_library(shift):
+    reference = FlowMatchEulerDiscreteScheduler(1000, shift=shift)
+    flow = Diffusion(*SCHEDULES.get('flow')(1000, shift=shift), prediction='flow')
+    torch.testing.assert_close(flow.sigmas.flip(0), reference.sigmas.double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(flow.times.flip(0), reference.timesteps.double(), rtol=0, atol=1e-3)
+
+
+def test_shifted_has_the_levels_of_a_flow_and_tells_their_index():
+    flow, shifted = (Diffusion(*SCHEDULES.get(name)(50, shift=2.0), prediction='flow') for name in ('flow', 'shifted'))
+    assert torch.equal(flow.sigmas, shifted.sigmas) and torch.equal(flow.alphas, shifted.alphas)
+    assert [shifted.at(i).t for i in range(50)] == list(range(50))
+
+
+def test_what_a_schedule_tells_is_not_touched_by_zero_terminal_snr():
+    alphas, sigmas = SCHEDULES.get('cosine')(10)
+    times = torch.linspace(0, 1, 10)
+    stretched = zero_terminal_snr(alphas, sigmas, times)
+    assert len(stretched) == 3 and torch.equal(stretched[2], times) and torch.equal(stretched[0], zero_terminal_snr(alphas, sigmas)[0])
 
 
 @pytest.mark.parametrize('name', ['linear', 'scaled_linear', 'cosine', 'karras'])
@@ -115,7 +136,7 @@ def test_zero_terminal_snr_of_stable_diffusion_has_the_papers_value_in_the_middl
 
 def test_zero_terminal_snr_refuses_a_flow():
     with pytest.raises(ValueError, match='ends in pure noise by itself'):
-        zero_terminal_snr(*SCHEDULES.get('shifted')(10))
+        zero_terminal_snr(*SCHEDULES.get('flow')(10))
 
 
 def test_a_schedule_is_built_from_a_config():

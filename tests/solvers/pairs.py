@@ -101,7 +101,7 @@ class Painter(TrainModule):
         self.middle = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.SiLU(), nn.Dropout(0.2), nn.Conv2d(6, 6, 1))
         self.mix, self.last = nn.Linear(6, 6), nn.Conv2d(6, 1, 3, padding=1)
         self.scale, self.idle = nn.Parameter(torch.ones(())), nn.Linear(2, 2)
-        self.diffusion = Diffusion(*cosine(100), 'v')
+        self.diffusion = Diffusion(*cosine(100), prediction='v')
 
     def network(self, x: Tensor, t: Tensor) -> Tensor:
         x = self.norm(self.first(x + (t / 100).to(x)[:, None, None, None]))

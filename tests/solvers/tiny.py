@@ -56,7 +56,7 @@ class TinyDenoiser(TrainModule):
         super().__init__(cfg, logger=logger)
         self.net = nn.Sequential(nn.Linear(3, self.WIDTH), nn.SiLU(), nn.Dropout(self.DROPOUT), nn.Linear(self.WIDTH, 2))
         self.register_buffer('seen', torch.zeros((), dtype=torch.int64))
-        self.diffusion = Diffusion(*cosine(100), 'v')
+        self.diffusion = Diffusion(*cosine(100), prediction='v')
         self.numbers: list[list[int]] = []
         self.calls = 0
 
