@@ -10,7 +10,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from scepter.core import streams
-from scepter.models import layers
+from scepter.models import cpu
 from scepter.models.layers import GroupNorm32, SiLU, attention, checkpoint, timestep_embedding, to_image, to_tokens, upsample_conv
 from tests.models.oracles import relative_error
 
@@ -38,15 +38,15 @@ def test_a_mask_hides_tokens():
 
 @pytest.mark.parametrize('block', [10, 100, 1000, 10 ** 6])
 def test_attention_in_blocks_is_the_same_attention(block, monkeypatch):
-    monkeypatch.setattr(layers, 'BLOCK', block)
+    monkeypatch.setattr(cpu, 'BLOCK', block)
     q, k, v = qkv(20, 30)
     weight = torch.randn(2, 20, 3, 8)
-    ours = torch.autograd.grad((layers._attention_in_blocks(q, k, v) * weight).sum(), (q, k, v))
+    ours = torch.autograd.grad((cpu.attention(q, k, v) * weight).sum(), (q, k, v))
     expected = torch.autograd.grad((by_hand(q, k, v) * weight).sum(), (q, k, v))
-    torch.testing.assert_close(layers._attention_in_blocks(q, k, v), by_hand(q, k, v))
+    torch.testing.assert_close(cpu.attention(q, k, v), by_hand(q, k, v))
     torch.testing.assert_close(ours, expected)
     with torch.no_grad():    # in memory that is used again for each block
-        torch.testing.assert_close(layers._attention_in_blocks(q, k, v), by_hand(q, k, v))
+        torch.testing.assert_close(cpu.attention(q, k, v), by_hand(q, k, v))
 
 
 @pytest.mark.parametrize('recorded', [True, False])
