@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import scepter.models.autoencoder
+import scepter.models.coders
 import scepter.models.losses
 import scepter.models.unet  # noqa: F401  (these register)
 from scepter.core.registry import BACKBONES, MODELS
