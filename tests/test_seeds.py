@@ -31,9 +31,9 @@ def clip_folder(tmp_path_factory) -> Path:
     """A tiny CLIP text model and tokenizer in the published layout, in the place of the pretrained one."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from scepter.models.embedders.tokenizer import ClipTokenizer
+    from scepter.weights.vocabulary import Vocabulary
     folder = tmp_path_factory.mktemp('clip')
-    ClipTokenizer.shipped().save(folder)
+    Vocabulary.shipped().save(folder)
     CLIPTextModel(CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                                  vocab_size=49408, bos_token_id=49406, eos_token_id=49407)).save_pretrained(folder)
     return folder

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from scepter.core.disk.checkpoints import Checkpoint
 from scepter.core.faults import ConfigError, did_you_mean
 from scepter.core.schema import Component
+from scepter.weights import marks, sources
 
 
 class Told(NamedTuple):
@@ -43,11 +44,10 @@ class BaseModel(Component, nn.Module, base=True):
         A part whose own config names a PRETRAINED_MODEL keeps what that gave it.
         Missing, unexpected and mis-shaped keys are a CheckpointError unless ignore_keys (exact names or globs) names them.
         """
-        from scepter.weights import load_pretrained
         modules = dict(self.named_modules())
         if part not in modules:
             raise ConfigError(f'{type(self).__name__} has no part {part}{did_you_mean(part, modules)}')
-        load_pretrained(modules[part], path, ignore_keys, use_ema)
+        sources.load_pretrained(modules[part], path, ignore_keys, use_ema)
 
     def freeze(self) -> None:
         """Evaluation mode for good, no gradients; what is trained is decided by a network's own FREEZE."""
@@ -93,8 +93,7 @@ class TrainModule(BaseModel, base=True):
 
         What is saved (trained_state), recorded (sources) and loaded (load_trained_state) follows from it.
         """
-        from scepter.weights.sources import left_out
-        return left_out(self)
+        return marks.left_out(self)
 
     def trained_state(self) -> dict[str, Tensor]:
         """The state dict without what is left out."""
@@ -103,13 +102,11 @@ class TrainModule(BaseModel, base=True):
 
     def sources(self, folder: str | Path) -> list[dict[str, Any]]:
         """What a checkpoint below this folder records as its `left_out`, as JSON."""
-        from scepter.weights.sources import record
-        return record(self, folder)
+        return marks.record(self, folder)
 
     def agree_on_sources(self) -> None:
         """Let the main process hash the files that this network was loaded from, for all. Every process calls it."""
-        from scepter.weights.sources import agree
-        agree(self)
+        marks.agree(self)
 
     def load_trained_state(self, checkpoint: Checkpoint, use_ema: bool = False) -> None:
         """Take a checkpoint's weights, and from its sources what it left out.
@@ -117,10 +114,8 @@ class TrainModule(BaseModel, base=True):
         What the network's own files gave already is not read again. Raises CheckpointError with every name or shape that does not fit,
         and where a source is gone or another one now, with both digests.
         """
-        from scepter.weights.sources import fill
-        fill(self, checkpoint, use_ema)
+        sources.fill(self, checkpoint, use_ema)
 
     def refuse_unfilled(self) -> None:
         """Raises CheckpointError where parameters are as they were built, since no file gave them."""
-        from scepter.weights import refuse_unfilled
-        refuse_unfilled(self)
+        marks.refuse_unfilled(self)

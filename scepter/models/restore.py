@@ -15,7 +15,9 @@ from scepter.core.stores.client import shown
 from scepter.models.base import TrainModule
 from scepter.models.unfilled import unfilled
 from scepter.weights import carried_config, load_into, load_pretrained, read_weights, weights_for
-from scepter.weights.sources import as_written, deferred, records
+from scepter.weights.marks import as_written
+from scepter.weights.records import records
+from scepter.weights.sources import deferred
 
 PLACES = ('PRETRAINED_MODEL', 'TOKENIZER_PATH')    # keys of files that a part may be built from
 

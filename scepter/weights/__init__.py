@@ -2,11 +2,13 @@
 from scepter.weights.compare import refuse_contradictions
 from scepter.weights.describe import Description, Taken, describe
 from scepter.weights.export import export_diffusers, export_single
-from scepter.weights.files import FILES, Weights, carried_config, local_copy, read_json, read_weights
-from scepter.weights.layouts import latent_diffusion_weights, text_tower_weights, weights_for, whole_model
+from scepter.weights.files import FILES, Weights, carried_config, local_copy, read_json
+from scepter.weights.layouts import text_tower_weights, weights_for, whole_model
 from scepter.weights.loading import family_of, load_into
-from scepter.weights.sources import load_pretrained, refuse_unfilled
+from scepter.weights.marks import refuse_unfilled
+from scepter.weights.records import read_weights
+from scepter.weights.sources import load_pretrained
 
 __all__ = ['FILES', 'Description', 'Taken', 'Weights', 'carried_config', 'describe', 'export_diffusers', 'export_single', 'family_of',
-           'latent_diffusion_weights', 'load_into', 'load_pretrained', 'local_copy', 'read_json', 'read_weights', 'refuse_contradictions',
-           'refuse_unfilled', 'text_tower_weights', 'weights_for', 'whole_model']
+           'load_into', 'load_pretrained', 'local_copy', 'read_json', 'read_weights', 'refuse_contradictions', 'refuse_unfilled',
+           'text_tower_weights', 'weights_for', 'whole_model']

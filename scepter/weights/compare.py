@@ -20,6 +20,7 @@ from scepter.weights import configs
 from scepter.weights.configs import Node
 from scepter.weights.describe import said_of, short, taken_of, values_of
 from scepter.weights.files import Weights
+from scepter.weights.names import ARCHITECTURES
 from scepter.weights.shapes import process
 
 # section of a LatentDiffusion -> (its registry, keys that a component like ours has): what a user wrote in its place is not looked at
@@ -144,7 +145,6 @@ def _heads(unet: Mapping[str, Any]) -> Fact | None:
 
 def _tower(tower: Mapping[str, Any]) -> dict[str, Fact]:
     """Kind, heads and handed-on state of a text tower of ours; nothing where a file of its own says them."""
-    from scepter.models.embedders.openclip import ARCHITECTURES  # embedders import this package
     if tower.get('NAME') not in ('FrozenCLIPEmbedder', 'FrozenOpenCLIPEmbedder') or tower.get('PRETRAINED_MODEL') is not None:
         return {}
     tower = _filled(EMBEDDERS, tower)

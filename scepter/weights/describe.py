@@ -23,6 +23,7 @@ from scepter.weights import configs
 from scepter.weights.configs import Node, Said
 from scepter.weights.files import local_copy, read_file, read_settings
 from scepter.weights.shapes import describe_single
+from scepter.weights.vocabulary import Vocabulary
 
 PIPELINES = {f'StableDiffusion{kind}Pipeline': 'XL' in kind for kind in
              ('', 'Img2Img', 'Inpaint', 'XL', 'XLImg2Img', 'XLInpaint')}    # class of model_index.json -> whether it is SDXL's
@@ -134,11 +135,9 @@ def _conditioner(settings: Settings, parts: list[str], unet: Node, name: str) ->
 
 def _give_tokenizer(tower: Node, folder: Path, name: str) -> None:
     """Give a tower the tokenizer of its folder where that is not the one we have anyway."""
-    from scepter.models.embedders.tokenizer import ClipTokenizer  # embedders import this package
     if not folder.is_dir():
         return
-    theirs, ours = ClipTokenizer.from_folder(folder), ClipTokenizer.shipped(pad=0 if 'ARCH' in tower else None)
-    if (theirs.vocabulary, theirs.merges, theirs.added, theirs.pad) != (ours.vocabulary, ours.merges, ours.added, ours.pad):
+    if Vocabulary.from_folder(folder) != Vocabulary.shipped(pad=0 if 'ARCH' in tower else None):
         if '://' in name:
             raise CheckpointError(f'{name}: its {folder.name} is not the usual one of CLIP: download the folder and give its path')
         tower['TOKENIZER_PATH'] = Said(str(Path(name) / folder.name), f'{folder.name}: not the usual vocabulary')

@@ -138,7 +138,7 @@ def export_configs(model: nn.Module, folder: str | Path) -> None:
     for part, config in configs.items():
         write_json(folder / part / 'config.json', config)
     for part, (_, embedder) in towers.items():
-        embedder.tokenizer.save(folder / part.replace('text_encoder', 'tokenizer'), embedder.MAX_LENGTH)
+        embedder.tokenizer.vocabulary.save(folder / part.replace('text_encoder', 'tokenizer'), embedder.MAX_LENGTH)
     write_json(folder / 'scheduler' / 'scheduler_config.json', scheduler_config(model))
     write_json(folder / 'model_index.json', model_index(model, list(towers)))
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from scepter.core.disk import checkpoints
 from scepter.core.disk.tensors import TensorFile
 from scepter.core.errors import CheckpointError
 from scepter.core.stores import FS
@@ -37,7 +36,7 @@ class Entry(NamedTuple):
     dtype: torch.dtype
     read: Callable[[], Tensor]
     files: tuple[Path, ...] = ()    # where it lies
-    origin: Any = None              # where it really comes from, for what a checkpoint of ours left out (weights/sources.py)
+    origin: Any = None              # where it really comes from, for what a checkpoint of ours left out (weights/records.py)
 
 
 class Weights(Mapping[str, Tensor]):
@@ -108,32 +107,6 @@ def local_copy(path: str | Path) -> Iterator[Path]:
         fetch = FS.get_from if path.split('?')[0].endswith(FILES) else FS.get_dir_to_local_dir
         with fetch(path, wait_finish=True) as local:
             yield Path(local)
-
-
-def read_weights(path: str | Path, use_ema: bool = False) -> Weights:
-    """The weights of a local file or folder, under the names that it uses.
-
-    A file is a .safetensors, or a .ckpt, .pth, .pt, .bin of torch.save. A folder is a checkpoint of ours, one model of diffusers or
-    transformers (sharded or not, also a .fp16 variant), or a whole pipeline, whose parts come as unet.*, vae.*, text_encoder.*.
-    use_ema: take averaged weights where there are any. Raises CheckpointError that names the file.
-    """
-    path = Path(path)
-    if path.is_file():
-        weights = read_file(path)
-        return with_compvis_ema(weights) if use_ema else weights
-    if not path.is_dir():
-        raise CheckpointError(f'{path}: no such file or folder of weights')
-    if checkpoints.is_checkpoint(path):
-        from scepter.weights.sources import weights_of
-        return weights_of(checkpoints.load(path), use_ema)
-    parts = [part for part in PIPELINE_PARTS if (path / part).is_dir()]
-    if not parts:
-        return read_model_folder(path)
-    entries = {}
-    for part in parts:
-        folder = path / f'{part}_ema' if use_ema and (path / f'{part}_ema').is_dir() else path / part
-        entries |= read_model_folder(folder).under(f'{part}.').entries
-    return Weights(entries, str(path), read_settings(path))
 
 
 def read_settings(folder: Path) -> dict[str, dict]:

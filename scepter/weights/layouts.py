@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from scepter.weights.files import Weights, ema_name, read_model_folder, read_weights
+from scepter.weights.files import Weights, ema_name, read_model_folder
 from scepter.weights.names import clip_text_section, openclip_from_hf, unet_from_diffusers, vae_from_diffusers
 
 # what published single files hold beside weights, name by name: the schedule's buffers, which follow from the config
@@ -22,14 +22,6 @@ TOWER_BUFFERS = frozenset({
 TRAINING_LOSS = 'first_stage_model.loss.'    # the discriminator of the autoencoder's own training
 
 UNET, VAE, TEXT = 'model.', 'first_stage_model.', 'cond_stage_model.'
-
-
-def latent_diffusion_weights(path: str | Path, use_ema: bool = False) -> Weights:
-    """The weights of a whole Stable Diffusion under the names of LatentDiffusion: model.*, first_stage_model.*, cond_stage_model.*
-
-    path: a local CompVis or SGM single file, a diffusers folder, or a checkpoint of ours. Raises CheckpointError.
-    """
-    return whole_model(read_weights(path, use_ema))
 
 
 def whole_model(weights: Weights) -> Weights:

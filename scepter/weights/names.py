@@ -24,6 +24,8 @@ CLIP = {'embeddings.token_embedding.weight': 'token_embedding.weight', 'embeddin
         'final_layer_norm.weight': 'ln_final.weight', 'final_layer_norm.bias': 'ln_final.bias'}
 CLIP_BLOCK = {'layer_norm1': 'ln_1', 'layer_norm2': 'ln_2', 'mlp.fc1': 'mlp.c_fc', 'mlp.fc2': 'mlp.c_proj',
               'self_attn.out_proj': 'attn.out_proj'}
+# OpenCLIP's published towers: name -> (width, depth, heads, width of the pooled vector)
+ARCHITECTURES = {'ViT-L-14': (768, 12, 12, 768), 'ViT-H-14': (1024, 24, 16, 1024), 'ViT-bigG-14': (1280, 32, 20, 1280)}
 # what a file of the whole CLIP holds beside its text side
 PICTURE_SIDE = ('visual.', 'vision_model.', 'visual_projection.', 'logit_scale', 'logit_bias')
 

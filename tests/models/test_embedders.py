@@ -14,6 +14,7 @@ from scepter.core.registry import EMBEDDERS
 from scepter.models.embedders.base import BaseEmbedder
 from scepter.models.embedders.tokenizer import ClipTokenizer, split_weights, weighted_pieces
 from scepter.weights import load_into
+from scepter.weights.vocabulary import Vocabulary
 
 transformers = pytest.importorskip('transformers')
 open_clip = pytest.importorskip('open_clip')
@@ -65,7 +66,7 @@ def texts():
 
 def test_tokens_are_those_of_transformers(tmp_path):
     ours = ClipTokenizer.shipped()
-    ours.save(tmp_path)
+    ours.vocabulary.save(tmp_path)
     theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
     for text in texts():
         assert ours.encode(text) == theirs(text, add_special_tokens=False, verbose=False)['input_ids'], text
@@ -79,7 +80,7 @@ def test_tokens_are_those_of_open_clip():
 
 def test_a_saved_tokenizer_reads_back_the_same(tmp_path):
     ours = ClipTokenizer.shipped(pad=0)
-    ours.save(tmp_path / 'a')
+    ours.vocabulary.save(tmp_path / 'a')
     transformers.CLIPTokenizer.from_pretrained(tmp_path / 'a').save_pretrained(tmp_path / 'b')
     for folder in 'ab':
         read = ClipTokenizer.from_folder(tmp_path / folder)
@@ -149,7 +150,7 @@ def test_a_pretrained_folder_of_transformers_gives_tokenizer_and_tower(tmp_path,
         'hidden_size': 16, 'intermediate_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'image_size': 32, 'patch_size': 16})
     model = getattr(transformers, kind)(config).eval()
     model.save_pretrained(tmp_path)
-    ClipTokenizer.shipped().save(tmp_path)
+    Vocabulary.shipped().save(tmp_path)
     embedder = EMBEDDERS.build({'NAME': 'FrozenCLIPEmbedder', 'PRETRAINED_MODEL': str(tmp_path)})
     with torch.no_grad():
         theirs = getattr(model, 'text_model', model)(input_ids=embedder.tokenize(PROMPTS)).last_hidden_state
@@ -340,7 +341,7 @@ class Foreign(BaseEmbedder):
 @pytest.fixture
 def foreign(tmp_path):
     from scepter.core.config import Config
-    ClipTokenizer.shipped().save(tmp_path)
+    Vocabulary.shipped().save(tmp_path)
     return Foreign(Config({'TOKENIZER': str(tmp_path)}))
 
 

@@ -103,7 +103,7 @@ def test_a_network_of_nine_channels_fills_in_what_diffusers_does(tmp_path):
     import diffusers
 
     from scepter.weights import describe
-    from tests.models.strangers import pipeline
+    from tests.weights.strangers import pipeline
     pipe = diffusers.StableDiffusionInpaintPipeline(**pipeline('sd15', tmp_path, unet={'in_channels': 9}).components,
                                                     requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)

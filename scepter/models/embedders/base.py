@@ -24,7 +24,7 @@ class BaseEmbedder(BaseModel, base=True):
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
         self.has_warned_of_cut = False
-        self.built_from: list[Any] = []    # files beside weights that it cannot do without (weights.sources.Loaded)
+        self.built_from: list[Any] = []    # files beside weights that it cannot do without (weights.marks.Loaded)
         self._register_load_state_dict_pre_hook(accept_both_layouts, with_module=True)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -25,7 +25,8 @@ from scepter.models.embedders.text_tower import (
 )
 from scepter.models.embedders.tokenizer import ClipTokenizer
 from scepter.weights import Weights, load_into, local_copy, read_json, text_tower_weights
-from scepter.weights.sources import Loaded, mark
+from scepter.weights.marks import Loaded, mark
+from scepter.weights.vocabulary import Vocabulary
 
 
 @EMBEDDERS.register_class()
@@ -60,7 +61,7 @@ class FrozenCLIPEmbedder(TextTowerEmbedder):
         else:
             with local_copy(self.PRETRAINED_MODEL) as folder:
                 weights = text_tower_weights(folder)
-                loaded = Loaded(self.PRETRAINED_MODEL, folder, weights.entries.values(), ClipTokenizer.files_of(folder))
+                loaded = Loaded(self.PRETRAINED_MODEL, folder, weights.entries.values(), Vocabulary.files_of(folder))
                 self.built_from = [loaded]
                 self._build(ClipText.from_folder(folder, weights), folder)
                 mark(self, weights.under('transformer.text_model.').entries, loaded)
@@ -79,7 +80,7 @@ class FrozenCLIPEmbedder(TextTowerEmbedder):
             raise refuse(self, 'MAX_LENGTH', f'{self.MAX_LENGTH} tokens, but the tower knows {tower.positions} places')
         if self.TOKENIZER_PATH is not None:
             with local_copy(self.TOKENIZER_PATH) as tokenizer:
-                self.built_from.append(Loaded(self.TOKENIZER_PATH, tokenizer, also=ClipTokenizer.files_of(tokenizer)))
+                self.built_from.append(Loaded(self.TOKENIZER_PATH, tokenizer, also=Vocabulary.files_of(tokenizer)))
                 self.tokenizer = ClipTokenizer.from_folder(tokenizer)
         else:
             self.tokenizer = ClipTokenizer.shipped() if folder is None else ClipTokenizer.from_folder(folder)
@@ -90,10 +91,10 @@ class FrozenCLIPEmbedder(TextTowerEmbedder):
 
     def sizes_as_config(self) -> dict[str, int] | None:
         """The keys that build this tower and its tokenizer without a folder; None where they cannot say all of it."""
-        tower, shipped = self.tower, ClipTokenizer.shipped()
+        tower = self.tower
         with torch.device('meta'):
             twin = ClipText(tower.width, tower.depth, tower.heads, self.MAX_LENGTH)
-        is_same = all(getattr(self.tokenizer, key) == getattr(shipped, key) for key in ('vocabulary', 'merges', 'pad', 'added'))
+        is_same = self.tokenizer.vocabulary == Vocabulary.shipped()
         is_same &= {n: p.shape for n, p in twin.named_parameters()} == {n: p.shape for n, p in tower.named_parameters()}
         if not is_same or (tower.activation, tower.norm.eps) != (twin.activation, twin.norm.eps):
             return None

@@ -15,10 +15,9 @@ from scepter.core.schema import param
 from scepter.models.embedders.text_tower import TextTowerEmbedder, Tower, causal_attention, init_block_std, shape_faults, table
 from scepter.models.embedders.tokenizer import ClipTokenizer
 from scepter.weights import load_pretrained, local_copy
-from scepter.weights.sources import Loaded
-
-# name -> (width, depth, heads, width of the pooled vector)
-ARCHITECTURES = {'ViT-L-14': (768, 12, 12, 768), 'ViT-H-14': (1024, 24, 16, 1024), 'ViT-bigG-14': (1280, 32, 20, 1280)}
+from scepter.weights.marks import Loaded
+from scepter.weights.names import ARCHITECTURES
+from scepter.weights.vocabulary import Vocabulary
 
 
 @EMBEDDERS.register_class()
@@ -62,7 +61,7 @@ class FrozenOpenCLIPEmbedder(TextTowerEmbedder):
             self.tokenizer = ClipTokenizer.shipped(pad=0)
         else:
             with local_copy(self.TOKENIZER_PATH) as folder:
-                self.built_from.append(Loaded(self.TOKENIZER_PATH, folder, also=ClipTokenizer.files_of(folder)))
+                self.built_from.append(Loaded(self.TOKENIZER_PATH, folder, also=Vocabulary.files_of(folder)))
                 self.tokenizer = ClipTokenizer.from_folder(folder)
         self.spare_weights = ['model.attn_mask', 'model.logit_scale', *(f'model.{name}' for name in self.model.left_out)]
         if self.PRETRAINED_MODEL is not None:

@@ -1,10 +1,7 @@
 """CLIP's byte-pair tokenizer, and prompts that are longer than the tower or carry weights."""
 from __future__ import annotations
 
-import gzip
 import heapq
-import importlib.util
-import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -16,83 +13,34 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from scepter.core.errors import CheckpointError
+from scepter.weights.vocabulary import BOS, EOS, Vocabulary, byte_characters
 
-BOS, EOS = '<|startoftext|>', '<|endoftext|>'
 CONTRACTION = re.compile(r"'(?:s|t|re|ve|m|ll|d)")
 WEIGHTED = re.compile(r'\(([^()]*):([+-]?(?:\d+\.?\d*|\.\d+))\)')    # the innermost (words:1.3)
 UNIT = 10_000    # a weight travels as an integer of this many to 1
 
 
 class ClipTokenizer:
-    """Text <-> ids of CLIP's vocabulary, equal to the tokenizers of transformers and open_clip.
+    """Text <-> ids of CLIP's vocabulary, equal to the tokenizers of transformers and open_clip."""
 
-    vocabulary: token -> id, words ending in </w>.  merges: pairs in order of rank.  pad: the id that fills short prompts
-    (CLIP: the end token; OpenCLIP: 0).
-    """
-
-    def __init__(self, vocabulary: dict[str, int], merges: Iterable[tuple[str, str]], pad: int | None = None,
-                 added: dict[str, int] | None = None):
-        self.vocabulary, self.merges = vocabulary, list(merges)
-        self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
-        # a padding token "!" is listed as added too, but the "!" of a text is a word of its own, as it was in training
-        new = {token: i for token, i in (added or {}).items() if token not in vocabulary}
-        self.added = {BOS: vocabulary.get(BOS, 0), EOS: vocabulary.get(EOS, 0), **new}
+    def __init__(self, vocabulary: Vocabulary):
+        self.vocabulary, self.pad, self.added = vocabulary, vocabulary.pad, vocabulary.added
+        self.ranks = {pair: rank for rank, pair in enumerate(vocabulary.merges)}
         self.bos, self.eos = self.added[BOS], self.added[EOS]
-        self.pad = self.eos if pad is None else pad
-        self.tokens = {i: token for token, i in (*vocabulary.items(), *self.added.items())}
+        self.tokens = {i: token for token, i in (*vocabulary.tokens.items(), *self.added.items())}
         self._split_added = re.compile('(' + '|'.join(re.escape(t) for t in sorted(self.added, key=len, reverse=True)) + ')')
         self._known_words: dict[str, list[int]] = {}
 
-    # ---------------------------------------------------------------- where a vocabulary comes from
-    @classmethod
-    def shipped(cls, pad: int | None = None) -> ClipTokenizer:
-        """The vocabulary of 49,408 tokens that open_clip_torch brings along; only its file is read, nothing is imported."""
-        return _shipped(pad)
+    @staticmethod
+    @lru_cache(maxsize=4)
+    def shipped(pad: int | None = None) -> ClipTokenizer:
+        """Of the vocabulary that open_clip_torch brings along. pad: the id that fills short prompts, default the end token."""
+        return ClipTokenizer(Vocabulary.shipped(pad))
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ClipTokenizer:
-        """Read a tokenizer folder of Hugging Face: tokenizer.json, or vocab.json and merges.txt. Raises CheckpointError."""
-        folder = Path(folder)
-        try:
-            if (folder / 'tokenizer.json').is_file():
-                whole = json.loads((folder / 'tokenizer.json').read_text('utf-8'))
-                vocabulary, merges = whole['model']['vocab'], whole['model']['merges']
-                added = {t['content']: t['id'] for t in whole.get('added_tokens', ())}
-            elif (folder / 'vocab.json').is_file():
-                vocabulary = json.loads((folder / 'vocab.json').read_text('utf-8'))
-                merges = [line for line in (folder / 'merges.txt').read_text('utf-8').split('\n')[1:] if line.strip()]
-                extra = folder / 'added_tokens.json'
-                added = json.loads(extra.read_text('utf-8')) if extra.is_file() else {}
-            else:
-                raise CheckpointError(f'{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt')
-            settings = folder / 'tokenizer_config.json'
-            pad = json.loads(settings.read_text('utf-8')).get('pad_token') if settings.is_file() else None
-            pad = pad['content'] if isinstance(pad, dict) else pad
-            pairs = [tuple(m.split()) if isinstance(m, str) else tuple(m) for m in merges]
-            return cls(vocabulary, pairs, pad={**vocabulary, **added}.get(pad) if pad else None, added=added)
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise CheckpointError(f'{folder}: not a CLIP tokenizer ({type(error).__name__}: {error})') from error
-
-    @staticmethod
-    def files_of(folder: str | Path) -> list[Path]:
-        """What from_folder may read of a folder."""
-        names = ('tokenizer.json', 'vocab.json', 'merges.txt', 'added_tokens.json', 'tokenizer_config.json')
-        return [file for name in names if (file := Path(folder) / name).is_file()]
-
-    def save(self, folder: str | Path, max_length: int = 77) -> None:
-        """Write vocab.json, merges.txt and tokenizer_config.json, as transformers and diffusers read them."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / 'vocab.json').write_text(json.dumps(self.vocabulary, ensure_ascii=False), 'utf-8')
-        (folder / 'merges.txt').write_text('#version: 0.2\n' + '\n'.join(' '.join(m) for m in self.merges) + '\n', 'utf-8')
-        special = {'bos_token': BOS, 'eos_token': EOS, 'unk_token': EOS, 'pad_token': self.tokens[self.pad]}
-        settings = {**special, 'tokenizer_class': 'CLIPTokenizer', 'model_max_length': max_length, 'do_lower_case': True}
-        (folder / 'tokenizer_config.json').write_text(json.dumps(settings, indent=2), 'utf-8')
-        (folder / 'special_tokens_map.json').write_text(json.dumps(special, indent=2), 'utf-8')
-        new = {t: i for t, i in self.added.items() if t not in self.vocabulary}
-        if new:
-            (folder / 'added_tokens.json').write_text(json.dumps(new, ensure_ascii=False), 'utf-8')
+        """Of a tokenizer folder of Hugging Face. Raises CheckpointError."""
+        return cls(Vocabulary.from_folder(folder))
 
     def __deepcopy__(self, memo: dict) -> ClipTokenizer:
         return self    # it never changes, and an EMA's copy of a network needs no second vocabulary
@@ -112,16 +60,16 @@ class ClipTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids, lower-cased as CLIP sees it."""
         text = ''.join(self.tokens[i] for i in ids if i not in (self.bos, self.eos))
-        table = {c: b for b, c in _byte_characters().items()}
+        table = {c: b for b, c in byte_characters().items()}
         return bytes(table[c] for c in text.replace('</w>', 'Ġ') if c in table).decode('utf-8', errors='replace').strip()
 
     def _encode_word(self, word: str) -> list[int]:
         if word not in self._known_words:
             if len(self._known_words) > 100_000:    # a long run must not collect every word it ever met
                 self._known_words.clear()
-            letters = [_byte_characters()[b] for b in word.encode(errors='replace')]
+            letters = [byte_characters()[b] for b in word.encode(errors='replace')]
             letters[-1] += '</w>'
-            self._known_words[word] = [self.vocabulary.get(s, self.eos) for s in merge(letters, self.ranks)]
+            self._known_words[word] = [self.vocabulary.tokens.get(s, self.eos) for s in merge(letters, self.ranks)]
         return self._known_words[word]
 
     # ---------------------------------------------------------------- prompts -> tokens
@@ -236,29 +184,3 @@ def merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
         if before[i] >= 0:
             offer(before[i], i)
     return [s for s in symbols if s]
-
-
-@lru_cache(maxsize=1)
-def _byte_characters() -> dict[int, str]:
-    """A printable character for each byte: printable ones stand for themselves, the rest follow from U+0100. Order is the vocabulary's."""
-    printable = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
-    rest = [b for b in range(256) if b not in printable]
-    return {**{b: chr(b) for b in printable}, **{b: chr(256 + n) for n, b in enumerate(rest)}}
-
-
-@lru_cache(maxsize=4)
-def _shipped(pad: int | None) -> ClipTokenizer:
-    return ClipTokenizer(*_shipped_vocabulary(), pad=pad)
-
-
-@lru_cache(maxsize=1)
-def _shipped_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    found = importlib.util.find_spec('open_clip')    # finds the folder without the seconds that its import takes
-    if found is None or found.origin is None:
-        raise ImportError('the vocabulary comes with open_clip_torch: pip install -e ".[clip]", or set TOKENIZER_PATH', name='open_clip')
-    with gzip.open(Path(found.origin).parent / 'bpe_simple_vocab_16e6.txt.gz', 'rt', encoding='utf-8') as file:
-        lines = file.read().split('\n')[1:49152 - 256 - 2 + 1]    # the tower was trained with this many merges of a longer file
-    merges = [(a, b) for a, b in (line.split() for line in lines)]
-    letters = list(_byte_characters().values())
-    tokens = [*letters, *(c + '</w>' for c in letters), *(a + b for a, b in merges), BOS, EOS]
-    return {token: i for i, token in enumerate(tokens)}, merges

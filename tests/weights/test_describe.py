@@ -21,8 +21,8 @@ from scepter.weights import describe, load_pretrained
 from scepter.weights.configs import sampling
 from scepter.weights.describe import said_of, values_of
 from scepter.weights.files import read_settings
-from tests.models.strangers import pipeline, rewrite
 from tests.twins import three_images
+from tests.weights.strangers import pipeline, rewrite
 
 PROMPTS = ['a red fox in the snow', '']
 

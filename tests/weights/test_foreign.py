@@ -10,7 +10,7 @@ from scepter.core.errors import CheckpointError
 from scepter.core.registry import MODELS
 from scepter.weights import export_diffusers, load_pretrained, read_weights
 from scepter.weights.names import unet_to_diffusers, vae_to_diffusers
-from tests.models.test_weights import build, compvis
+from tests.weights.test_weights import build, compvis
 
 KOHYA = 'lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q'
 SGM = 'lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q'
@@ -137,7 +137,7 @@ def test_a_folder_of_one_part_is_named_too(model, tmp_path):
 
 
 def test_a_network_without_prompts_needs_no_text_tower(model, tmp_path):
-    from tests.models.test_weights import SHAPES, VAE
+    from tests.weights.test_weights import SHAPES, VAE
     unet = {**SHAPES['sd15'][0], 'CONTEXT_DIM': None}
     plain = MODELS.build({'NAME': 'LatentDiffusion', 'DIFFUSION_MODEL': unet, 'FIRST_STAGE_MODEL': VAE, 'SIZE_FACTOR': 2})
     write_tensors(tmp_path / 'm.safetensors', compvis(plain))

@@ -663,7 +663,7 @@ def test_the_folder_of_a_run_stands_for_its_newest_sound_checkpoint(tmp_path, pl
 # -------------------------------------------------------------------- tools/checkpoint.py
 @pytest.fixture(scope='module')
 def tool() -> Callable[..., int]:
-    path = Path(__file__).parents[2] / 'tools' / 'checkpoint.py'
+    path = Path(__file__).parents[3] / 'tools' / 'checkpoint.py'
     spec = importlib.util.spec_from_file_location('checkpoint_tool', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -17,10 +17,10 @@ from scepter.weights import (
     export_diffusers,
     export_single,
     family_of,
-    latent_diffusion_weights,
     load_into,
     load_pretrained,
     read_weights,
+    whole_model,
 )
 from scepter.weights.files import ema_name
 from scepter.weights.layouts import BUFFERS
@@ -259,8 +259,8 @@ def test_averages_of_a_single_file_are_taken_on_request(models, tmp_path):
     averages = {ema_name(n): t + 1 for n, t in plain.items() if n.startswith('model.')}
     write_tensors(tmp_path / 'm.safetensors', plain | averages)
     name = 'model.out.2.bias'
-    assert torch.equal(latent_diffusion_weights(tmp_path / 'm.safetensors')[name], models['sd15'].state_dict()[name])
-    assert torch.equal(latent_diffusion_weights(tmp_path / 'm.safetensors', use_ema=True)[name], models['sd15'].state_dict()[name] + 1)
+    assert torch.equal(whole_model(read_weights(tmp_path / 'm.safetensors'))[name], models['sd15'].state_dict()[name])
+    assert torch.equal(whole_model(read_weights(tmp_path / 'm.safetensors', use_ema=True))[name], models['sd15'].state_dict()[name] + 1)
 
 
 def test_averages_of_a_diffusers_folder_are_taken_on_request(models, tmp_path):
@@ -268,7 +268,7 @@ def test_averages_of_a_diffusers_folder_are_taken_on_request(models, tmp_path):
     other = blank(models['sd15'])
     export_diffusers(other, tmp_path / 'ema')
     (tmp_path / 'ema' / 'unet').rename(tmp_path / 'unet_ema')
-    found = latent_diffusion_weights(tmp_path, use_ema=True)
+    found = whole_model(read_weights(tmp_path, use_ema=True))
     assert torch.equal(found['model.out.2.bias'], other.model.out[2].bias)
     assert torch.equal(found['first_stage_model.quant_conv.bias'], models['sd15'].first_stage_model.quant_conv.bias)
 

@@ -26,7 +26,7 @@ from scepter.core.faults import ConfigError
 from scepter.core.registry import EMBEDDERS, MODELS, SOLVERS
 from scepter.models.embedders.base import BaseEmbedder
 from scepter.models.restore import restore
-from scepter.weights import export_diffusers, sources
+from scepter.weights import export_diffusers, marks
 from tests.models.oracles import randomize
 from tests.twins import three_images
 
@@ -405,9 +405,9 @@ def test_a_file_that_was_replaced_before_the_first_checkpoint_is_not_relied_on(b
 def test_big_files_are_hashed_once_by_a_run(base, monkeypatch):
     run(config(Path('run'), {'PRETRAINED_MODEL': base}))
     hashed = []
-    digest = sources.atomic.digest
-    monkeypatch.setattr(sources.atomic, 'digest', lambda file: hashed.append(Path(file).name) or digest(file))
-    sources.known_digests.clear()
+    digest = marks.atomic.digest
+    monkeypatch.setattr(marks.atomic, 'digest', lambda file: hashed.append(Path(file).name) or digest(file))
+    marks.known_digests.clear()
     run(config(Path('run'), {'PRETRAINED_MODEL': base}, RESUME_FROM='auto', MAX_STEPS=3,
                TRAIN_HOOKS=[{'NAME': 'CheckpointHook', 'INTERVAL': 1}]))
     assert hashed.count('base.safetensors') == 1

@@ -9,7 +9,7 @@ import diffusers
 import torch
 import transformers
 
-from scepter.models.embedders.tokenizer import ClipTokenizer
+from scepter.weights.vocabulary import Vocabulary
 from tests.models.oracles import randomize
 
 BETAS = {'beta_schedule': 'scaled_linear', 'beta_start': 0.00085, 'beta_end': 0.012, 'timestep_spacing': 'trailing', 'clip_sample': False}
@@ -62,7 +62,7 @@ def pipeline(kind: str, folder: Path, **changes: dict[str, Any]) -> Any:
 
 
 def tokenizer(folder: Path, pad: int | None) -> Any:
-    ClipTokenizer.shipped(pad=pad).save(folder)
+    Vocabulary.shipped(pad=pad).save(folder)
     return transformers.CLIPTokenizer.from_pretrained(folder)
 
 
