@@ -74,6 +74,27 @@ def test_no_file_imports_against_the_table(module: Path):
     assert broken_arrows(folder_of(module), imports(ast.parse(module.read_text(encoding='utf-8'))), table()) == []
 
 
+def circles(arrows: dict[str, set[str]]) -> dict[str, set[str]]:
+    """What is left of the arrows when whoever points at nobody has been taken away, again and again."""
+    left = dict(arrows)
+    while free := {name for name, targets in left.items() if not targets & left.keys()}:
+        left = {name: targets for name, targets in left.items() if name not in free}
+    return left
+
+
+def test_a_circle_is_seen():
+    assert circles({'a': {'b'}, 'b': {'c'}, 'c': {'a'}, 'd': {'a'}, 'e': set()}).keys() == {'a', 'b', 'c', 'd'}
+
+
+@pytest.mark.parametrize('folder', ['core', 'data', 'diffusion', 'hooks', 'solvers'])
+def test_no_two_files_of_a_folder_know_each_other_not_even_for_types(folder: str):
+    names = {'scepter.' + '.'.join(m.relative_to(PACKAGE).with_suffix('').parts): m for m in MODULES
+             if m.stem != '__init__' and folder_of(m) == folder}
+    arrows = {name: imports(ast.parse(m.read_text(encoding='utf-8'))) & names.keys() for name, m in names.items()}
+
+    assert len(arrows) > 3 and not circles(arrows)
+
+
 @pytest.mark.parametrize('module', MODULES, ids=lambda m: str(m.relative_to(PACKAGE)))
 def test_heavy_libraries_are_imported_where_they_are_needed_only(module: Path):
     tree = ast.parse(module.read_text(encoding='utf-8'))

@@ -6,50 +6,47 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from scepter.core.disk import checkpoints
 from scepter.core.env import we
 from scepter.core.logger import duration
-
-if TYPE_CHECKING:
-    from scepter.solvers.base import BaseSolver
+from scepter.solvers.run import Run
 
 
-def greeting(solver: BaseSolver) -> str:
+def greeting(run: Run) -> str:
     """Where the run writes, what it reads, and what computes."""
     if we.device.type == 'cuda':
         device = torch.cuda.get_device_name(we.device)
     else:
         threads = torch.get_num_threads()
         device = f'{we.device} with {threads} thread{"s" if threads > 1 else ""}'
-    reads = [f'{mode} on {len(data):,} samples' for mode, data in solver.datasets.items() if data is not None]
-    return '; '.join([f'WORK_DIR {solver.work_dir}', ', '.join(reads) or 'nothing to read', f'{we.world_size} x {device}'])
+    reads = [f'{mode} on {len(data):,} samples' for mode, data in run.datasets.items() if data is not None]
+    return '; '.join([f'WORK_DIR {run.work_dir}', ', '.join(reads) or 'nothing to read', f'{we.world_size} x {device}'])
 
 
-def sizes(solver: BaseSolver) -> str:
+def sizes(run: Run) -> str:
     """How large the network is, and how long it trains."""
-    trained = sum(p.numel() for o in solver.optimizers for p in o.owned.values())
-    total = sum(p.numel() for p in solver.model.parameters())
-    plan = solver.plan
-    epochs = plan.global_size * solver.max_steps / len(solver.datasets['train'])
-    return (f'{type(solver.model).__name__}: {total:,} parameters, {trained:,} trained, in {str(solver.dtype).removeprefix("torch.")}; '
-            f'{solver.max_steps:,} steps of {plan.global_size} samples, {epochs:.3g} epochs')
+    trained = sum(p.numel() for o in run.optimizers for p in o.owned.values())
+    total = sum(p.numel() for p in run.model.parameters())
+    plan = run.plan
+    epochs = plan.global_size * run.max_steps / len(run.datasets['train'])
+    return (f'{type(run.model).__name__}: {total:,} parameters, {trained:,} trained, in {str(run.dtype).removeprefix("torch.")}; '
+            f'{run.max_steps:,} steps of {plan.global_size} samples, {epochs:.3g} epochs')
 
 
-def farewell(solver: BaseSolver, seconds: float) -> str:
+def farewell(run: Run, seconds: float) -> str:
     """How long it took, and the command that draws from the newest checkpoint where the network draws from a prompt."""
     done = f'done in {duration(seconds)}'
-    newest = checkpoints.folder_of(solver.work_dir / 'checkpoints', solver.step)
+    newest = checkpoints.folder_of(run.work_dir / 'checkpoints', run.step)
     if not newest.is_dir():
         return done
-    if 'prompt' not in inspect.signature(solver.model.forward_test).parameters:
+    if 'prompt' not in inspect.signature(run.model.forward_test).parameters:
         return f'{done}; the newest checkpoint is {newest}'
-    prompts = (solver.batches[-1][0].get('prompt') if solver.batches else None) or ['what to draw']
+    prompts = (run.batches[-1][0].get('prompt') if run.batches else None) or ['what to draw']
     words = [*draw_command(), '--pretrained_model', str(newest)]
-    for word in solver.imports:
+    for word in run.imports:
         words += ['--imports', _near(word)]
     return f'{done}; draw with:\n  {shlex.join([*words, "--prompt", str(prompts[0])])}'
 

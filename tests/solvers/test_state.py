@@ -18,7 +18,7 @@ from scepter.core.faults import ConfigError
 from scepter.core.registry import MODELS, OPTIMIZERS
 from scepter.core.schema import param
 from scepter.models.base import TrainModule
-from scepter.solvers.state import Plan
+from scepter.solvers.plan import Plan
 
 
 @MODELS.register_class()

@@ -1,0 +1,196 @@
+"""What a run is: its parameters, its parts, its state and its words. Who moves it on is the solver (solvers/base.py)."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from scepter.core.config import Config
+from scepter.core.env import we
+from scepter.core.faults import Fault
+from scepter.core.images import is_figure, is_picture
+from scepter.core.lock import WorkDirLock
+from scepter.core.logger import get_logger
+from scepter.core.registry import DATASETS, HOOKS, LR_SCHEDULERS, METRICS, MODELS, OPTIMIZERS
+from scepter.core.schema import Component, param, part, parts
+from scepter.solvers.optim import NamedOptimizer, OptimizerPlace
+from scepter.solvers.plan import Plan
+from scepter.solvers.step import DTYPES, Batches, Outputs, TrainStep
+
+MODES = ('train', 'eval', 'test')
+
+
+class Run(Component, base=True):
+    """What evaluations, checkpoints, hooks and the words of the console know of a run. It is built and moved by a solver."""
+
+    WORK_DIR: str = param(doc='Folder of this run: checkpoints, logs, pictures.')
+    MODE: list[Literal['train', 'test']] | None = param(None, 'What to do; default train where there is TRAIN_DATA, test where TEST_DATA.')
+    MODEL: dict = part(MODELS, 'The network.')
+    TRAIN_DATA: dict | None = part(DATASETS, 'What to train on.', default=None)
+    EVAL_DATA: dict | None = part(DATASETS, 'What to evaluate on during training.', default=None)
+    TEST_DATA: dict | None = part(DATASETS, 'What to draw or predict after training, or alone.', default=None)
+
+    MAX_STEPS: int | None = param(None, 'Steps of the optimizer in all.', least=1)
+    MAX_EPOCHS: float | None = param(None, 'A second way to say MAX_STEPS: how often each sample is seen.', above=0)
+    ACCU_STEP: int = param(1, 'Batches of each process that make one step of the optimizer.', least=1)
+    GLOBAL_BATCH_SIZE: int | None = param(None, 'Samples of one step over all processes; wins over BATCH_SIZE and ACCU_STEP.', least=1)
+    OPTIMIZER: dict | None = part(OPTIMIZERS, 'One optimizer, or a map of named ones.', default=None, place=OptimizerPlace)
+    LR_SCHEDULER: dict | None = part(LR_SCHEDULERS, 'How the rate changes over the run; default constant.', default=None)
+    WARMUP_STEPS: int = param(0, 'Steps over which the rate rises from nothing.', least=0)
+    GRADIENT_CLIP: float | None = param(None, 'Largest global norm of the gradient.', above=0)
+
+    DTYPE: Literal['float32', 'bfloat16', 'float16', 'auto'] = param(
+        'float32', 'Type of the arithmetic (autocast); auto: bfloat16 where the processor computes in it.')
+    PARAM_DTYPE: Literal['float32', 'bfloat16'] = param('float32', 'Type of the weights, and so of gradients and optimizer state.')
+    CHANNELS_LAST: bool = param(False, 'Lay images out with channels last, which convolutions like.')
+    COMPILE: bool = param(False, 'Compile the network with torch.compile.')
+
+    EVAL_INTERVAL: int = param(0, 'Steps between evaluations; 0 for none.', least=0)
+    EVAL_LOSS: bool = param(True, 'In an evaluation, also compute the loss, at fixed levels and noise.')
+    METRICS: list = parts(METRICS, 'What an evaluation measures.')
+    TRAIN_HOOKS: list = parts(HOOKS, 'Side concerns of training.')
+    EVAL_HOOKS: list = parts(HOOKS, 'Side concerns of evaluation.')
+    TEST_HOOKS: list = parts(HOOKS, 'Side concerns of testing.')
+    RESUME_FROM: str | None = param(None, 'Absent: a fresh run. auto: the newest checkpoint, else fresh. latest: the newest. A path: that.')
+    KEEP_CHECKPOINTS: int | None = param(None, 'How many of the newest checkpoints to keep; default all.', least=1)
+
+    @classmethod
+    def check(cls, cfg: Config) -> Iterator[Fault]:
+        yield from super().check(cfg)
+        modes = modes_of(cfg)
+        if not modes:
+            yield Fault('', 'nothing to do: give TRAIN_DATA, or TEST_DATA')
+        for mode in modes:
+            if cfg[f'{mode.upper()}_DATA'] is None:
+                yield Fault('MODE', f'has {mode}, but there is no {mode.upper()}_DATA')
+        if 'train' not in modes:
+            return
+        if (cfg.MAX_STEPS is None) == (cfg.MAX_EPOCHS is None):
+            how = 'neither is given' if cfg.MAX_STEPS is None else f'they are {cfg.MAX_STEPS} and {cfg.MAX_EPOCHS:g}; null takes one away'
+            yield Fault('MAX_STEPS', f'give one of MAX_STEPS and MAX_EPOCHS: {how}')
+        if cfg.OPTIMIZER is None:
+            yield Fault('OPTIMIZER', 'is needed to train, e.g. {NAME: AdamW, LEARNING_RATE: 1e-4}')
+        if (cfg.DTYPE, cfg.PARAM_DTYPE) == ('float16', 'bfloat16'):
+            yield Fault('DTYPE', 'is float16, but PARAM_DTYPE is bfloat16: no kernel takes both; write DTYPE: bfloat16')
+        if cfg.EVAL_INTERVAL and cfg.EVAL_DATA is None:
+            yield Fault('EVAL_INTERVAL', f'is {cfg.EVAL_INTERVAL}, but there is no EVAL_DATA to evaluate on')
+
+    datasets: dict[str, Any]        # by mode; None where there is none
+    model: Any
+    metrics: list[Any]
+    optimizers: list[NamedOptimizer]
+    train_step: TrainStep
+    plan: Plan
+    dtype: torch.dtype              # of the arithmetic
+
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__(cfg, logger=logger or get_logger())
+        self.experiment = Config({'SOLVER': cfg})    # the whole file; the door replaces it, so that a checkpoint can rebuild all
+        self.imports: Sequence[str] = ()    # the user's files that came along, for the command that draws
+        self.work_dir = Path(self.WORK_DIR)
+        self.lock = WorkDirLock(self.work_dir)
+        self.hooks = {mode: [HOOKS.build(c, logger=self.logger) for c in self.cfg[f'{mode.upper()}_HOOKS']] for mode in MODES}
+        self._mode_set = modes_of(self.cfg)
+        self.mode = 'train'
+        self.step = 0        # steps of the optimizer
+        self.samples = 0     # the clock: the number of the next sample in the endless stream
+        self.is_resumed = False
+        self.batches: Batches = []
+        self.outputs: Outputs = {}
+        self.eval_outputs: dict[str, float] = {}
+        self.is_eval_due = False      # the evaluation of this step was cut off by a stop signal
+        self._logged: dict[str, Any] = {}
+        self._save_reasons: list[str] = []
+
+    # ---------------------------------------------------------------- what hooks are told, and tell
+    def call_hooks(self, moment: str, mode: str) -> None:
+        """One moment (hooks/base.py) of all hooks of a mode, in list order."""
+        for hook in self.hooks[mode]:
+            getattr(hook, moment)(self)
+
+    def request_save(self, reason: str = 'asked for') -> None:
+        """Have the solver save at the end of this step, after all hooks and the evaluation."""
+        self._save_reasons.append(reason)
+
+    def log(self, name: str, value: Any) -> None:
+        """Have hooks that write down what happens (LogHook, TensorboardLogHook, any with read_log) take this in.
+
+        A figure (a number, a tensor of one element) or a picture ([3, H, W] in 0..1, or [H, W, 3] uint8), under `train/<name>`, in an
+        evaluation under `val/<name>`; a name with a slash stays as it is. It is handed out when all hooks of the moment have run.
+        """
+        if not is_figure(value) and not is_picture(value):
+            found = f'{type(value).__name__}{list(value.shape) if hasattr(value, "shape") else ""}'
+            raise TypeError(f'log({name!r}, ...): {found} is neither a figure (a number, or a tensor of one element, such as a mean) nor a '
+                            'picture ([3, H, W] in 0..1, or [H, W, 3] uint8)')
+        prefix = 'val' if self.mode == 'eval' else self.mode
+        self._logged[name if '/' in name else f'{prefix}/{name}'] = value.detach() if isinstance(value, Tensor) else value
+
+    def hand_out_log(self, outputs: Outputs) -> None:
+        """Show the training hooks every number of these outputs, and what was logged."""
+        of_hooks, self._logged = self._logged, {}
+        for name, value in outputs.items():
+            if isinstance(value, (int, float)):
+                self.log(name, value)
+        logged, self._logged = {**self._logged, **of_hooks}, {}
+        for hook in self.hooks['train']:
+            hook.read_log(self, logged)
+
+    def train_mode(self) -> None:
+        self.set_mode('train')
+
+    def eval_mode(self) -> None:
+        self.set_mode('eval')
+
+    def test_mode(self) -> None:
+        self.set_mode('test')
+
+    def set_mode(self, mode: str) -> None:
+        self.mode = mode
+        self.model.train(mode == 'train')
+
+    # ---------------------------------------------------------------- what the network is given, and in what it computes
+    def test_arguments(self) -> dict[str, Any]:
+        """What forward_test is given beside the batch."""
+        return {}
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.dtype == torch.float32 else torch.autocast(we.device.type, self.dtype)
+
+    def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        def move(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            layout = torch.channels_last if self.CHANNELS_LAST and value.ndim == 4 else torch.preserve_format
+            kind = DTYPES[self.PARAM_DTYPE] if self.PARAM_DTYPE != 'float32' and value.is_floating_point() else value.dtype
+            return value.to(we.device, kind, non_blocking=True, memory_format=layout)
+
+        return {key: move(value) for key, value in batch.items()}
+
+    def ema_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the network has the averaged weights of the first training hook that keeps some; its own where none does."""
+        kept = (hook.swapped(self.model) for hook in self.hooks['train'])
+        return next((context for context in kept if context is not None), contextlib.nullcontext())
+
+    # ---------------------------------------------------------------- how long it goes
+    @property
+    def is_last_step_finite(self) -> bool:
+        """Whether the step that has just run changed the weights."""
+        return self.train_step.has_changed
+
+    @property
+    def max_steps(self) -> int:
+        """Steps in all; a hook that ends the run sets it to solver.step."""
+        return self.plan.max_steps
+
+    @max_steps.setter
+    def max_steps(self, steps: int) -> None:
+        self.plan = self.plan._replace(max_steps=steps)
+
+
+def modes_of(cfg: Config) -> set[str]:
+    """What a run does: what MODE says, else what there is data for."""
+    return set(cfg.MODE) if cfg.MODE is not None else {mode for mode in ('train', 'test') if cfg[f'{mode.upper()}_DATA'] is not None}
