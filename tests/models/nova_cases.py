@@ -1,0 +1,82 @@
+"""The reference cases of NOVA: tests/fixtures/nova, and further folders of its layout that NOVA_FIXTURES names (README.md there)."""
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import scepter.components  # noqa: F401
+from scepter.core.config import Config
+from scepter.core.registry import BACKBONES
+from scepter.models.nova.transformer import NovaTransformer
+
+HERE = Path(__file__).resolve().parents[1] / 'fixtures' / 'nova'
+ROOTS = [HERE, *(Path(word) for word in os.environ.get('NOVA_FIXTURES', '').split(os.pathsep) if word)]
+PARTS = ('video_encoder', 'image_encoder', 'image_decoder')
+
+
+def folders() -> list[Path]:
+    """Every folder of every root; a root may itself be one case."""
+    every = (folder for root in ROOTS for folder in ([root] if (root / 'case.json').is_file() else sorted(root.iterdir())))
+    return [folder for folder in every if folder.is_dir()]
+
+
+def with_file(pattern: str) -> list[Path]:
+    """Every file of this name, in folders that hold a network."""
+    return [file for folder in folders() if (folder / 'case.json').is_file() for file in sorted(folder.glob(pattern))]
+
+
+def label(path: Path) -> str:
+    return f'{path.parent.name}-{path.stem}' if path.is_file() else path.name
+
+
+class Case:
+    """One network of the reference, its weights, and what was recorded with it."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.told = folder, json.loads((folder / 'case.json').read_text(encoding='utf-8'))
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        return load_file(self.folder / f'{name}.safetensors')
+
+    def config(self) -> Config:
+        """Its config, with sizes spelled out where the reference knows them by names of its own."""
+        values = {key.upper(): value for key, value in self.told['transformer'].items()}
+        values['ARCH'] = [self._spelled(part, name) for part, name in zip(PARTS, values['ARCH'])]
+        return Config({'NAME': 'NovaTransformer', **values})
+
+    def _spelled(self, part: str, name: str) -> str:
+        size = self.told.get('arch_table', {}).get(part, {}).get(name)
+        if size is None:
+            return name
+        kind, heads = ('mlp', '') if part == 'image_decoder' else ('vit', f"h{size['num_heads']}")
+        return f"{kind}_d{size['depth']}w{size['embed_dim']}{heads}"
+
+    def network(self) -> NovaTransformer:
+        config = self.config()
+        assert not list(BACKBONES.faults(config, ''))
+        network = BACKBONES.build(config)
+        network.load_state_dict({name: value.float() for name, value in self.read('model').items()})
+        return network
+
+    def texts(self, recorded: dict[str, Tensor]) -> list[Tensor]:
+        """The prompts' features; what was dropped in training is empty."""
+        texts = [recorded[f'in.prompt.{i}'] for i in range(sum(name.startswith('in.prompt.') for name in recorded))]
+        dropped = recorded['rand.prompt_dropped'].tolist() if 'rand.prompt_dropped' in recorded else [0] * len(texts)
+        return [text[:0] if drop else text for text, drop in zip(texts, dropped)]
+
+
+    def labels(self, recorded: dict[str, Tensor]) -> Tensor:
+        """The classes; those that were dropped in training are the one behind the last."""
+        kept = recorded['rand.label_keep_u'].flatten() > 0.1 if 'rand.label_keep_u' in recorded else torch.ones(len(recorded['in.label']))
+        return torch.where(kept.bool(), recorded['in.label'], 1000)
+
+
+def close(ours: Tensor, theirs: Tensor, atol: float, what: Any = '') -> None:
+    assert ours.shape == theirs.shape, (what, ours.shape, theirs.shape)
+    torch.testing.assert_close(ours.detach().to(theirs.dtype), theirs, rtol=0, atol=atol, msg=lambda m: f'{what}: {m}')
