@@ -53,11 +53,13 @@ def command_line() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     import scepter.components  # noqa: F401  fills the registries
     from scepter.core.config import Config
+    from scepter.core.env import Env
     from scepter.core.experiment import carry_out_imports, check_experiment
     from scepter.core.explain import explain, template
     from scepter.core.launch import launch
     from scepter.core.logger import set_up_logging
     from scepter.core.schema import check
+    from scepter.solvers import lightning
     set_up_logging(None, int(os.environ.get('RANK', 0)) if args.launcher == 'torchrun' else 0, args.debug)
     cfg = load(args) if args.cfg else Config()
     if args.template or args.explain:
@@ -65,6 +67,8 @@ def run(args: argparse.Namespace) -> None:
         print(template(args.template).rstrip() if args.template else explain(cfg, args.explain))
         return
     imports = check_experiment(cfg, args.imports)
+    if Env(cfg.get('ENV', {})).USE_PL:
+        lightning.require()
     if args.check:
         print(f'{cfg.file}: no faults')
         return

@@ -27,6 +27,7 @@ class Env(Component):
     TIMEOUT: float = param(300.0, 'Seconds after which a process that does not answer is taken for lost; a save may take longer.', above=0)
     DETERMINISTIC: bool = param(False, 'Only algorithms that give the same bits on each run; slower on CUDA.')
     ALLOW_TF32: bool = param(True, 'Let CUDA use TF32 for float32 matrix products and convolutions.')
+    USE_PL: bool = param(False, "PyTorch Lightning's Trainer turns the loop of training; steps, checkpoints and signals stay the solver's.")
     THREADS: int | None = param(None, 'Threads for work within one operation on the CPU; default cores / processes.', least=1)
 
 
@@ -38,6 +39,7 @@ class WorkEnv:
         self.launcher = 'single'
         self.seed = 2023
         self.debug = False
+        self.use_pl = False           # whether Lightning turns the loop
         self.stop_signal = 0          # the number of the signal that asked this process to stop
         self.defers_stop = False      # whether there is something to save first
         self._device: torch.device | None = None

@@ -17,7 +17,7 @@ from scepter.core.lock import refusals
 from scepter.core.logger import set_up_logging
 from scepter.core.registry import DATASETS, METRICS, MODELS, SOLVERS
 from scepter.data.loader import Loader
-from scepter.solvers import console, evaluation, state
+from scepter.solvers import console, evaluation, lightning, state
 from scepter.solvers.optim import build_optimizers, rate_function
 from scepter.solvers.plan import Plan
 from scepter.solvers.run import MODES, Run
@@ -141,8 +141,11 @@ class BaseSolver(Run, base=True):
         if self.is_eval_due and self.EVAL_INTERVAL:
             self.run_eval()
             self.save_if_requested()
-        while self.step < self.max_steps:
-            self.one_step()
+        if we.use_pl:
+            lightning.run_steps(self.one_step, lambda: self.step >= self.max_steps, self.work_dir)
+        else:
+            while self.step < self.max_steps:
+                self.one_step()
         self.after_all_iter()
 
     def one_step(self) -> None:
