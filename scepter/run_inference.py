@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command_line() -> argparse.ArgumentParser:
+    """The options of this command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('overrides', nargs='*', metavar='KEY.PATH=VALUE', help='set a key of the config; the last one wins')
@@ -68,6 +69,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
+    """What the command does, without exit codes: errors are raised."""
     from scepter import drawing
     from scepter.core.faults import ConfigError
     from scepter.core.logger import set_up_logging

@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command_line() -> argparse.ArgumentParser:
+    """The options of this command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('overrides', nargs='*', metavar='KEY.PATH=VALUE', help='set a key of the config; the last one wins')
     parser.add_argument('--cfg', metavar='FILE', help='a YAML file, or a shipped example such as sd15.yaml')
@@ -51,6 +52,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
+    """What the command does, without exit codes: errors are raised."""
     import scepter.components  # noqa: F401  fills the registries
     from scepter.core.config import Config
     from scepter.core.env import Env

@@ -73,9 +73,11 @@ class Config(dict):
             raise AttributeError(f'no {key} in this config{did_you_mean(key, self)}') from None
 
     def have(self, key: str) -> bool:
+        """Whether the key stands in it, whatever its value."""
         return key in self
 
     def origin(self, key: str) -> Origin:
+        """Where the value of a key came from; NOWHERE where a program set it."""
         return self.origins.get(key, NOWHERE)
 
     # ---------------------------------------------------------------- writing
@@ -89,10 +91,12 @@ class Config(dict):
         del self[key]
 
     def update(self, *args: Any, **kwargs: Any) -> None:
+        """As for a dict; values that the program sets have no origin."""
         for key, value in dict(*args, **kwargs).items():
             self[key] = value
 
     def setdefault(self, key: str, default: Any = None) -> Any:
+        """As for a dict."""
         if key not in self:
             self[key] = default
         return self[key]

@@ -48,14 +48,17 @@ class WorkEnv:
     # ---------------------------------------------------------------- who am I
     @property
     def is_main(self) -> bool:
+        """Whether this is the process that writes: rank 0."""
         return self.rank == 0
 
     @property
     def is_distributed(self) -> bool:
+        """Whether there are other processes."""
         return self.world_size > 1
 
     @property
     def device(self) -> torch.device:
+        """Where this process computes."""
         if self._device is None:
             self._device = _choose_device('auto', self.local_rank)
         return self._device

@@ -109,6 +109,7 @@ class Place:
     key: str | None = None
 
     def below(self, step: str) -> Place:
+        """The place of a key, or of an entry of a list, in this one."""
         p, path = self.param, f'{self.path}.{step}' if self.path else step
         if isinstance(self.value, list) and step.isdigit():
             if int(step) >= len(self.value):
@@ -140,6 +141,7 @@ class Place:
         return 'nothing is set here' if self.value is None else f'there are no keys below {self.path}'
 
     def text(self) -> str:
+        """What --explain prints of this place."""
         p, rows = self.param, {}
         if p is not None:
             rows['meaning'] = p.doc or (f'an argument of {p.owner.__module__}.{p.owner.__qualname__}' if p.argument else '')

@@ -83,6 +83,7 @@ class Param:
         raise AttributeError(f'{self.name} is a parameter of {type(instance).__name__}: set it in the config')
 
     def spell(self) -> str:
+        """What the reference says is expected, in words."""
         if self.registry is None:
             return spell(self.type) + (f', {self.bounds}' if self.bounds != NO_BOUNDS else '')
         kind = f'list of {self.registry.name} components' if self.many else f'{self.registry.name} component'
@@ -323,6 +324,7 @@ def _origin_of(cfg: Config, path: str) -> Origin:
 
 
 def value_faults(value: Any, p: Param, path: str, origin: Any) -> Iterator[Fault]:
+    """What is wrong with one value, or with the config of a part, at a path."""
     if p.registry is None:
         if p.nested is not None and isinstance(value, dict):
             yield from p.nested.faults(Config.of(value), path)

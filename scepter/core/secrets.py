@@ -55,10 +55,12 @@ def hide(text: str) -> str:
 
 
 def hide_in_urls(text: str) -> str:
+    """The text without the passwords, keys and signatures of the URLs in it."""
     return _IN_URL.sub(lambda m: f'{m[1] or ""}***', text)
 
 
 def note_secrets(value: Any, key: str = '') -> None:
+    """Remember every secret of a config, so that `hide` takes it out of whatever is written."""
     if isinstance(value, dict):
         for k, v in value.items():
             note_secrets(v, k)

@@ -29,6 +29,8 @@ MASK = (1 << 64) - 1
 
 
 class Keys(NamedTuple):
+    """What the draws of a moment are keyed by."""
+
     seed: int
     n: np.ndarray     # [B] int64, the draw number of each row
     step: int

@@ -33,6 +33,7 @@ class Bounds:
         return ', '.join(f'{words} {bound}' for words, bound in said if bound is not None)
 
     def admits(self, number: float) -> bool:
+        """Whether a number is within these bounds."""
         return (_is_finite(number) and (self.least is None or number >= self.least) and (self.most is None or number <= self.most)
                 and (self.above is None or number > self.above) and (self.below is None or number < self.below)
                 and (self.multiple is None or number % self.multiple == 0))

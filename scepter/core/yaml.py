@@ -60,10 +60,12 @@ class Loader(yaml.SafeLoader):
         self.faults: list[Fault] = []
 
     def fetch_flow_collection_start(self, token: type) -> None:
+        """As in PyYAML, but not deeper than MAX_DEPTH."""
         self._check_depth(self.flow_level)    # the scanner's own work grows with the square of the depth
         super().fetch_flow_collection_start(token)
 
     def add_indent(self, column: int) -> bool:
+        """As in PyYAML, but not deeper than MAX_DEPTH."""
         self._check_depth(len(self.indents))
         return super().add_indent(column)
 
@@ -72,9 +74,11 @@ class Loader(yaml.SafeLoader):
             raise ConfigError([Fault('', f'more than {MAX_DEPTH} levels deep', Origin(self.file, self.line + 1))], self.file)
 
     def fault(self, node: yaml.Node, message: str, path: str = '') -> None:
+        """Note what is wrong at a node; all faults are told together."""
         self.faults.append(Fault(path, message, Origin(self.file, node.start_mark.line + 1)))
 
     def build(self, node: yaml.Node, path: str = '', above: tuple = ()) -> Any:
+        """The value of a node, at this path, below these nodes. Raises ConfigError where it grows without end."""
         self.count += 1
         if node in above:
             return self.fault(node, 'this alias holds itself', path)
@@ -90,6 +94,7 @@ class Loader(yaml.SafeLoader):
         return self.scalar(node, path)
 
     def mapping(self, node: yaml.MappingNode, path: str, above: tuple) -> Any:
+        """The mapping of a node, `<<` merged underneath."""
         cfg = self.new()
         lines: dict[str, int] = {}
         merged: list[Any] = []
@@ -118,6 +123,7 @@ class Loader(yaml.SafeLoader):
         return cfg
 
     def scalar(self, node: yaml.ScalarNode, path: str) -> Any:
+        """The value of a word, ${NAME} filled in."""
         text = node.value
         if _ENV.search(text) and self.environment:
             for name in _ENV.findall(text):
@@ -170,6 +176,7 @@ class Dumper(yaml.SafeDumper):
     """Writes strings so that Loader reads them back as the same strings."""
 
     def ignore_aliases(self, data: Any) -> bool:
+        """Write a value that stands twice twice: configs have no references."""
         return True
 
     def resolve(self, kind: type, value: Any, implicit: Any) -> str:

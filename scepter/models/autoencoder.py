@@ -148,6 +148,7 @@ class AutoencoderKL(TrainModule):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of the weights, in which it computes."""
         return self.decoder.conv_out.weight.dtype
 
     @cached_property
@@ -187,6 +188,7 @@ class DiagonalGaussian:
 
     @property
     def std(self) -> Tensor:
+        """Standard deviations [B, C, h, w]."""
         return torch.exp(0.5 * self.logvar)
 
     def sample(self, noise: Tensor | None = None) -> Tensor:

@@ -110,7 +110,7 @@ class Decoder(BaseModel):
 
 
 class Level(nn.Module):
-    """Residual blocks of one size, each with attention or not, then a change of size."""
+    """Residual blocks of one size, each with attention or not, then a change of size.    [B, C, H, W] -> [B, D, H', W']"""
 
     def __init__(self, widths: list[int], has_attention: bool, dropout: float, name: str, resample: nn.Module | None):
         super().__init__()
@@ -129,7 +129,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention, residual block."""
+    """Residual block, attention, residual block.    [B, C, H, W] -> [B, C, H, W]"""
 
     def __init__(self, channels: int, dropout: float):
         super().__init__()

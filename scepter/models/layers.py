@@ -76,7 +76,10 @@ class GroupNorm32(nn.GroupNorm):
 
 
 class SiLU(nn.Module):
-    """x * sigmoid(x), in place where no gradient needs x. Only for input that nobody else reads, as a norm's output."""
+    """x * sigmoid(x), in place where no gradient needs x. Only for input that nobody else reads, as a norm's output.
+
+    [...] -> [...]
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(x, inplace=not torch.is_grad_enabled())

@@ -186,6 +186,7 @@ class DiffusionUNet(BaseModel):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of the weights, in which it computes."""
         return self.out[2].weight.dtype
 
     def _read_condition(self, cond: Tensor | Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
@@ -223,6 +224,7 @@ class DiffusionUNet(BaseModel):
 
 
 def per_level(value: Any, levels: int) -> list[Any]:
+    """A value for each level: the list itself, or one value for all."""
     return value if isinstance(value, list) else [value] * levels
 
 
@@ -244,7 +246,7 @@ class Stage(nn.Sequential):
     """Residual blocks, transformers and changes of size, one after the other."""
 
     def forward(self, x: Tensor, embedding: Tensor, context: Tensor | KeysValues | None, size: tuple[int, int] | None = None) -> Tensor:
-        """x [B, C, H, W], embedding [B, E], context [B, L, D]; size: that of the next skip connection, for what enlarges."""
+        """x [B, C, H, W], embedding [B, E], context [B, L, D]  ->  [B, D, H', W']; size: that of the next skip connection, for what enlarges."""
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, embedding, size)

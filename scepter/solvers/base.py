@@ -37,6 +37,7 @@ class BaseSolver(Run, base=True):
 
     # ---------------------------------------------------------------- building, in the documents' order
     def set_up(self) -> None:
+        """Build everything in the order of the documents. Nothing is written before WORK_DIR is ours."""
         with refusals(self.work_dir):
             if we.is_main:
                 self.lock.take()
@@ -67,12 +68,15 @@ class BaseSolver(Run, base=True):
                                 self._checkpoint.state if self._checkpoint is not None else None)
 
     def construct_model(self) -> None:
+        """The network, on the CPU, with the weights that its own config names."""
         self.model = MODELS.build(self.MODEL, logger=self.logger)
 
     def construct_metrics(self) -> None:
+        """What evaluations measure."""
         self.metrics = [METRICS.build(c, logger=self.logger) for c in self.METRICS]
 
     def model_to_device(self) -> None:
+        """Move the network, in PARAM_DTYPE and its memory layout, and compile it where that is asked for."""
         self.model.to(device=we.device, dtype=DTYPES[self.PARAM_DTYPE] if self.PARAM_DTYPE != 'float32' else None)
         if self.CHANNELS_LAST:
             self.model.to(memory_format=torch.channels_last)
@@ -82,6 +86,7 @@ class BaseSolver(Run, base=True):
         self.dtype = best_dtype(we.device) if self.DTYPE == 'auto' else DTYPES[self.DTYPE]
 
     def init_opti(self) -> None:
+        """The optimizers, and the step that uses them."""
         self.optimizers = []
         if 'train' not in self._mode_set:
             return
@@ -96,6 +101,7 @@ class BaseSolver(Run, base=True):
 
     # ---------------------------------------------------------------- running
     def solve(self) -> None:
+        """Run what MODE says, from the checkpoint of RESUME_FROM on; hooks hear of the end also after an error."""
         error, begin = None, time.monotonic()
         with refusals(self.work_dir), contextlib.closing(self.lock):
             try:
@@ -114,6 +120,7 @@ class BaseSolver(Run, base=True):
             self.logger.info(console.farewell(self, time.monotonic() - begin))
 
     def before_solve(self) -> None:
+        """Load the checkpoint, or the weights to test; then the hooks, which may load others."""
         if self._checkpoint is not None:
             self.load_checkpoint(self._checkpoint)
         elif 'train' not in self._mode_set and 'test' in self._mode_set:
@@ -136,6 +143,7 @@ class BaseSolver(Run, base=True):
         self.logger.info(f'testing {loaded.path}, {"averaged" if "ema" in loaded.groups else "plain"} weights')
 
     def run_train(self) -> None:
+        """The loop. An evaluation that a stop signal cut off comes first."""
         self.train_mode()
         self.before_all_iter()
         if self.is_eval_due and self.EVAL_INTERVAL:
@@ -171,6 +179,7 @@ class BaseSolver(Run, base=True):
         evaluation.run_test(self)
 
     def after_solve(self, error: BaseException | None = None) -> None:
+        """End the workers and tell the hooks. error: what ended the run, if anything did."""
         if self._loader is not None:
             self._loader.close()
         for mode in MODES:
@@ -185,12 +194,14 @@ class BaseSolver(Run, base=True):
 
     # ---------------------------------------------------------------- moments
     def before_all_iter(self) -> None:
+        """Begin the stream of samples at self.samples, then the hooks."""
         self._loader = Loader(self.datasets['train'], self.plan.micro, seed=we.seed, rank=we.rank, world_size=we.world_size,
                               first=self.samples, skipped_file=self.work_dir / 'skipped.jsonl',
                               logger=self.logger)
         self.call_hooks('before_all_iter', 'train')
 
     def before_iter(self) -> None:
+        """Take the step's batches, then the hooks."""
         self._begin = time.monotonic()
         seed_everything(we.seed, 'step', we.rank, self.step)    # for code that draws from torch's own generator: dropout, a user's network
         self.batches = [next(self._loader) for _ in range(self.plan.accu)]
@@ -198,6 +209,7 @@ class BaseSolver(Run, base=True):
         self.call_hooks('before_iter', 'train')
 
     def after_iter(self) -> None:
+        """Note the speed, then the hooks, then what was logged."""
         self._seconds['step'] = time.monotonic() - self._begin
         self.log('perf/samples_per_sec', self.plan.global_size / max(1e-9, self._seconds['step']))
         self.log('perf/data_wait', self._seconds['data'] / max(1e-9, self._seconds['step']))
@@ -205,6 +217,7 @@ class BaseSolver(Run, base=True):
         self.hand_out_log(self.outputs)
 
     def after_all_iter(self) -> None:
+        """The hooks; then save where one asked for it."""
         self.call_hooks('after_all_iter', 'train')
         self.save_if_requested()
 

@@ -97,17 +97,21 @@ class NamedOptimizer:
             group['base_lr'] = float(group['lr']) * group.pop('lr_scale', 1.0) * place.LR_SCALE
 
     def set_rate(self, factor: float) -> None:
+        """Multiply the learning rate of each group by a factor of the schedule."""
         for group in self.optimizer.param_groups:
             group['lr'] = group['base_lr'] * factor
 
     @property
     def rate(self) -> float:
+        """The learning rate of the first group."""
         return self.optimizer.param_groups[0]['lr']
 
     def step(self) -> None:
+        """Change the weights by their gradients."""
         self.optimizer.step()
 
     def zero_grad(self) -> None:
+        """Forget the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -140,12 +140,15 @@ class Run(Component, base=True):
             hook.read_log(self, logged)
 
     def train_mode(self) -> None:
+        """The network learns: dropout, statistics, the training hooks."""
         self.set_mode('train')
 
     def eval_mode(self) -> None:
+        """The network is measured."""
         self.set_mode('eval')
 
     def test_mode(self) -> None:
+        """The network draws or predicts."""
         self.set_mode('test')
 
     def set_mode(self, mode: str) -> None:
@@ -158,9 +161,11 @@ class Run(Component, base=True):
         return {}
 
     def autocast(self) -> contextlib.AbstractContextManager:
+        """The context in which the network computes in DTYPE."""
         return contextlib.nullcontext() if self.dtype == torch.float32 else torch.autocast(we.device.type, self.dtype)
 
     def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch where the network is, in its memory layout and PARAM_DTYPE."""
         def move(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value

@@ -88,6 +88,7 @@ class TrainStep:
         return [buffer for module, name in self._counting if (buffer := module._buffers[name]) is not None]
 
     def autocast(self) -> contextlib.AbstractContextManager:
+        """The context in which the network computes in DTYPE."""
         return contextlib.nullcontext() if self.dtype == torch.float32 else torch.autocast(we.device.type, self.dtype)
 
     def _backward(self, outputs: Outputs, due: list[NamedOptimizer], parts: int) -> None:

@@ -222,6 +222,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
+        """Steps of the optimizer that the weights have seen."""
         return self.manifest['step']
 
     @property

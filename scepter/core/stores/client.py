@@ -67,6 +67,7 @@ class FileClient(Component, base=True):
         raise self.lacks(path, 'have files removed')
 
     def lacks(self, path: str, verb: str) -> DataError:
+        """The error of a store that cannot do this; verb: what it is asked to, e.g. 'have files removed'."""
         return DataError(f'{shown(path)}: {urlsplit(path).scheme}:// cannot {verb}')
 
 

@@ -19,6 +19,8 @@ FOREIGN = ('*.msgpack', '*.h5', '*.ot', '*.onnx', '*.onnx_data', '*.tflite', '*.
 
 
 class Address(NamedTuple):
+    """The parts of `hf://org/name[:revision]@file`."""
+
     repo: str
     revision: str | None
     file: str       # '' for the whole repository
