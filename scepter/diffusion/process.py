@@ -197,15 +197,7 @@ class Diffusion:
         """
         name, is_karras = sampler_named(solver)
         sampler = SAMPLERS.function({'NAME': name, **{key.upper(): value for key, value in options.items()}})
-        if (percentile is not None and not 0 <= percentile <= 1) or (clamp is not None and not clamp > 0):
-            raise ValueError(f'percentile is {percentile} and clamp {clamp}: expected 0 .. 1, and a number above 0')
-        if return_intermediate not in (None, 'x0', 'xt'):
-            raise ValueError(f'return_intermediate is {return_intermediate!r}, expected x0, xt or None')
-        if mask is not None and x is None:
-            raise ValueError('a mask needs x, the picture that stays where the mask is 0')
-        if not 0 <= denoising_strength <= 1 or (denoising_strength < 1 and x is None):
-            raise ValueError(f'denoising_strength is {denoising_strength}, expected 0 .. 1, and x, the picture to begin with, below 1')
-
+        _refuse_options(x, denoising_strength, mask, clamp, percentile, return_intermediate)
         kind = network_dtype(model, noise)
         noise = noise if noise.dtype == torch.float64 else noise.float()
         levels = self.levels(steps, 'karras' if is_karras else discretization, t_max, t_min,
@@ -244,18 +236,8 @@ class Diffusion:
                     kept[level] = x0 if return_intermediate == 'x0' else xt
             return x0, eps
 
-        draws = itertools.count()
-        seeds = None if seed is None else streams.row_seeds(seed, len(noise))
-
-        def fresh(like: Tensor) -> Tensor:
-            if seeds is None:
-                return torch.randn_like(like)
-            drawn = streams.normal_rows(seeds, f'fresh {next(draws)}', like.shape[1:], 'cpu', like.dtype)
-            # from pinned memory, or the copy would wait for the network, and the next step's launches with it
-            return drawn.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else drawn.to(like.device)
-
         try:
-            state = sampler(denoise, state, levels, fresh=fresh, between=self.between)
+            state = sampler(denoise, state, levels, fresh=_fresh_noise(seed, len(noise)), between=self.between)
         finally:
             if progress is not None:
                 progress.close()
@@ -346,6 +328,34 @@ def network_dtype(model: Callable[..., Tensor], like: Tensor) -> torch.dtype:
     """The precision in which a network wants its input: that of its weights; that of `like` where it is a plain function."""
     weights = model.parameters() if isinstance(model, nn.Module) else ()
     return next((w.dtype for w in weights if w.is_floating_point()), like.dtype)
+
+
+def _refuse_options(x: Tensor | None, denoising_strength: float, mask: Tensor | None, clamp: float | None, percentile: float | None,
+                    return_intermediate: str | None) -> None:
+    """Raises ValueError where options of `sample` are out of range, or lack what they act on."""
+    if (percentile is not None and not 0 <= percentile <= 1) or (clamp is not None and not clamp > 0):
+        raise ValueError(f'percentile is {percentile} and clamp {clamp}: expected 0 .. 1, and a number above 0')
+    if return_intermediate not in (None, 'x0', 'xt'):
+        raise ValueError(f'return_intermediate is {return_intermediate!r}, expected x0, xt or None')
+    if mask is not None and x is None:
+        raise ValueError('a mask needs x, the picture that stays where the mask is 0')
+    if not 0 <= denoising_strength <= 1 or (denoising_strength < 1 and x is None):
+        raise ValueError(f'denoising_strength is {denoising_strength}, expected 0 .. 1, and x, the picture to begin with, below 1')
+
+
+def _fresh_noise(seed: int | Sequence[int] | None, rows: int) -> Callable[[Tensor], Tensor]:
+    """like [rows, ...] -> standard normals; the k-th call of row i is keyed by its seed and k, or drawn by torch where seed is None."""
+    draws = itertools.count()
+    seeds = None if seed is None else streams.row_seeds(seed, rows)
+
+    def fresh(like: Tensor) -> Tensor:
+        if seeds is None:
+            return torch.randn_like(like)
+        drawn = streams.normal_rows(seeds, f'fresh {next(draws)}', like.shape[1:], 'cpu', like.dtype)
+        # from pinned memory, or the copy would wait for the network, and the next step's launches with it
+        return drawn.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else drawn.to(like.device)
+
+    return fresh
 
 
 def _progress_bar(total: int) -> Any:

@@ -246,7 +246,7 @@ class Stage(nn.Sequential):
     """Residual blocks, transformers and changes of size, one after the other."""
 
     def forward(self, x: Tensor, embedding: Tensor, context: Tensor | KeysValues | None, size: tuple[int, int] | None = None) -> Tensor:
-        """x [B, C, H, W], embedding [B, E], context [B, L, D]  ->  [B, D, H', W']; size: that of the next skip connection, for what enlarges."""
+        """x [B, C, H, W], embedding [B, E], context [B, L, D] -> [B, D, H', W']; size: of the next skip, for what enlarges."""
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, embedding, size)
