@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import scepter.core.stores
 import scepter.data.datasets
+import scepter.data.latents
 import scepter.data.transforms
 import scepter.diffusion.levels
 import scepter.diffusion.samplers

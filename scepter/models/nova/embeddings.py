@@ -26,7 +26,8 @@ class TextEmbed(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         tokens = self.weight[:self.length].repeat(len(features), 1, 1)
         for row, text in zip(tokens, features):
-            row[:len(text)] = text
+            if len(text):    # an empty one need not have the right width
+                row[:len(text)] = text
         return self.norm(self.proj(tokens))
 
     def nothing(self) -> Tensor:
