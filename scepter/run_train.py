@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     if not args.cfg and not args.template:
         parser.error('--cfg FILE is required (or --template NAME)')
-    from scepter.core.env import guarded  # from here on torch is needed
+    from scepter.core.env import guarded
     return guarded(lambda: run(args))
 
 
@@ -53,17 +53,20 @@ def command_line() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """What the command does, without exit codes: errors are raised."""
-    import scepter.components  # noqa: F401  fills the registries
     from scepter.core.config import Config
     from scepter.core.env import Env
     from scepter.core.experiment import carry_out_imports, check_experiment
-    from scepter.core.explain import explain, template
+    from scepter.core.explain import explain, needs_no_component, template
     from scepter.core.launch import launch
     from scepter.core.logger import set_up_logging
     from scepter.core.schema import check
-    from scepter.solvers import lightning
     set_up_logging(None, int(os.environ.get('RANK', 0)) if args.launcher == 'torchrun' else 0, args.debug)
     cfg = load(args) if args.cfg else Config()
+    if args.explain and not args.template and needs_no_component(args.explain):
+        print(explain(cfg, args.explain))
+        return
+    import scepter.components  # noqa: F401  fills the registries; from here on torch is needed
+    from scepter.solvers import lightning
     if args.template or args.explain:
         check(carry_out_imports(cfg, args.imports)[1], cfg.file or 'the config')
         print(template(args.template).rstrip() if args.template else explain(cfg, args.explain))

@@ -331,16 +331,22 @@ def test_template_of_an_unknown_name_tells_the_nearest(capsys: pytest.CaptureFix
 
 
 # ------------------------------------------------------------------------------------------------ how quick
-def seconds(*words: str) -> tuple[float, str]:
+def seconds(*words: str, code: int = 0) -> tuple[float, str]:
     """Processor time of a fresh Python, which other work on the machine does not change, and what it wrote to stderr."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stderr
 
 
-def test_help_needs_no_torch_and_less_than_a_second():
-    took, modules = seconds('-X', 'importtime', 'scepter/run_train.py', '--help')
+@pytest.mark.parametrize(('words', 'code'), [
+    (['--help'], 0), (['--cfg', 'sd15.yaml', '--explain', 'ENV.SEED'], 0), (['--cfg', 'sd51.yaml'], 2), (['--cfg', 'TWICE', '--check'], 2)],
+    ids=['help', 'a key of ENV', 'no such file', 'a key that stands twice'])
+def test_what_no_component_is_needed_for_needs_no_torch_and_less_than_a_second(words: list[str], code: int, tmp_path: Path):
+    (tmp_path / 'twice.yaml').write_text('SOLVER: {NAME: BaseSolver}\nSOLVER: {}\n')
+    words = [str(tmp_path / 'twice.yaml') if word == 'TWICE' else word for word in words]
+    took, modules = seconds('-X', 'importtime', 'scepter/run_train.py', *words, code=code)
 
     assert took < 1 and not re.search(r'\| +torch$', modules, re.MULTILINE)
 

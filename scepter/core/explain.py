@@ -24,6 +24,12 @@ def explain(cfg: Config, path: str) -> str:
     return place.text()
 
 
+def needs_no_component(path: str) -> bool:
+    """Whether a key lies outside of what components declare, so that it can be explained before any is imported: all of ENV, IMPORTS."""
+    param = schema_of(Experiment).get(next(iter(split_path(path)), ''))
+    return param is not None and param.registry is None
+
+
 def template(name: str) -> str:
     """Commented YAML of the component of this name, at its place in a config, from each registry that has one.
 
