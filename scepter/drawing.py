@@ -41,7 +41,7 @@ from scepter.core.logger import get_logger
 from scepter.core.registry import MODELS
 from scepter.core.schema import check, default, schema_of
 from scepter.core.stores import FS
-from scepter.data.datasets import UnreadableError, load_image, to_rgb
+from scepter.data.images import UnreadableError, load_image, to_rgb
 from scepter.models.base import TrainModule
 from scepter.models.restore import config_of, has_config, restore
 from scepter.models.unfilled import unfilled

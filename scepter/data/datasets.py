@@ -7,18 +7,13 @@ randomness and the replacement of unreadable files are the loader's.
 """
 from __future__ import annotations
 
-import csv
-import json
 import os
-import re
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageFile
 from torch import Tensor
 
 import scepter.data.transforms  # noqa: F401  fills TRANSFORMS
@@ -29,23 +24,8 @@ from scepter.core.logger import get_logger
 from scepter.core.registry import DATASETS, TRANSFORMS
 from scepter.core.schema import Component, param, parts
 from scepter.core.stores import FS
-
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif')
-# what is opened, whatever the name says: a PostScript file called .png would start Ghostscript
-Image.init()
-FORMATS = tuple(name for name in ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'AVIF') if name in Image.OPEN)
-CAPTION_SUFFIXES = ('.txt', '.caption')
-METADATA_FILES = ('metadata.jsonl', 'metadata.csv')
-MAX_PIXELS = 89_478_485      # what Pillow warns at; a header that promises more is a bomb, or a picture to be scaled down first
-FREE_PIXELS = 1 << 24        # up to here a picture may be as small a file as it likes
-MAX_PIXELS_PER_BYTE = 100    # photographs have 1 to 10; a file of 260 kB with 89 million pixels took 2.6 GB
-MAX_CAPTION_BYTES = 65_536   # the longest real captions are a few kB
-
-Record = tuple[str, str | Path | None]    # path of an image below the folder; its caption, or the file that holds it
-
-
-class UnreadableError(Exception):
-    """One sample cannot be read. The loader names it once and puts another sample in its place."""
+from scepter.data.captions import MAX_CAPTION_BYTES, clean_caption, find_records, prompts_of_file
+from scepter.data.images import UnreadableError, load_image, to_mask, to_tensor
 
 
 class BaseDataset(Component, base=True):
@@ -105,7 +85,7 @@ class ImageTextFolderDataset(BaseDataset):
         self.transforms = [TRANSFORMS.build(t, logger=logger) for t in self.TRANSFORMS]
         with FS.get_dir_to_local_dir(self.DATA_FOLDER, wait_finish=True) as folder:
             self.folder = os.path.abspath(folder)
-        self.records = self._find_records()
+        self.records = find_records(self.folder, self.DATA_FOLDER)
         missing = sum(caption is None for _, caption in self.records)
         self.missing_captions = missing
         if missing:
@@ -142,25 +122,6 @@ class ImageTextFolderDataset(BaseDataset):
         except (OSError, ValueError) as error:    # UnicodeDecodeError is one
             raise UnreadableError(f'caption {caption}: {error}') from error
 
-    def _find_records(self) -> list[Record]:
-        sheets = [name for name in METADATA_FILES if os.path.isfile(os.path.join(self.folder, name))]
-        if len(sheets) > 1:
-            raise DataError(f'{self.DATA_FOLDER} holds {" and ".join(sheets)}: keep the one that is meant')
-        if sheets:
-            records = _records_of_metadata(os.path.join(self.folder, sheets[0]))
-            if not records:
-                raise DataError(f'{self.DATA_FOLDER}/{sheets[0]} lists no image')
-            return records
-        names = sorted(_walk(self.folder))
-        images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-        if not images:
-            found = f'{len(names)} other files, e.g. {names[0]}' if names else 'nothing'
-            raise DataError(f'no images in {self.DATA_FOLDER}: looked for {", ".join(METADATA_FILES)} and for files that end in '
-                            f'{" ".join(IMAGE_SUFFIXES)}, found {found}')
-        texts = set(names)
-        sidecars = ([os.path.splitext(image)[0] + suffix for suffix in CAPTION_SUFFIXES] for image in images)
-        return [(image, next((Path(t) for t in beside if t in texts), None)) for image, beside in zip(images, sidecars)]
-
 
 @DATASETS.register_class()
 class PromptListDataset(BaseDataset):
@@ -185,7 +146,7 @@ class PromptListDataset(BaseDataset):
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
-        lines = _prompts_of_file(self.PROMPT_FILE) if self.PROMPT_FILE else [{'prompt': p} for p in self.PROMPTS]
+        lines = prompts_of_file(self.PROMPT_FILE) if self.PROMPT_FILE else [{'prompt': p} for p in self.PROMPTS]
         common = {key: value for key, value in (('n_prompt', self.N_PROMPT), ('image_size', self.IMAGE_SIZE)) if value is not None}
         self.lines = [{**common, **line, 'prompt': self.PROMPT_PREFIX + line['prompt']} for line in lines]
 
@@ -229,160 +190,3 @@ def _is_numeric(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return bool(value) and all(isinstance(v, (bool, int, float)) for v in value)
     return isinstance(value, (Tensor, np.ndarray, np.generic))
-
-
-# ---------------------------------------------------------------------------------------- one image
-def load_image(path: str) -> Image.Image:
-    """An image file as RGB, upright: the first frame, EXIF orientation applied, transparency laid on white, 16 bits scaled to 8.
-
-    `info['original_size']` of the result is its (height, width). Raises UnreadableError for whatever cannot be decoded whole.
-    """
-    ImageFile.LOAD_TRUNCATED_IMAGES = False    # other libraries switch it on; half a picture is a bad sample
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            with Image.open(path, formats=FORMATS) as image:
-                _refuse_bomb(image, os.path.getsize(path))
-                image.load()
-                image = to_rgb(_upright(image))
-    except UnreadableError:
-        raise
-    except Exception as error:    # on damaged bytes, decoders raise anything: SyntaxError, struct.error, IndexError, ...
-        raise UnreadableError(f'{type(error).__name__}: {error}'.replace(path, 'the file')) from error
-    image.info = {'original_size': (image.height, image.width)}
-    return image
-
-
-def _refuse_bomb(image: Image.Image, size: int) -> None:
-    pixels = image.width * image.height
-    if pixels > MAX_PIXELS:
-        raise UnreadableError(f'{image.width}x{image.height} pixels, more than the {MAX_PIXELS} that are allowed')
-    if pixels > FREE_PIXELS and pixels > MAX_PIXELS_PER_BYTE * size:
-        raise UnreadableError(f'{image.width}x{image.height} pixels out of {size} bytes: no picture packs so small, this is a bomb')
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any kind of image as 8-bit RGB."""
-    if image.mode.startswith('I'):    # 16 bits; Pillow itself would clip all above 255 to white
-        gray = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
-        return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert('RGB')
-    if image.mode == 'F':
-        raise UnreadableError('pixels are floating-point numbers of unknown range: save it with 8 or 16 bits')
-    if image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in image.info:
-        image = image.convert('RGBA')
-        return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
-    return image.convert('RGB')
-
-
-_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    return image if turn is None else image.transpose(turn)
-
-
-def to_tensor(image: Image.Image | np.ndarray | Tensor) -> Tensor:
-    """Float32 [C, H, W] in -1..1. Bytes are scaled; a tensor of floats is what a transform made it, and stays."""
-    if isinstance(image, Image.Image):
-        image = np.array(image)
-    if isinstance(image, np.ndarray):
-        image = torch.from_numpy(image[..., None] if image.ndim == 2 else image).movedim(-1, 0)
-    image = image.as_subclass(Tensor)    # torchvision's own tensor class stays behind
-    return image.float().div(127.5).sub(1).contiguous() if image.dtype == torch.uint8 else image.float().contiguous()
-
-
-def to_mask(mask: Image.Image | Tensor) -> Tensor:
-    """Float32 [1, H, W] in 0..1; bytes are scaled."""
-    if isinstance(mask, Image.Image):
-        mask = torch.from_numpy(np.array(mask.convert('L')))
-    mask = mask.as_subclass(Tensor).reshape(1, *mask.shape[-2:])
-    return mask.float().div(255) if mask.dtype == torch.uint8 else mask.float()
-
-
-# ------------------------------------------------------------------------------- captions and their files
-def clean_caption(text: str) -> str:
-    """One line without space at its ends. Raises ValueError for what cannot be a caption."""
-    if len(text) > MAX_CAPTION_BYTES:
-        raise ValueError(f'longer than {MAX_CAPTION_BYTES} bytes')
-    return re.sub(r'\s+', ' ', text).strip()
-
-
-def _walk(folder: str) -> Iterator[str]:
-    """Files below the folder, as paths with forward slashes, hidden ones left out."""
-    for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(('.', '__MACOSX'))]
-        yield from (os.path.relpath(os.path.join(root, f), folder).replace(os.sep, '/') for f in files if not f.startswith('.'))
-
-
-def _records_of_metadata(path: str) -> list[Record]:
-    rows = _csv_rows(path) if path.endswith('.csv') else ((n, _row(path, n, line)) for n, line in _lines(path) if line.strip())
-    records: list[Record] = []
-    columns: dict[str, None] = {}
-    for number, row in rows:
-        where = f'{path}, line {number}'
-        columns.update(dict.fromkeys(row))
-        name, text = row.get('file_name'), row.get('text')
-        if not isinstance(name, str) or not name:
-            raise DataError(f'{where}: expected a file_name, got the keys {", ".join(map(str, row)) or "(none)"}')
-        if text is not None and not isinstance(text, str):
-            raise DataError(f'{where}: text is a string, got {text!r:.60}')
-        parts = name.replace('\\', '/').split('/')
-        if '..' in parts or parts[0] == '' or ':' in parts[0] or '\0' in name:
-            raise DataError(f'{where}: {name!r} leads out of the folder; file_name is a path below it')
-        try:
-            records.append((name, None if text is None else clean_caption(text)))
-        except ValueError as error:
-            raise DataError(f'{where}: the text is {error}') from error
-    if records and 'text' not in columns:
-        raise DataError(f'{path} has no text for any image, only {", ".join(columns)}: name the captions "text"')
-    return records
-
-
-def _prompts_of_file(address: str) -> list[dict[str, Any]]:
-    with FS.get_from(address) as path:
-        lines = [(number, line.strip()) for number, line in _lines(path) if line.strip()]
-    if not lines:
-        raise DataError(f'PROMPT_FILE: {address} holds no prompt')
-    if not address.endswith('.jsonl'):
-        return [{'prompt': line} for _, line in lines]
-    rows = [_row(address, number, line) for number, line in lines]
-    for (number, _), row in zip(lines, rows):
-        if not isinstance(row.get('prompt'), str):
-            raise DataError(f'{address}, line {number}: expected a "prompt", got the keys {", ".join(row) or "(none)"}')
-    return rows
-
-
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    try:
-        with open(path, encoding='utf-8-sig') as file:
-            yield from enumerate(file, 1)
-    except UnicodeDecodeError as error:
-        raise DataError(f'{path} is not UTF-8: {error}') from error
-    except OSError as error:
-        raise DataError(f'{path} cannot be read: {error.strerror}') from error
-
-
-def _row(path: str, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f'{path}, line {number}: not JSON ({error})') from error
-    if not isinstance(row, dict):
-        raise DataError(f'{path}, line {number}: expected an object, got {line[:60]}')
-    return row
-
-
-def _csv_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with open(path, encoding='utf-8-sig', newline='') as file:
-            reader = csv.DictReader(file, strict=True)
-            for row in reader:
-                if None in row:
-                    raise DataError(f'{path}, line {reader.line_num}: more fields than headings; a text that holds a comma needs quotes')
-                yield reader.line_num, row
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f'{path}: not CSV ({error})') from error
-    except OSError as error:
-        raise DataError(f'{path} cannot be read: {error.strerror}') from error

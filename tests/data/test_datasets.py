@@ -16,7 +16,8 @@ from PIL import Image, ImageFile
 from scepter.core.errors import DataError
 from scepter.core.faults import ConfigError
 from scepter.core.registry import DATASETS
-from scepter.data.datasets import ImageTextFolderDataset, PromptListDataset, UnreadableError, load_image, to_tensor
+from scepter.data.datasets import ImageTextFolderDataset, PromptListDataset
+from scepter.data.images import UnreadableError, load_image, to_tensor
 from scepter.data.loader import Loader, OrderedLoader
 
 

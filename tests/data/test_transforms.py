@@ -11,7 +11,7 @@ from PIL import Image
 from scepter.core.errors import DataError
 from scepter.core.faults import ConfigError
 from scepter.core.registry import DATASETS, TRANSFORMS
-from scepter.data.datasets import to_mask, to_tensor
+from scepter.data.images import to_mask, to_tensor
 from scepter.data.loader import OrderedLoader
 
 

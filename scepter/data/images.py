@@ -1,0 +1,91 @@
+"""One image: from the bytes of a file to RGB, upright, and on to a tensor in -1..1."""
+from __future__ import annotations
+
+import os
+import warnings
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageFile
+from torch import Tensor
+
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif')
+# what is opened, whatever the name says: a PostScript file called .png would start Ghostscript
+Image.init()
+FORMATS = tuple(name for name in ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'AVIF') if name in Image.OPEN)
+MAX_PIXELS = 89_478_485      # what Pillow warns at; a header that promises more is a bomb, or a picture to be scaled down first
+FREE_PIXELS = 1 << 24        # up to here a picture may be as small a file as it likes
+MAX_PIXELS_PER_BYTE = 100    # photographs have 1 to 10; a file of 260 kB with 89 million pixels took 2.6 GB
+
+
+class UnreadableError(Exception):
+    """One sample cannot be read. The loader names it once and puts another sample in its place."""
+
+
+def load_image(path: str) -> Image.Image:
+    """An image file as RGB, upright: the first frame, EXIF orientation applied, transparency laid on white, 16 bits scaled to 8.
+
+    `info['original_size']` of the result is its (height, width). Raises UnreadableError for whatever cannot be decoded whole.
+    """
+    ImageFile.LOAD_TRUNCATED_IMAGES = False    # other libraries switch it on; half a picture is a bad sample
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            with Image.open(path, formats=FORMATS) as image:
+                _refuse_bomb(image, os.path.getsize(path))
+                image.load()
+                image = to_rgb(_upright(image))
+    except UnreadableError:
+        raise
+    except Exception as error:    # on damaged bytes, decoders raise anything: SyntaxError, struct.error, IndexError, ...
+        raise UnreadableError(f'{type(error).__name__}: {error}'.replace(path, 'the file')) from error
+    image.info = {'original_size': (image.height, image.width)}
+    return image
+
+
+def _refuse_bomb(image: Image.Image, size: int) -> None:
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise UnreadableError(f'{image.width}x{image.height} pixels, more than the {MAX_PIXELS} that are allowed')
+    if pixels > FREE_PIXELS and pixels > MAX_PIXELS_PER_BYTE * size:
+        raise UnreadableError(f'{image.width}x{image.height} pixels out of {size} bytes: no picture packs so small, this is a bomb')
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any kind of image as 8-bit RGB."""
+    if image.mode.startswith('I'):    # 16 bits; Pillow itself would clip all above 255 to white
+        gray = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+        return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert('RGB')
+    if image.mode == 'F':
+        raise UnreadableError('pixels are floating-point numbers of unknown range: save it with 8 or 16 bits')
+    if image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in image.info:
+        image = image.convert('RGBA')
+        return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
+    return image.convert('RGB')
+
+
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
+
+
+def to_tensor(image: Image.Image | np.ndarray | Tensor) -> Tensor:
+    """Float32 [C, H, W] in -1..1. Bytes are scaled; a tensor of floats is what a transform made it, and stays."""
+    if isinstance(image, Image.Image):
+        image = np.array(image)
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(image[..., None] if image.ndim == 2 else image).movedim(-1, 0)
+    image = image.as_subclass(Tensor)    # torchvision's own tensor class stays behind
+    return image.float().div(127.5).sub(1).contiguous() if image.dtype == torch.uint8 else image.float().contiguous()
+
+
+def to_mask(mask: Image.Image | Tensor) -> Tensor:
+    """Float32 [1, H, W] in 0..1; bytes are scaled."""
+    if isinstance(mask, Image.Image):
+        mask = torch.from_numpy(np.array(mask.convert('L')))
+    mask = mask.as_subclass(Tensor).reshape(1, *mask.shape[-2:])
+    return mask.float().div(255) if mask.dtype == torch.uint8 else mask.float()
