@@ -6,11 +6,14 @@ workers, or the order of calls, so a resume needs only the step, and no two rank
     with streams.current(seed, n=n, step=step):        # the solver does this around each forward pass
         noise = streams.normal('noise', x0)            # row i is keyed by n[i]
         t = streams.integers('timestep', 1000, len(x0))
+        level = streams.uniform('level', len(x0), tokens=64)    # [B, 64], entry (i, j) keyed by (n[i], j)
+        mask = streams.permutation('mask', len(x0), 64)         # [B, 64], row i a permutation keyed by n[i]
 
 Outside of such a context the same calls draw from torch's global generator, so a network also works on its own. A block that is computed
 again in the backward pass draws again: `models.layers.checkpoint` gives it the keys that it had. torch's own checkpoint finds them where
 backward() is called inside of the context, as the solver does.
-Normals come from Philox (Salmon et al. 2011) with (seed, use) as its key and n as its counter; single numbers from SplitMix64.
+Normals of rows come from Philox (Salmon et al. 2011) with (seed, use) as its key and n as its counter; single numbers, and all that is
+keyed by tokens, from SplitMix64, which takes thousands of keys at once.
 """
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ import torch
 from torch import Tensor
 
 MASK = (1 << 64) - 1
+Tokens = int | Tensor | None    # the tokens of each row that are drawn for: the first so many, or those of these numbers, [L] or [B, L]
 
 
 class Keys(NamedTuple):
@@ -88,37 +92,48 @@ def _current() -> Keys | None:
     return None if keys is NO_CONTEXT else keys
 
 
-def normal(use: str, like: Tensor) -> Tensor:
-    """Standard normals of the shape, type and device of like [B, ...]; row i depends on n[i] alone."""
+def normal(use: str, like: Tensor, tokens: Tokens = None) -> Tensor:
+    """Standard normals of the shape, type and device of like [B, ...]; row i depends on n[i] alone.
+
+    With tokens, like is [B, L, ...], and entry (i, j) depends on n[i] and the number of that token alone.
+    """
     keys = _current()
     if keys is None:
         return torch.randn_like(like)
     _check_rows(keys, len(like), use)
-    return _rows(keys.seed, use, keys.n, like.shape[1:], like.device, like.dtype)
+    if tokens is None:
+        return _rows(keys.seed, use, keys.n, like.shape[1:], like.device, like.dtype)
+    return _token_normals(_token_bits(bits(keys.seed, use, keys.n), tokens, like.shape[1]), like.shape[2:], like.device, like.dtype)
 
 
-def uniform(use: str, count: int) -> Tensor:
-    """[count] float32 in [0, 1), on the CPU; entry i depends on n[i] alone."""
-    keys = _current()
-    if keys is None:
-        return torch.rand(count)
-    _check_rows(keys, count, use)
-    return torch.from_numpy((bits(keys.seed, use, keys.n) >> np.uint64(40)).astype(np.float32) * np.float32(2 ** -24))
+def uniform(use: str, count: int, tokens: Tokens = None) -> Tensor:
+    """[count], or with tokens [count, L], float32 in [0, 1), on the CPU; entry i depends on n[i] (and its token's number) alone."""
+    found = _numbers(use, count, tokens)
+    if isinstance(found, tuple):
+        return torch.rand(found)
+    return torch.from_numpy((found >> np.uint64(40)).astype(np.float32) * np.float32(2 ** -24))
 
 
-def integers(use: str, high: int, count: int) -> Tensor:
-    """[count] int64 in 0 .. high-1, on the CPU; entry i depends on n[i] alone."""
-    keys = _current()
-    if keys is None:
-        return torch.randint(0, high, (count,))
-    _check_rows(keys, count, use)
-    return torch.from_numpy((bits(keys.seed, use, keys.n) % np.uint64(high)).astype(np.int64))
+def integers(use: str, high: int, count: int, tokens: Tokens = None) -> Tensor:
+    """[count], or with tokens [count, L], int64 in 0 .. high-1, on the CPU; entry i depends on n[i] (and its token's number) alone."""
+    found = _numbers(use, count, tokens)
+    if isinstance(found, tuple):
+        return torch.randint(0, high, found)
+    return torch.from_numpy((found % np.uint64(high)).astype(np.int64))
+
+
+def permutation(use: str, count: int, size: int) -> Tensor:
+    """int64 [count, size], on the CPU: row i is a permutation of 0 .. size-1 that depends on n[i] alone."""
+    found = _numbers(use, count, size)
+    if isinstance(found, tuple):
+        return torch.rand(found, dtype=torch.float64).argsort(1)
+    return torch.from_numpy(found.argsort(1, kind='stable'))
 
 
 def hide_from_compilers() -> None:
     """Have torch.compile step over the draws of this module. It would make tensors of their 64-bit integers, which cannot do without
     a sign what numpy's can."""
-    for draw in (normal, uniform, integers, row_seeds, normal_rows):
+    for draw in (normal, uniform, integers, permutation, row_seeds, normal_rows):
         if not hasattr(draw, '_torchdynamo_disable'):
             globals()[draw.__name__] = torch.compiler.disable(draw)
 
@@ -136,8 +151,14 @@ def row_seeds(seed: int | Sequence[int], count: int, first: int = 0) -> list[int
 
 
 def normal_rows(seeds: Sequence[int], use: str, shape: Sequence[int], device: torch.device | str = 'cpu',
-                dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normals [len(seeds), *shape]; row i depends on seeds[i] and `use` alone, to the bit, on every device."""
+                dtype: torch.dtype = torch.float32, tokens: Tokens = None) -> Tensor:
+    """Standard normals [len(seeds), *shape]; row i depends on seeds[i] and `use` alone, to the bit, on every device.
+
+    With tokens [len(seeds), L, *shape]; entry (i, j) depends on seeds[i], `use` and the number of that token alone.
+    """
+    if tokens is not None:
+        words = np.array([s & MASK for s in seeds], np.uint64)
+        return _token_normals(_token_bits(_mixed(words, np.uint64(zlib.crc32(use.encode()))), tokens), shape, device, dtype)
     rows = [_rows(s, use, np.zeros(1, np.int64), shape, torch.device('cpu'), dtype) for s in seeds]
     return torch.cat(rows).to(device) if rows else torch.empty((0, *shape), device=device, dtype=dtype)
 
@@ -204,7 +225,7 @@ def _mix(a: int, b: int) -> int:
     return z ^ z >> 31
 
 
-def _mixed(a: np.ndarray | np.uint64, b: np.ndarray) -> np.ndarray:
+def _mixed(a: np.ndarray | np.uint64, b: np.ndarray | np.uint64) -> np.ndarray:
     """`_mix` of many words at once."""
     with np.errstate(over='ignore'):
         z = a + (b + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
@@ -225,6 +246,39 @@ def _rows(seed: int, use: str, n: np.ndarray, shape: Sequence[int], device: torc
         philox.state = state
         draw(out=row, dtype=kind)
     return torch.from_numpy(out).reshape(len(n), *shape).to(device=device, dtype=dtype)
+
+
+def _numbers(use: str, count: int, tokens: Tokens) -> np.ndarray | tuple[int, ...]:
+    """64 even bits for each entry, uint64 [count] or [count, L]; where there is no context, the shape alone."""
+    keys = _current()
+    if keys is None:
+        return (count,) if tokens is None else (count, tokens if isinstance(tokens, int) else tokens.shape[-1])
+    _check_rows(keys, count, use)
+    words = bits(keys.seed, use, keys.n)
+    return words if tokens is None else _token_bits(words, tokens)
+
+
+def _token_bits(rows: np.ndarray, tokens: int | Tensor, length: int | None = None) -> np.ndarray:
+    """uint64 [B], and the numbers of L tokens  ->  uint64 [B, L]. Raises ValueError where they do not fit the B rows of `length`."""
+    numbers = np.arange(tokens) if isinstance(tokens, int) else tokens.detach().cpu().numpy()
+    if numbers.shape[:-1] not in ((), (len(rows),)) or (length is not None and numbers.shape[-1] != length):
+        wanted = '[L] or [B, L]' if length is None else f'[{length}] or [{len(rows)}, {length}]'
+        raise ValueError(f'tokens of shape {list(numbers.shape)} for {len(rows)} rows: their numbers are {wanted}')
+    return _mixed(rows[:, None], np.broadcast_to(numbers.astype(np.uint64), (len(rows), numbers.shape[-1])))
+
+
+def _token_normals(keys: np.ndarray, shape: Sequence[int], device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """uint64 [B, L]  ->  standard normals [B, L, *shape] (Box & Muller 1958), two out of each 64 bits.
+
+    In float64 whatever the type: so another processor's last digits of log and cos are rounded off.
+    """
+    count = math.prod(shape)
+    words = _mixed(keys[..., None], np.arange((count + 1) // 2, dtype=np.uint64))
+    radius = np.sqrt(-2 * np.log(((words >> np.uint64(32)).astype(np.float64) + 1) * 2 ** -32))    # of (0, 1]: no infinity
+    angle = (words & np.uint64(0xFFFFFFFF)).astype(np.float64) * (2 * np.pi * 2 ** -32)
+    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1).reshape(*keys.shape, -1)[..., :count]
+    kind = np.float64 if dtype == torch.float64 else np.float32
+    return torch.from_numpy(pairs.astype(kind)).reshape(*keys.shape, *shape).to(device=device, dtype=dtype)
 
 
 def _check_rows(keys: Keys, count: int, use: str) -> None:

@@ -52,6 +52,98 @@ def test_contexts_nest_and_end_after_an_error():
             streams.uniform('a', 3)
 
 
+def test_the_numbers_of_earlier_runs_are_still_the_same():
+    with streams.current(7, n=[0, 5, 2 ** 40], step=3):
+        noise, u, t = streams.normal('noise', torch.empty(3, 2)), streams.uniform('u', 3), streams.integers('t', 1000, 3)
+
+    assert noise.tolist() == [[1.4013326168060303, -0.3160632252693176], [-0.13590461015701294, -0.061519816517829895],
+                              [1.4230353832244873, 0.9132716655731201]]
+    assert u.tolist() == [0.35259807109832764, 0.17789942026138306, 0.5018131732940674] and t.tolist() == [587, 749, 31]
+    assert streams.row_seeds(5, 2) == [6775576434412153118, 14742398466460560828]
+    assert streams.normal_rows([1, 2], 'a', (2,)).tolist() == [[-0.28372856974601746, -0.7085917592048645],
+                                                               [-1.4925726652145386, 0.8841422200202942]]
+    assert streams.permuted(7, np.arange(12), 5).tolist() == [1, 3, 2, 4, 0, 4, 2, 0, 3, 1, 0, 4]
+
+
+# ------------------------------------------------------------------------------------------------ tokens and permutations
+def token_draws(n: list[int], tokens: int | torch.Tensor, seed: int = 7, use: str = 'head') -> tuple[torch.Tensor, ...]:
+    length = tokens if isinstance(tokens, int) else tokens.shape[-1]
+    with streams.current(seed, n=n):
+        return (streams.normal(use, torch.empty(len(n), length, 3), tokens), streams.uniform(use, len(n), tokens),
+                streams.integers(use, 1000, len(n), tokens))
+
+
+def test_a_token_is_the_same_in_every_batch_and_in_every_choice_of_tokens():
+    whole = token_draws([100, 101, 102, 103], 64)
+    for all_rows, some in zip(whole, token_draws([103, 101], torch.tensor([[63, 0, 7], [5, 5, 62]]))):
+        assert torch.equal(some[0], all_rows[3, [63, 0, 7]]) and torch.equal(some[1], all_rows[1, [5, 5, 62]])
+    for all_rows, some in zip(whole, token_draws([102], torch.tensor([9, 8]))):
+        assert torch.equal(some[0], all_rows[2, [9, 8]])
+
+
+def test_seed_use_number_and_token_each_change_a_tokens_draw():
+    base = token_draws([1], 2)
+    assert not torch.equal(base[0][0, 0], base[0][0, 1]) and base[1][0, 0] != base[1][0, 1]
+    for other in (token_draws([1], 2, seed=8), token_draws([1], 2, use='other'), token_draws([2], 2)):
+        assert not torch.equal(base[0], other[0]) and not torch.equal(base[1], other[1])
+
+
+def test_normals_of_tokens_have_the_moments_of_a_normal_and_neither_rows_nor_tokens_nor_entries_go_together():
+    with streams.current(11, np.arange(64)):
+        x = streams.normal('head', torch.empty(64, 256, 17), tokens=256).double()
+
+    count = x.numel()
+    for power, moment, spread in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs((x ** power).mean() - moment) < 5 * (spread / count) ** 0.5
+    for a, b in ((x[:-1], x[1:]), (x[:, :-1], x[:, 1:]), (x[..., :-1], x[..., 1:]), (x[..., ::2][..., :8].square(), x[..., 1::2].square())):
+        assert abs(((a - a.mean()) * (b - b.mean())).mean()) < 5 * (a.var() * b.var() / a.numel()).sqrt()
+    histogram = np.bincount(np.clip((torch.special.ndtr(x).numpy() * 64).astype(int).ravel(), 0, 63), minlength=64)
+    assert abs(chi_square(histogram)) < 5
+
+
+def test_tokens_of_sampling_are_keyed_by_the_seed_of_their_row():
+    seeds = streams.row_seeds(5, 4)
+    whole = streams.normal_rows(seeds, 'head', (3,), tokens=16)
+    assert whole.shape == (4, 16, 3)
+    assert torch.equal(streams.normal_rows(seeds[2:3], 'head', (3,), tokens=torch.tensor([15, 4]))[0], whole[2, [15, 4]])
+
+
+def test_every_row_of_a_permutation_is_one_and_depends_on_its_number_alone():
+    with streams.current(7, n=[10, 11, 12]):
+        whole = streams.permutation('mask', 3, 64)
+    with streams.current(7, n=[12]):
+        alone = streams.permutation('mask', 1, 64)
+
+    assert whole.dtype == torch.int64 and torch.equal(whole.sort(1).values, torch.arange(64).expand(3, 64))
+    assert torch.equal(alone[0], whole[2]) and not torch.equal(whole[0], whole[1])
+
+
+def test_every_permutation_comes_equally_often():
+    with streams.current(3, n=np.arange(24_000)):
+        found = streams.permutation('mask', 24_000, 4)
+
+    _, counts = torch.unique(found @ torch.tensor([64, 16, 4, 1]), return_counts=True)
+    assert len(counts) == 24 and abs(chi_square(counts.numpy())) < 5
+
+
+def test_outside_of_a_context_tokens_and_permutations_come_from_the_global_generator():
+    def four() -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        return [streams.normal('a', torch.empty(2, 4, 2), 4), streams.uniform('a', 2, 4), streams.integers('a', 9, 2, torch.arange(4)),
+                streams.permutation('a', 2, 4)]
+
+    assert [list(x.shape) for x in four()] == [[2, 4, 2], [2, 4], [2, 4], [2, 4]]
+    assert all(torch.equal(a, b) for a, b in zip(four(), four()))
+    assert not torch.equal(streams.permutation('a', 9, 9), streams.permutation('a', 9, 9))
+
+
+def test_tokens_that_do_not_fit_the_rows_are_refused():
+    with streams.current(1, [1, 2]), pytest.raises(ValueError, match=r'tokens of shape \[3, 4\] for 2 rows'):
+        streams.uniform('a', 2, torch.zeros(3, 4, dtype=torch.int64))
+    with streams.current(1, [1, 2]), pytest.raises(ValueError, match=r'their numbers are \[5\] or \[2, 5\]'):
+        streams.normal('a', torch.empty(2, 5, 3), tokens=4)
+
+
 # ------------------------------------------------------------------------------------------------ how random
 def chi_square(counts: np.ndarray) -> float:
     """In standard deviations from what independent even draws give."""

@@ -137,7 +137,8 @@ def gradient(run, backward_inside: bool, in_thread: bool) -> Tensor:
 
     def noisy(w: Tensor) -> Tensor:
         noise = streams.normal('inner', w) * (1 + streams.uniform('gate', len(w)) + streams.integers('pick', 9, len(w)))[:, None]
-        return (w * noise).sin()
+        noise = noise * streams.uniform('token', len(w), tokens=4) + streams.normal('tokens', w, tokens=4)
+        return (w * noise.gather(1, streams.permutation('order', len(w), 4))).sin()
 
     def backward(loss: Tensor) -> None:
         if in_thread:    # a GPU's backward runs in one, where no context variable is set
@@ -169,6 +170,16 @@ def test_a_block_that_is_computed_again_draws_the_same_numbers_again(in_thread):
     assert torch.equal(gradient(checkpoint, True, in_thread), expected)
     own = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
     assert torch.equal(gradient(own, True, in_thread), expected)
+
+
+def test_a_compiled_block_that_is_computed_again_draws_the_same_numbers_again():
+    streams.hide_from_compilers()
+    torch._dynamo.reset()
+
+    def compiled(noisy, w: Tensor) -> Tensor:
+        return torch.compile(lambda w: checkpoint(noisy, w * 2), backend='aot_eager')(w)
+
+    assert torch.equal(gradient(compiled, False, False), gradient(lambda noisy, w: noisy(w * 2), True, False))
 
 
 def test_a_draw_whose_keys_are_gone_in_the_backward_pass_is_an_error_not_another_number():
