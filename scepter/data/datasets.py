@@ -8,7 +8,7 @@ randomness and the replacement of unreadable files are the loader's.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from scepter.core.schema import Component, param, parts
 from scepter.core.stores import FS
 from scepter.data.captions import MAX_CAPTION_BYTES, clean_caption, find_records, prompts_of_file
 from scepter.data.images import UnreadableError, load_image, to_mask, to_tensor
+from scepter.data.order import Order, Shuffled
 
 
 class BaseDataset(Component, base=True):
@@ -59,6 +60,14 @@ class BaseDataset(Component, base=True):
                 raise DataError(f'samples of one batch need the same keys: {names[0]} has {", ".join(samples[0])}; '
                                 f'{name} has {", ".join(sample)}')
         return {key: _stack(key, [sample[key] for sample in samples], names) for key in samples[0]}
+
+    def order(self, seed: int, step: int) -> Order:
+        """Which sample each draw of training is (data/order.py).    step: samples of one step of the optimizer, over all processes"""
+        return Shuffled(seed, len(self))
+
+    def batches(self, size: int) -> list[Sequence[int]]:
+        """The indices of each batch of a pass for evaluation: every sample once, up to `size` that can be in one batch together."""
+        return [range(first, min(first + size, len(self))) for first in range(0, len(self), size)]
 
     @property
     def file_count(self) -> int:

@@ -1,11 +1,10 @@
 """The loader: an endless stream of samples in which every draw is a function of (seed, n), n being its number in the stream.
 
-    epoch, place = divmod(n, len(dataset))        index = streams.permute(seed, epoch, place, len(dataset))
+Which sample draw n is says the dataset's order (data/order.py). Step s of training covers n in [s * G, (s + 1) * G), G the global batch,
+cut into micro-batches and each of those into ranks. So 1, 2 and 4 processes with the same G see the same samples, and to resume is to
+begin at a number.
 
-Step s of training covers n in [s * G, (s + 1) * G), G the global batch, cut into micro-batches and each of those into ranks. So 1, 2
-and 4 processes with the same G see the same samples, each sample comes once per epoch, and to resume is to begin at a number.
-
-    loader = Loader(dataset, seed=2024, rank=we.rank, world_size=we.world_size, first=samples)
+    loader = Loader(dataset, seed=2024, rank=we.rank, world_size=we.world_size, first=samples, step=G)
     batch, n = next(loader)        # dict, int64 [B]
 """
 from __future__ import annotations
@@ -13,9 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +25,9 @@ from torch import Tensor
 from scepter.core import streams
 from scepter.core.errors import DataError
 from scepter.core.logger import get_logger
-from scepter.data.datasets import BaseDataset, UnreadableError
+from scepter.data.datasets import BaseDataset
+from scepter.data.images import UnreadableError
+from scepter.data.order import Order, Sequential
 from scepter.data.workers import Workers
 
 Batch = tuple[dict[str, Any], Tensor]
@@ -38,18 +38,22 @@ class Loader(Iterator[Batch]):
     """The endless stream, for training. Yields (batch, n): the samples as the dataset collates them, and their draw numbers, int64 [B].
 
     first: the number of the sample to begin with, over all processes.
-    batch_size: of one process and micro-batch; the dataset's own BATCH_SIZE when left out, and likewise num_workers.
+    step: samples of one step of the optimizer over all processes; those that belong together, of one bucket, share it.
+    batch_size: of one process and micro-batch; the dataset's own BATCH_SIZE when left out, and likewise num_workers and its order.
     skipped_file: where each unreadable file is noted, one JSON line (path, reason) each; `skipped` holds those met so far.
     Raises DataError when more files are unreadable than MAX_BAD_FRACTION allows, or when workers keep dying.
     """
 
     def __init__(self, dataset: BaseDataset, batch_size: int | None = None, *, seed: int, rank: int = 0, world_size: int = 1,
-                 first: int = 0, num_workers: int | None = None, shuffle: bool = True,
+                 first: int = 0, step: int | None = None, num_workers: int | None = None, order: Order | None = None,
                  skipped_file: str | Path | None = None, logger: logging.Logger | None = None):
         size = dataset.BATCH_SIZE if batch_size is None else batch_size
         if len(dataset) == 0:
             raise DataError(f'{type(dataset).__name__} holds no sample')
-        self._reader = Reader(dataset, seed, shuffle=shuffle, replace=True)
+        step = step or world_size * size
+        order = order or dataset.order(seed, step)
+        # a group of samples that belong together begins where a step does, also after a resume with another global batch
+        self._reader = Reader(dataset, seed, order, phase=first % step if order.together > 1 else 0, replace=True)
         firsts = count(first + rank * size, world_size * size)
         self._batches = _Batches(self._reader, (range(first, first + size) for first in firsts), num_workers, skipped_file, logger)
 
@@ -67,7 +71,7 @@ class Loader(Iterator[Batch]):
 
 
 class OrderedLoader:
-    """Every sample once and in order, for evaluation; each `for` begins anew. Yields (batch, n), n being the index of each sample.
+    """Every sample once, in the dataset's `batches`, for evaluation; each `for` begins anew. Yields (batch, n), n the samples' indices.
 
     Rank r takes each batch whose number is r modulo world_size, so batches are the same for every world size. An unreadable sample
     is left out. A draw is keyed as in Loader, so a transform's randomness is the same in every evaluation.
@@ -75,9 +79,8 @@ class OrderedLoader:
 
     def __init__(self, dataset: BaseDataset, batch_size: int | None = None, *, seed: int = 0, rank: int = 0, world_size: int = 1,
                  num_workers: int | None = None, skipped_file: str | Path | None = None, logger: logging.Logger | None = None):
-        size, total = dataset.BATCH_SIZE if batch_size is None else batch_size, len(dataset)
-        self._reader = Reader(dataset, seed, shuffle=False, replace=False)
-        self._parts = [range(first, min(first + size, total)) for first in range(rank * size, total, world_size * size)]
+        self._reader = Reader(dataset, seed, Sequential(len(dataset)), replace=False)
+        self._parts = dataset.batches(dataset.BATCH_SIZE if batch_size is None else batch_size)[rank::world_size]
         self._num_workers, self._skipped_file, self._logger = num_workers, skipped_file, logger
 
     def __len__(self) -> int:
@@ -96,28 +99,35 @@ class Read(NamedTuple):
     batch: dict[str, Any]
     n: Tensor                        # [B] int64
     bad: list[tuple[str, str]]       # (path, reason) of each unreadable file that was met
+    lost: str | None = None          # a sample that nothing could replace
 
 
 class Reader:
     """Draw numbers in, a batch out: nothing but (seed, n) and the files decide. Runs in the main process and in workers alike."""
 
-    def __init__(self, dataset: BaseDataset, seed: int, *, shuffle: bool, replace: bool):
-        self.dataset, self.seed, self.shuffle, self.replace = dataset, seed, shuffle, replace
-        self.size = len(dataset)
+    def __init__(self, dataset: BaseDataset, seed: int, order: Order, *, phase: int = 0, replace: bool):
+        self.dataset, self.seed, self.order, self.phase, self.replace = dataset, seed, order, phase, replace
+        self._block, self._order = -1, list[int]()    # the indices of the last block that was asked for
         fraction = dataset.MAX_BAD_FRACTION
         self.bad_allowed = max(2, int(fraction * dataset.file_count)) if fraction > 0 else 0
 
-    def __call__(self, ns: range) -> Read:
+    def __call__(self, ns: Sequence[int]) -> Read:
         bad: dict[str, str] = {}
+        indices = [self._index(n - self.phase) for n in ns]
         with _generators_restored():
-            rows = [(n, *row) for n, index in zip(ns, self._indices(ns)) if (row := self._read(n, index, bad)) is not None]
+            found = [self._read(n, index, bad) for n, index in zip(ns, indices)]
+        rows = [(n, *row) for n, row in zip(ns, found) if row is not None]
         names = [self.dataset.name_of(index) for _, index, _ in rows]
         batch = self.dataset.collate([sample for _, _, sample in rows], names) if rows else {}
-        return Read(batch, torch.tensor([n for n, _, _ in rows], dtype=torch.int64), list(bad.items()))
+        lost = next((self.dataset.name_of(index) for index, row in zip(indices, found) if row is None), None) if self.replace else None
+        return Read(batch, torch.tensor([n for n, _, _ in rows], dtype=torch.int64), list(bad.items()), lost)
 
-    def _indices(self, ns: range) -> list[int]:
-        """The index of each draw, as long as its sample can be read."""
-        return [_order(self.seed, n // BLOCK, self.size)[n % BLOCK] if self.shuffle else n % self.size for n in ns]
+    def _index(self, draw: int) -> int:
+        """Which sample it is. Worked out for a block of draws at once: one by one they cost 12 us each, together 0.7."""
+        if draw // BLOCK != self._block:
+            self._block = draw // BLOCK
+            self._order = self.order.indices(np.arange(self._block * BLOCK, (self._block + 1) * BLOCK)).tolist()
+        return self._order[draw % BLOCK]
 
     def _read(self, n: int, index: int, bad: dict[str, str]) -> tuple[int, dict[str, Any]] | None:
         """(index, sample) of draw n; None where it, and what might replace it, cannot be read."""
@@ -132,17 +142,16 @@ class Reader:
         return None
 
     def _candidates(self, n: int, index: int) -> Iterator[int]:
-        """The sample's own index, then all the others in an order of n's own: the same one takes its place after a resume."""
+        """The sample's own index, then those that may take its place."""
         yield index
         if self.replace:
-            key = streams.seed_global(self.seed, 'replace')
-            yield from (streams.permute(key, n, place, self.size) for place in range(self.size))
+            yield from self.order.instead(n, index)
 
 
 class _Batches(Iterator[Batch]):
-    """Reads one range of draw numbers after the other, here or in workers, and keeps the account of unreadable files."""
+    """Reads one list of draw numbers after the other, here or in workers, and keeps the account of unreadable files."""
 
-    def __init__(self, reader: Reader, parts: Iterator[range], num_workers: int | None, skipped_file: str | Path | None,
+    def __init__(self, reader: Reader, parts: Iterator[Sequence[int]], num_workers: int | None, skipped_file: str | Path | None,
                  logger: logging.Logger | None):
         dataset = reader.dataset
         self.reader, self.logger = reader, logger or get_logger()
@@ -157,8 +166,9 @@ class _Batches(Iterator[Batch]):
         read = next(self.reads)
         for path, reason in read.bad:
             self._note(path, reason)
-        if self.reader.replace and not len(read.n):
-            raise DataError(f'not one of the {self.reader.dataset.file_count} files can be read: {read.bad}')
+        if read.lost is not None:
+            raise DataError(f'{read.lost} cannot be read, and neither can any that may take its place, of the same shape and part: '
+                            'mend it, or take it out of the data')
         batch = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in read.batch.items()} if self.pin_memory else read.batch
         return batch, read.n
 
@@ -178,12 +188,6 @@ class _Batches(Iterator[Batch]):
             dataset = self.reader.dataset
             raise DataError(f'{len(self.skipped)} of {dataset.file_count} files are unreadable, more than the {self.reader.bad_allowed} '
                             f'that MAX_BAD_FRACTION {dataset.MAX_BAD_FRACTION} allows:\n{named}')
-
-
-@lru_cache(maxsize=4)
-def _order(seed: int, block: int, size: int) -> list[int]:
-    """The indices of BLOCK draws in shuffled epochs: one by one they cost 12 us each, together 0.7."""
-    return streams.permuted(seed, np.arange(block * BLOCK, (block + 1) * BLOCK), size).tolist()
 
 
 def _seed_generators(seed: int) -> None:

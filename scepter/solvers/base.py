@@ -196,7 +196,7 @@ class BaseSolver(Run, base=True):
     def before_all_iter(self) -> None:
         """Begin the stream of samples at self.samples, then the hooks."""
         self._loader = Loader(self.datasets['train'], self.plan.micro, seed=we.seed, rank=we.rank, world_size=we.world_size,
-                              first=self.samples, skipped_file=self.work_dir / 'skipped.jsonl',
+                              first=self.samples, step=self.plan.global_size, skipped_file=self.work_dir / 'skipped.jsonl',
                               logger=self.logger)
         self.call_hooks('before_all_iter', 'train')
 

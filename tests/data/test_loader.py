@@ -21,6 +21,7 @@ from scepter.core.errors import DataError
 from scepter.core.schema import param
 from scepter.data.datasets import BaseDataset, UnreadableError
 from scepter.data.loader import Loader, OrderedLoader
+from scepter.data.order import Sequential
 
 
 class Numbers(BaseDataset):
@@ -81,8 +82,8 @@ def test_two_epochs_and_two_seeds_have_other_orders():
     assert first != indices(stream(dataset, 10, batch_size=5, seed=8))
 
 
-def test_without_shuffle_the_order_is_the_datasets():
-    assert indices(stream(Numbers({'SIZE': 3}), 2, batch_size=3, shuffle=False)) == [0, 1, 2, 0, 1, 2]
+def test_a_loader_takes_another_order_than_the_datasets_own():
+    assert indices(stream(Numbers({'SIZE': 3}), 2, batch_size=3, order=Sequential(3))) == [0, 1, 2, 0, 1, 2]
 
 
 @pytest.mark.parametrize('world', [1, 2, 4])
@@ -155,7 +156,7 @@ def test_the_budget_is_a_share_of_the_files_and_at_least_two(bad, fraction, allo
 
 
 def test_a_dataset_without_one_readable_file_is_an_error_not_a_hang():
-    with pytest.raises(DataError, match='not one of the 2 files'):
+    with pytest.raises(DataError, match=r'sample [01] cannot be read, and neither can any that may take its place'):
         stream(Numbers({'SIZE': 2, 'BAD': [0, 1]}), 1)
 
 
