@@ -179,7 +179,10 @@ def test_a_compiled_block_that_is_computed_again_draws_the_same_numbers_again():
     def compiled(noisy, w: Tensor) -> Tensor:
         return torch.compile(lambda w: checkpoint(noisy, w * 2), backend='aot_eager')(w)
 
-    assert torch.equal(gradient(compiled, False, False), gradient(lambda noisy, w: noisy(w * 2), True, False))
+    for in_thread in (False, True):
+        assert torch.equal(gradient(compiled, True, in_thread), gradient(lambda noisy, w: noisy(w * 2), True, False))
+    with pytest.raises(RuntimeError, match=r'call backward\(\) inside of'):
+        gradient(compiled, False, False)
 
 
 def test_a_draw_whose_keys_are_gone_in_the_backward_pass_is_an_error_not_another_number():
