@@ -156,6 +156,12 @@ class AutoencoderKL(TrainModule):
         """How many times smaller than the image the latent is, e.g. 8."""
         return 2 ** (len(self.decoder.CH_MULT) - 1)
 
+    @classmethod
+    def size_factor_of(cls, cfg: Config) -> int | None:
+        """The same, where its config alone tells."""
+        levels = BACKBONES.filled(cfg.ENCODER).get('CH_MULT')
+        return 2 ** (len(levels) - 1) if levels else None
+
     def _encode_one(self, x: Tensor) -> Tensor:
         return _finite([self.encoder, self.quant_conv] if self.USE_CONV else [self.encoder], x)
 

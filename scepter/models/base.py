@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from scepter.core.config import Config
 from scepter.core.disk.checkpoints import Checkpoint
 from scepter.core.faults import ConfigError, did_you_mean
 from scepter.core.schema import Component
@@ -61,6 +62,11 @@ class BaseModel(Component, nn.Module, base=True):
 
 class TrainModule(BaseModel, base=True):
     """What a solver trains: it owns its loss (forward_train) and what it draws (forward_test)."""
+
+    @classmethod
+    def side_multiple(cls, cfg: Config) -> int | None:
+        """What the sides of its pictures are multiples of, where its config, filled, tells; None where it does not."""
+        return None
 
     def forward(self, task: Literal['train', 'test'] | None = None, /, **batch: Any) -> Any:
         """forward_train or forward_test; by default the one that the mode says. The one way in for solvers: DDP, FSDP2 and

@@ -1,6 +1,6 @@
 """LatentDiffusion: an autoencoder, a network that removes noise in its latent space, and an embedder that tells it what to draw.
 
-Without an autoencoder the network draws the pixels themselves. `FirstStage` is what an autoencoder of one's own must have.
+Without an autoencoder the network draws pixels. latent.py has the space that it draws in, inpainting.py what a given picture does.
 """
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import fnmatch
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,9 @@ from scepter.core.registry import BACKBONES, EMBEDDERS, LEVELS, LOSSES, MODELS, 
 from scepter.core.schema import default, param, part
 from scepter.diffusion.process import Diffusion
 from scepter.diffusion.schedules import zero_terminal_snr
-from scepter.models.autoencoder import DiagonalGaussian
 from scepter.models.base import Told, TrainModule
+from scepter.models.inpainting import Beside, Given
+from scepter.models.latent import LatentSpace, size_factor_of, size_factor_told, size_faults
 from scepter.models.unfilled import unfilled
 
 
@@ -35,8 +36,8 @@ class LatentDiffusion(TrainModule):
     """
 
     DIFFUSION_MODEL: dict = part(BACKBONES, 'The network that removes noise: (x, t, cond) -> prediction.')
-    FIRST_STAGE_MODEL: dict | None = part(MODELS, 'The autoencoder; always frozen. Null: the network draws pixels (SIZE_FACTOR and '
-                                                  'SCALE_FACTOR are 1).', default=None)
+    FIRST_STAGE_MODEL: dict | None = part(MODELS, 'The autoencoder; always frozen. Null: the network draws pixels, and SCALE_FACTOR is 1.',
+                                          default=None)
     COND_STAGE_MODEL: dict | None = part(EMBEDDERS, 'From prompts, or labels, to what the network is told; null: it is told nothing.',
                                          default=None)
     LOSS: dict | None = part(LOSSES, 'The error of each element of the prediction; default its square.', default=None)
@@ -51,8 +52,10 @@ class LatentDiffusion(TrainModule):
     INPUT_PERTURBATION: float = param(0.0, 'Extra noise on what the network sees, but not on its target (2301.11706).', least=0)
 
     SCALE_FACTOR: float = param(0.18215, 'Latents are multiplied by this, so that their variance is about 1.', above=0)
-    SIZE_FACTOR: int = param(8, 'How much smaller than the image a latent is, per side.', least=1)
+    SHIFT_FACTOR: float = param(0.0, 'Taken from latents before that: (z - shift) * scale; SD3 and FLUX have one.')
+    SIZE_FACTOR: int | None = param(None, 'How much smaller than the image a latent is, per side; null: as the autoencoder says.', least=1)
     IMAGE_SIZE: int | tuple[int, int] = param(512, 'Size to draw where none is given: pixels, or [height, width].', least=1)
+    NUM_FRAMES: int | None = param(None, 'Frames to draw where none are given; null: pictures.', least=1)
     P_ZERO: float = param(0.0, 'Share of prompts that training replaces by TRAIN_N_PROMPT, so that guidance can work.', least=0, most=1)
     TRAIN_N_PROMPT: str = param('', 'What training puts in place of a dropped prompt.')
     DEFAULT_N_PROMPT: str = param('', 'The negative prompt of pictures that come without one.')
@@ -63,11 +66,15 @@ class LatentDiffusion(TrainModule):
     @classmethod
     def check(cls, cfg: Config) -> Iterator[Fault]:
         yield from super().check(cfg)
-        yield from _size_faults(cfg)
+        yield from size_faults(cfg)
         try:
             _diffusion_of(cfg)
         except ValueError as error:
             yield Fault('PARAMETERIZATION', f'{cfg.PARAMETERIZATION} on {cfg.SCHEDULE_ARGS.NAME}: {error}')
+
+    @classmethod
+    def side_multiple(cls, cfg: Config) -> int | None:
+        return size_factor_told(cfg) or cfg.SIZE_FACTOR
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
@@ -77,10 +84,11 @@ class LatentDiffusion(TrainModule):
             self.cond_stage_model = EMBEDDERS.build(self.COND_STAGE_MODEL, logger=logger) if self.COND_STAGE_MODEL is not None else None
         self.loss = LOSSES.build(self.LOSS, logger=logger) if self.LOSS is not None else None
 
-        self._check_parts()
         self.diffusion, self.draw_levels = _diffusion_of(self.cfg), LEVELS.function(self.TIMESTEP_DENSITY)
-        self.num_timesteps, self.size_factor, self.scale_factor = self.TIMESTEPS, self.SIZE_FACTOR, self.SCALE_FACTOR
+        self.num_timesteps, self.scale_factor, self.shift_factor = self.TIMESTEPS, self.SCALE_FACTOR, self.SHIFT_FACTOR
+        self.size_factor = size_factor_of(self.first_stage_model, self.SIZE_FACTOR)
         self.p_zero, self.train_n_prompt, self.default_n_prompt = self.P_ZERO, self.TRAIN_N_PROMPT, self.DEFAULT_N_PROMPT
+        self._check_parts()
 
         if self.PRETRAINED_MODEL is not None:
             self.load_pretrained(self.PRETRAINED_MODEL, self.IGNORE_KEYS)
@@ -92,18 +100,12 @@ class LatentDiffusion(TrainModule):
 
     def _check_parts(self) -> None:
         """Refuse parts that cannot work together before anything is computed. Parts that do not tell their sizes are left alone."""
-        latent, out = getattr(self.first_stage_model, 'EMBED_DIM', None), getattr(self.model, 'OUT_CHANNELS', None)
-        if None not in (latent, out) and latent != out:
+        latent, out = self.space.channels, getattr(self.model, 'OUT_CHANNELS', None)
+        if out not in (None, latent):
             raise _misfit(self.first_stage_model, f'the autoencoder gives {latent} channels (EMBED_DIM), but the network predicts {out} '
                                                   '(OUT_CHANNELS)')
-        factor = getattr(self.first_stage_model, 'size_factor', None)
-        if factor not in (None, self.SIZE_FACTOR):
-            raise _misfit(self.first_stage_model, f'the autoencoder makes pictures {factor} times smaller, but SIZE_FACTOR is '
-                                                  f'{self.SIZE_FACTOR}: pictures would come out in another size than is asked for')
-        scale = getattr(self.first_stage_model, 'published_scale', None)
-        if scale not in (None, self.SCALE_FACTOR) and 'SCALE_FACTOR' not in self.IGNORE_KEYS:
-            raise _misfit(self.first_stage_model, f'its config says scaling_factor {scale}, but SCALE_FACTOR of the config is '
-                                                  f'{self.SCALE_FACTOR}; where that is meant, name SCALE_FACTOR in IGNORE_KEYS')
+        if problem := self.space.misfit(self.IGNORE_KEYS):
+            raise _misfit(self.first_stage_model, problem)
         takes = getattr(self.model, 'takes', None)
         gives = Told() if self.cond_stage_model is None else getattr(self.cond_stage_model, 'gives', None)
         if takes is not None and gives is not None and (problem := gives.misfit(takes)):
@@ -111,12 +113,13 @@ class LatentDiffusion(TrainModule):
 
     # ---------------------------------------------------------------- training
     def forward_train(self, image: Tensor | None = None, moments: Tensor | None = None, noise: Tensor | None = None,
-                      prompt: list[str] | None = None, label: Tensor | None = None, **batch: Any) -> dict[str, Any]:
-        """image [B, 3, H, W] in -1..1, or moments [B, 2C, h, w] that the autoencoder gave earlier -> {'loss', 'probe_data'}.
+                      prompt: list[str] | None = None, label: Tensor | None = None, video: Tensor | None = None,
+                      **batch: Any) -> dict[str, Any]:
+        """image [B, 3, H, W] or video [B, 3, T, H, W] in -1..1, or moments [B, 2C, ...] of an earlier encoding -> {'loss', 'probe_data'}.
 
         prompt: list of B, or label: int64 [B], whichever the embedder reads. Raises ValueError where it is missing.
         """
-        x0 = self.encode_first_stage(image) if moments is None else self.scale_factor * DiagonalGaussian(moments).sample()
+        x0 = self.encode_first_stage(default(video, image)) if moments is None else self.space.draw(moments)
         t = self.draw_levels('timestep', self.num_timesteps, len(x0))
         probe: dict[str, Any] = {'t': t}
         model_kwargs = {}
@@ -138,13 +141,16 @@ class LatentDiffusion(TrainModule):
                                    offset_noise=self.OFFSET_NOISE, input_perturbation=self.INPUT_PERTURBATION)
         return {'loss': loss.mean(), 'probe_data': probe}
 
+    @property
+    def space(self) -> LatentSpace:
+        """Where the network diffuses."""
+        return LatentSpace.of(self.first_stage_model, self.scale_factor, self.shift_factor, self.size_factor,
+                              getattr(self.model, 'OUT_CHANNELS', 3))
+
     @torch.no_grad()
     def encode_first_stage(self, image: Tensor, is_drawn: bool = True, **batch: Any) -> Tensor:
-        """[B, 3, H, W] in -1..1 -> a latent [B, C, h, w] of variance about 1, drawn from the posterior, or the posterior's mean."""
-        if self.first_stage_model is None:
-            return self.scale_factor * image
-        posterior = self.first_stage_model.encode(image).latent_dist
-        return self.scale_factor * (posterior.sample() if is_drawn else posterior.mode())
+        """[B, 3, (T,) H, W] in -1..1 -> latents [B, C, (t,) h, w] of variance about 1, drawn from the posterior, or its mean."""
+        return self.space.encode(image, is_drawn)
 
     def tokenizer(self, prompts: list[str]) -> Tensor:
         """Prompts -> int64 [B, L], by the embedder's own tokenizer."""
@@ -177,14 +183,14 @@ class LatentDiffusion(TrainModule):
                      denoising_strength: float | None = None, num_samples: int | None = None, run_train_n: bool = False,
                      show_progress: bool = False, on_step: Callable[[int, int, Tensor], None] | None = None,
                      sampler_args: Mapping[str, Any] | None = None, label: int | Sequence[int] | Tensor | None = None,
-                     original_size: Any = None, crop_top_left: Any = None, target_size: Any = None,
-                     aesthetic_score: Any = None) -> list[dict[str, Any]]:
-        """Prompts -> one dict each: prompt, n_prompt, image [3, H, W] in 0..1; with labels, label.
+                     original_size: Any = None, crop_top_left: Any = None, target_size: Any = None, aesthetic_score: Any = None,
+                     video: Tensor | None = None, num_frames: int | None = None) -> list[dict[str, Any]]:
+        """Prompts -> one dict each: prompt, n_prompt, image [3, H, W] or video [3, T, H, W] in 0..1; with labels, label.
 
         label: the class of each picture, or of all, where the embedder reads labels; with neither it nor prompts, one class after another.
         seed: below 0 for another one each time; picture i of it is keyed (seed, i).  row_seeds: the key of each picture instead.
         image [B, 3, H, W] in -1..1: says the size; with a denoising_strength (0..1) or a mask [B, 1, H, W] (1 where the picture is
-        made anew) it is also what to begin with; where the mask is 0 the pictures are the image itself.
+        made anew) it is also what to begin with; where the mask is 0 the pictures are the image itself. video [B, 3, T, H, W]: likewise.
         run_train_n: draw each once more with TRAIN_N_PROMPT as the negative prompt.
         on_step: called as (step, steps, x0) at each step.
         sampler_args: the sampler's own options (eta, ...), and clamp, percentile, t_max, ...
@@ -195,13 +201,17 @@ class LatentDiffusion(TrainModule):
         labels = self._labels(label, prompt, default(num_samples, 1)) if self.reads_labels else None
         if labels is not None:
             prompt = [str(number) for number in labels]
-        count = len(prompt) if prompt is not None else default(num_samples, 1 if image is None else len(image))
+        space = self.space
+        given = Given.of(default(video, image), mask, space, self.device)
+        count = len(prompt) if prompt is not None else default(num_samples, 1 if given.image is None else len(given.image))
         seeds = streams.row_seeds(default(row_seeds, random.randrange(2 ** 32) if seed < 0 else seed), count)
-        height, width = self.size_of(default(image_size, self.IMAGE_SIZE if image is None else list(image.shape[-2:])))
-        shape = (self.latent_channels, height // self.size_factor, width // self.size_factor)
+        size = default(image_size, default(given.size, self.IMAGE_SIZE))
+        height, width = (size, size) if isinstance(size, int) else size
+        frames = default(num_frames, given.frames if given.image is not None else self.NUM_FRAMES)
+        shape = space.shape(height, width, frames)
         noise = streams.normal_rows(seeds, 'start', shape, self.device)
-        start = self._start(image, mask, denoising_strength)
-        network = self._filling_in(image, mask)
+        start = given.start(space, shape, denoising_strength)
+        network = self._filling_in(given)
         if network is not self.model:
             start.pop('mask')    # it sees itself what is to stay
 
@@ -217,19 +227,18 @@ class LatentDiffusion(TrainModule):
             latents = self.diffusion.sample(
                 noise, network, conditions, solver=sampler, steps=sample_steps, discretization=discretization, seed=seeds,
                 show_progress=show_progress, on_step=on_step, **guidance, **start, **(sampler_args or {}))
-            pictures = ((self.decode_first_stage(latents).float() + 1) / 2).clamp(0, 1)
-            if mask is None or image is None:
-                return pictures
-            return torch.lerp((image.to(pictures) + 1) / 2, pictures, mask.to(pictures))    # the autoencoder would blur what stays
+            pictures = given.kept_in(((self.decode_first_stage(latents).float() + 1) / 2).clamp(0, 1))
+            return pictures[:, :, 0] if frames is None and pictures.ndim == 5 else pictures    # a still of an autoencoder of clips
 
-        results = [{'image': picture, 'seed': s} for picture, s in zip(draw(negative), seeds)]
+        kind = 'image' if frames is None else 'video'
+        results = [{kind: picture, 'seed': s} for picture, s in zip(draw(negative), seeds)]
         if labels is not None:
             results = [{'label': number, **r} for number, r in zip(labels, results)]
         elif prompt is not None:
             results = [{'prompt': p, 'n_prompt': n, **r} for p, n, r in zip(prompt, negative, results)]
         if run_train_n and self.train_n_prompt != self.default_n_prompt:
             for result, picture in zip(results, draw([self.train_n_prompt] * count)):
-                result |= {'train_n_prompt': self.train_n_prompt, 'train_n_image': picture}
+                result |= {'train_n_prompt': self.train_n_prompt, f'train_n_{kind}': picture}
         return results
 
     def _labels(self, label: int | Sequence[int] | Tensor | None, prompt: list[str] | None, count: int) -> list[int] | None:
@@ -240,28 +249,14 @@ class LatentDiffusion(TrainModule):
         labels = label.tolist() if isinstance(label, Tensor) else label
         return [labels] * (count if prompt is None else len(prompt)) if isinstance(labels, int) else list(labels)
 
-    def _start(self, image: Tensor | None, mask: Tensor | None, denoising_strength: float | None) -> dict[str, Any]:
-        """What `Diffusion.sample` begins with, and keeps where the mask is 0."""
-        if denoising_strength is None and mask is None:
-            return {}
-        if image is None:
-            raise ValueError('denoising_strength and mask need an image to begin with')
-        x = self.encode_first_stage(image.to(self.device), is_drawn=False)    # a draw here would obey no seed
-        start = {'x': x, 'denoising_strength': default(denoising_strength, 1.0)}
-        if mask is not None:
-            start['mask'] = nn.functional.interpolate(mask.to(self.device).float(), x.shape[-2:], mode='area')
-        return start
-
-    def _filling_in(self, image: Tensor | None, mask: Tensor | None) -> nn.Module:
+    def _filling_in(self, given: Given) -> nn.Module:
         """The network as it samples: one of 2C + 1 channels reads, beside the latent, the mask and the latent of what the mask leaves."""
-        channels, latent = getattr(self.model, 'IN_CHANNELS', None), self.latent_channels
-        if channels != 2 * latent + 1:
+        channels = getattr(self.model, 'IN_CHANNELS', None)
+        if channels != 2 * self.space.channels + 1:
             return self.model
-        if image is None or mask is None:
+        if None in given:
             raise ValueError(f'the network has {channels} input channels, so it fills in what a mask leaves open: give an image and a mask')
-        hole = (mask.to(self.device) >= 0.5).float()
-        known = self.encode_first_stage(image.to(self.device) * (1 - hole), is_drawn=False)
-        return Beside(self.model, torch.cat([nn.functional.interpolate(hole, known.shape[-2:]), known.float()], 1))
+        return Beside(self.model, given.around_the_hole(self.space))
 
     def _sizes(self, count: int, height: int, width: int, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """What SDXL is told of a picture's size: that it is a whole one of this size, unless the batch says otherwise."""
@@ -279,34 +274,13 @@ class LatentDiffusion(TrainModule):
         return [{'cond': precompute(self.encode_condition(tokens, **self._read_sizes(batch)))} for tokens in rows]
 
     def decode_first_stage(self, latents: Tensor) -> Tensor:
-        """[B, C, h, w] -> images [B, 3, H, W] in about -1..1. Raises ValueError where the autoencoder makes another size of them."""
-        if self.first_stage_model is None:
-            return latents / self.scale_factor
-        pictures = self.first_stage_model.decode(latents / self.scale_factor)
-        height, width = (side * self.size_factor for side in latents.shape[-2:])
-        if tuple(pictures.shape[-2:]) != (height, width):
-            raise ValueError(f'{type(self.first_stage_model).__name__} decodes to {"x".join(map(str, pictures.shape[-2:]))}, but '
-                             f'{height}x{width} was expected of a latent of {"x".join(map(str, latents.shape[-2:]))} and SIZE_FACTOR '
-                             f'{self.size_factor}: set SIZE_FACTOR to {pictures.shape[-1] / latents.shape[-1]:g}')
-        return pictures
+        """[B, C, (t,) h, w] -> images or clips [B, 3, (T,) H, W] in about -1..1."""
+        return self.space.decode(latents)
 
     def noise_sample(self, num_samples: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
         """Noise [B, C, height, width] of latents, from torch's generator."""
-        return torch.randn(num_samples, self.latent_channels, height, width, generator=generator,
+        return torch.randn(num_samples, self.space.channels, height, width, generator=generator,
                            device=generator.device if generator is not None else None).to(self.device)
-
-    def size_of(self, size: int | Sequence[int]) -> tuple[int, int]:
-        """(height, width) of a picture of this size. Raises ValueError with the nearest size where the networks cannot make it."""
-        height, width = (size, size) if isinstance(size, int) else size
-        step = self.size_factor
-        if height < step or width < step or height % step or width % step:
-            near = [max(1, round(side / step)) * step for side in (height, width)]
-            raise ValueError(f'an image of {height}x{width} cannot be made: sides are multiples of {step}, e.g. {near[0]}x{near[1]}')
-        return height, width
-
-    @property
-    def latent_channels(self) -> int:
-        return self.first_stage_model.EMBED_DIM if self.first_stage_model is not None else getattr(self.model, 'OUT_CHANNELS', 3)
 
     @property
     def device(self) -> torch.device:
@@ -326,51 +300,6 @@ def _diffusion_of(cfg: Config) -> Diffusion:
         if cfg.ZERO_TERMINAL_SNR:
             schedule = zero_terminal_snr(*schedule)
         return Diffusion(*schedule, prediction=cfg.PARAMETERIZATION)
-
-
-def _size_faults(cfg: Config) -> Iterator[Fault]:
-    """SIZE_FACTOR against the autoencoder, where its config alone tells how often it halves the size, and IMAGE_SIZE against both."""
-    for key in ('SIZE_FACTOR', 'SCALE_FACTOR') if cfg.FIRST_STAGE_MODEL is None else ():
-        if cfg[key] != 1:
-            yield Fault(key, f'is {cfg[key]}, but without FIRST_STAGE_MODEL the network draws pixels: set it to 1, or name an autoencoder')
-    encoder = (cfg.FIRST_STAGE_MODEL or {}).get('ENCODER')
-    levels = len(BACKBONES.filled(encoder).get('CH_MULT') or []) if isinstance(encoder, Config) else 0
-    if levels and cfg.SIZE_FACTOR != 2 ** (levels - 1):
-        yield Fault('SIZE_FACTOR', f'is {cfg.SIZE_FACTOR}, but the autoencoder has {levels} levels (FIRST_STAGE_MODEL.ENCODER.CH_MULT) '
-                                   f'and makes pictures {2 ** (levels - 1)} times smaller')
-    sides = cfg.IMAGE_SIZE if isinstance(cfg.IMAGE_SIZE, list) else [cfg.IMAGE_SIZE]
-    if any(side % cfg.SIZE_FACTOR for side in sides):
-        yield Fault('IMAGE_SIZE', f'is {cfg.IMAGE_SIZE}: sides are multiples of SIZE_FACTOR, which is {cfg.SIZE_FACTOR}')
-
-
-class Beside(nn.Module):
-    """A network with further channels [B, D, H, W] beside every state it is given, the same ones for each conditioning of a guidance."""
-
-    def __init__(self, network: nn.Module, channels: Tensor):
-        super().__init__()
-        self.network, self.channels = network, channels
-
-    def forward(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
-        beside = self.channels.to(x).repeat(len(x) // len(self.channels), 1, 1, 1)
-        return self.network(torch.cat([x, beside], 1), t=t, **conditions)
-
-
-class FirstStage(Protocol):
-    """What LatentDiffusion asks of its FIRST_STAGE_MODEL, a TrainModule. It is frozen, and sees only `encode` and `decode`.
-
-    `size_factor` may be missing; SIZE_FACTOR of the config is then taken at its word, and held against the first picture.
-    """
-    EMBED_DIM: int      # channels of a latent
-    size_factor: int    # how many times smaller than the image a latent is, per side
-
-    def encode(self, x: Tensor) -> Any:
-        """image [B, 3, H, W] in -1..1 -> an object whose latent_dist has sample() and mode(), each [B, EMBED_DIM, H/f, W/f].
-
-        sample() draws by streams.normal, so that it is keyed; an autoencoder without a distribution gives the same from both.
-        """
-
-    def decode(self, z: Tensor) -> Tensor:
-        """latent [B, EMBED_DIM, h, w] -> image [B, 3, f*h, f*w], about -1..1."""
 
 
 def _misfit(part: Any, problem: str) -> ScepterError:

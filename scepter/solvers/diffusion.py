@@ -49,10 +49,11 @@ class LatentDiffusionSolver(BaseSolver):
     @classmethod
     def check(cls, cfg: Config) -> Iterator[Fault]:
         yield from super().check(cfg)
-        step = MODELS.filled(cfg.MODEL).get('SIZE_FACTOR')
+        tell = getattr(MODELS.get(cfg.MODEL.NAME), 'side_multiple', None)
+        step = tell(MODELS.filled(cfg.MODEL)) if tell is not None else None
         size = cfg.SAMPLE_ARGS.IMAGE_SIZE
-        if isinstance(step, int) and any(side % step for side in (size if isinstance(size, list) else [size or 0])):
-            yield Fault('SAMPLE_ARGS.IMAGE_SIZE', f"is {size}: sides are multiples of the network's SIZE_FACTOR, which is {step}")
+        if step is not None and any(side % step for side in (size if isinstance(size, list) else [size or 0])):
+            yield Fault('SAMPLE_ARGS.IMAGE_SIZE', f'is {size}: sides are multiples of {step} in this network')
 
     def test_arguments(self) -> dict[str, Any]:
         return SampleArgs(self.SAMPLE_ARGS).given()

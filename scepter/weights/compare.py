@@ -56,10 +56,11 @@ def refuse_contradictions(model: nn.Module, weights: Weights, ignore_keys: Colle
                               f'Correct the config; where it is meant to differ, say so: IGNORE_KEYS: [{keys}]')
 
 
-def scale_beside(weights: Weights) -> float | None:
-    """The scaling_factor that stands beside weights, of an autoencoder or of a whole; None where nothing does."""
+def latent_beside(weights: Weights) -> dict[str, float]:
+    """SCALE_FACTOR and SHIFT_FACTOR as they stand beside weights, of an autoencoder or of a whole; empty where nothing does."""
     values = weights.settings.get('vae', weights.settings.get('', {}))
-    return configs.scaling_factor(values, weights.source).value if 'scaling_factor' in values else None
+    said = configs.latent(values, weights.source) if 'scaling_factor' in values else {}
+    return {key: value.value for key, value in said.items()}
 
 
 def said_beside(model: nn.Module, weights: Weights, ignore_keys: Collection[str], name: str) -> tuple[Node, Mapping[str, Any]]:
@@ -74,7 +75,7 @@ def said_beside(model: nn.Module, weights: Weights, ignore_keys: Collection[str]
             own.add('SCHEDULE_ARGS')
         if settings.keys() & {'unet', 'vae'}:
             return said_of(settings, name, own), cfg
-        gone = {'SCALE_FACTOR'} if 'FIRST_STAGE_MODEL' in own else set()
+        gone = {'SCALE_FACTOR', 'SHIFT_FACTOR'} if 'FIRST_STAGE_MODEL' in own else set()
         said = process(weights)
         return {key: said[key] for key in said if key not in gone and (key == 'SCALE_FACTOR' or 'SCHEDULE_ARGS' not in own)}, cfg
     alone = settings.get('', {})
@@ -113,8 +114,8 @@ class Fact(NamedTuple):
 
 def facts(model: Mapping[str, Any]) -> dict[str, Fact]:
     """key -> what the config of a LatentDiffusion, or a part of one, says that shapes do not show."""
-    found = {key: Fact(model[key], repr(model[key])) for key in ('PARAMETERIZATION', 'TIMESTEPS', 'ZERO_TERMINAL_SNR', 'SCALE_FACTOR')
-             if key in model}
+    plain = ('PARAMETERIZATION', 'TIMESTEPS', 'ZERO_TERMINAL_SNR', 'SCALE_FACTOR', 'SHIFT_FACTOR')
+    found = {key: Fact(model[key], repr(model[key])) for key in plain if key in model}
     if 'SCHEDULE_ARGS' in model:
         alphas, _, *times = SCHEDULES.build(Config.of(model['SCHEDULE_ARGS']), n=model.get('TIMESTEPS', 1000))
         told = times[0] if times else torch.arange(len(alphas))

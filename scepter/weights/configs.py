@@ -183,11 +183,10 @@ def _one_or_list(s: Settings, key: str, levels: int) -> int | list[int]:
 
 # ---------------------------------------------------------------- autoencoder
 VAE_DEFAULTS = {'in_channels': 3, 'out_channels': 3, 'block_out_channels': (64,), 'layers_per_block': 1, 'latent_channels': 4,
-                'scaling_factor': 0.18215, 'use_quant_conv': True, 'use_post_quant_conv': True}
+                'scaling_factor': 0.18215, 'shift_factor': None, 'use_quant_conv': True, 'use_post_quant_conv': True}
 VAE_ONLY: dict[str, tuple[Any, ...]] = {
     'norm_num_groups': (32,), 'act_fn': ('silu', 'swish'), 'down_block_types': ('DownEncoderBlock2D',),
-    'up_block_types': ('UpDecoderBlock2D',), 'mid_block_add_attention': (True,), 'shift_factor': (None, 0), 'latents_mean': (),
-    'latents_std': ()}
+    'up_block_types': ('UpDecoderBlock2D',), 'mid_block_add_attention': (True,), 'latents_mean': (), 'latents_std': ()}
 
 
 def vae(values: Mapping[str, Any], folder: str, file: str = 'vae/config.json') -> Node:
@@ -207,14 +206,17 @@ def vae(values: Mapping[str, Any], folder: str, file: str = 'vae/config.json') -
                 'DECODER': {'NAME': 'Decoder', **half, 'OUT_CH': s.said(s.number('out_channels'), 'out_channels')}}
 
 
-def scaling_factor(values: Mapping[str, Any], folder: str, file: str = 'vae/config.json') -> Said:
-    """SCALE_FACTOR."""
+def latent(values: Mapping[str, Any], folder: str, file: str = 'vae/config.json') -> dict[str, Said]:
+    """SCALE_FACTOR and SHIFT_FACTOR."""
     s = Settings(values, file, folder, VAE_DEFAULTS)
     with s.reading():
         scale = float(s['scaling_factor'])
         if not 0 < scale < float('inf'):
             raise s.refusal('scaling_factor', 'expected a number above 0')
-        return s.said(scale, 'scaling_factor')
+        shift = float(s['shift_factor'] or 0)
+        if not abs(shift) < float('inf'):
+            raise s.refusal('shift_factor', 'expected a number')
+        return {'SCALE_FACTOR': s.said(scale, 'scaling_factor'), 'SHIFT_FACTOR': s.said(shift, 'shift_factor')}
 
 
 # ---------------------------------------------------------------- text towers

@@ -96,7 +96,7 @@ def said_of(settings: Settings, name: str, left_out: Collection[str] = ()) -> No
     if 'unet' in settings and 'DIFFUSION_MODEL' not in left_out:
         model['DIFFUSION_MODEL'] = configs.unet(settings['unet'], name)
     if 'vae' in settings and 'FIRST_STAGE_MODEL' not in left_out:
-        model['SCALE_FACTOR'] = configs.scaling_factor(settings['vae'], name)
+        model |= configs.latent(settings['vae'], name)
         model['FIRST_STAGE_MODEL'] = configs.vae(settings['vae'], name)
     if towers and 'COND_STAGE_MODEL' not in left_out:
         if not is_xl:

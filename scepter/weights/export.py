@@ -209,7 +209,7 @@ def unet_config(model: nn.Module) -> dict[str, Any]:
     depths = [*(d if h else 1 for d, h in zip(depths[:-1], has)), middle]
     size = model.IMAGE_SIZE if isinstance(model.IMAGE_SIZE, int) else max(model.IMAGE_SIZE)
     config = {
-        '_class_name': 'UNet2DConditionModel', 'sample_size': size // model.SIZE_FACTOR, 'in_channels': unet.IN_CHANNELS,
+        '_class_name': 'UNet2DConditionModel', 'sample_size': size // model.size_factor, 'in_channels': unet.IN_CHANNELS,
         'out_channels': unet.OUT_CHANNELS, 'down_block_types': ['CrossAttnDownBlock2D' if h else 'DownBlock2D' for h in has],
         'mid_block_type': 'UNetMidBlock2DCrossAttn', 'up_block_types': ['CrossAttnUpBlock2D' if h else 'UpBlock2D' for h in reversed(has)],
         'block_out_channels': channels, 'layers_per_block': unet.NUM_RES_BLOCKS, 'cross_attention_dim': unet.CONTEXT_DIM,
@@ -233,8 +233,9 @@ def vae_config(model: nn.Module) -> dict[str, Any]:
     return {'_class_name': 'AutoencoderKL', 'in_channels': encoder.IN_CHANNELS, 'out_channels': decoder.OUT_CH,
             'down_block_types': ['DownEncoderBlock2D'] * levels, 'up_block_types': ['UpDecoderBlock2D'] * levels,
             'block_out_channels': [m * encoder.CH for m in encoder.CH_MULT], 'layers_per_block': encoder.NUM_RES_BLOCKS,
-            'latent_channels': vae.EMBED_DIM, 'sample_size': unet_config(model)['sample_size'] * model.SIZE_FACTOR,
-            'scaling_factor': model.SCALE_FACTOR, 'use_quant_conv': vae.USE_CONV, 'use_post_quant_conv': vae.USE_CONV}
+            'latent_channels': vae.EMBED_DIM, 'sample_size': unet_config(model)['sample_size'] * model.size_factor,
+            'scaling_factor': model.SCALE_FACTOR, 'shift_factor': model.SHIFT_FACTOR or None, 'use_quant_conv': vae.USE_CONV,
+            'use_post_quant_conv': vae.USE_CONV}
 
 
 def text_config(embedder: nn.Module, part: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from scepter.core.errors import CheckpointError
 from scepter.core.logger import get_logger
 from scepter.core.stores import FS
 from scepter.core.stores.client import shown
-from scepter.weights.compare import refuse_contradictions, scale_beside
+from scepter.weights.compare import latent_beside, refuse_contradictions
 from scepter.weights.files import local_copy
 from scepter.weights.hugging_face import in_layout_of
 from scepter.weights.layouts import weights_for
@@ -49,7 +49,7 @@ def load_pretrained(model: nn.Module, path: str | Path, ignore_keys: Sequence[st
         loaded.keep(taken.values())
         # averages, and what load_into had to rename, could not be found under these names again: a checkpoint holds them
         mark(model, {name: entry if name in weights else None for name, entry in taken.items()}, None if use_ema else loaded)
-        model.__dict__['published_scale'] = scale_beside(found)
+        model.__dict__['published_latent'] = latent_beside(found)
 
 
 @contextmanager

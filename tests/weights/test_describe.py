@@ -17,7 +17,7 @@ from scepter.core.registry import BACKBONES, EMBEDDERS, MODELS, SCHEDULES
 from scepter.run_inference import main as run_inference
 from scepter.run_train import main as run_train
 from scepter.solvers.diffusion import SampleArgs
-from scepter.weights import describe, load_pretrained
+from scepter.weights import describe, export_diffusers, load_pretrained
 from scepter.weights.configs import sampling
 from scepter.weights.describe import said_of, values_of
 from scepter.weights.files import read_settings
@@ -190,6 +190,25 @@ def test_an_autoencoder_of_its_own_brings_its_scale(folders, folder):
     load(folders('sd15')[1], FIRST_STAGE_MODEL__PRETRAINED_MODEL=vae, IGNORE_KEYS=['SCALE_FACTOR'])
 
 
+@torch.no_grad()
+def test_a_shifted_latent_is_that_of_diffusers(folder, tmp_path):
+    rewrite(folder / 'vae' / 'config.json', shift_factor=0.25)
+    told = describe(folder)
+    model = MODELS.build(told.config.SOLVER.MODEL).eval()
+    assert model.SHIFT_FACTOR == 0.25 and 'vae/config.json: shift_factor' in [taken.source for taken in told.taken]
+    vae, z = diffusers.AutoencoderKL.from_pretrained(folder / 'vae'), torch.randn(1, 4, 8, 8)
+    theirs = vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor).sample
+    near = {'rtol': 1e-4, 'atol': 1e-4}
+    torch.testing.assert_close(model.decode_first_stage(z), theirs, **near)
+    moments = vae.encode(theirs).latent_dist.mean
+    torch.testing.assert_close(model.encode_first_stage(theirs, is_drawn=False), (moments - 0.25) * vae.config.scaling_factor, **near)
+
+    export_diffusers(model, tmp_path / 'exported')
+    assert diffusers.AutoencoderKL.from_pretrained(tmp_path / 'exported' / 'vae').config.shift_factor == 0.25
+    with pytest.raises(CheckpointError, match=r'shift_factor.*0.25'):
+        load(folder, SHIFT_FACTOR=0.0)
+
+
 def test_a_tower_of_another_activation_is_not_taken_for_openclips(folders):
     clip = {'NAME': 'FrozenOpenCLIPEmbedder', 'ARCH': 'custom', 'WIDTH': 32, 'DEPTH': 3, 'HEADS': 4, 'LAYER': 'last'}
     with pytest.raises(CheckpointError, match='hidden_act says FrozenCLIPEmbedder'):
@@ -207,7 +226,7 @@ REFUSED = {
     'another block': (UNET, {'down_block_types': ['AttnDownBlock2D', 'DownBlock2D']}), 'no middle': (UNET, {'mid_block_type': None}),
     'another time': (UNET, {'time_cond_proj_dim': 256}), 'instruct': (UNET, {'in_channels': 8}),
     'learnt variance': (UNET, {'out_channels': 8}),
-    'a shifted latent': (VAE, {'shift_factor': 0.1}), 'quant': (VAE, {'use_quant_conv': False}),
+    'a shift that is none': (VAE, {'shift_factor': 'x'}), 'quant': (VAE, {'use_quant_conv': False}),
     'a flow': (SCHEDULER, {'_class_name': 'FlowMatchEulerDiscreteScheduler'}), 'EDM': (SCHEDULER, {'_class_name': 'EDMEulerScheduler'}),
     'unknown betas': (SCHEDULER, {'beta_schedule': 'laplace'}), 'unknown prediction': (SCHEDULER, {'prediction_type': 'flow_prediction'}),
     'other pipelines': ('model_index.json', {'_class_name': 'FluxPipeline'}), 'a wrong type': (UNET, {'block_out_channels': 'wide'}),
