@@ -13,14 +13,11 @@ In a run on several processes the main one alone calls `preflight`, `resolve`, `
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +26,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from scepter.core.disk import atomic
+from scepter.core.disk import atomic, manifests
 from scepter.core.disk.atomic import NO_SPACE, Digest
+from scepter.core.disk.manifests import FORMAT, MANIFEST, step_of
 from scepter.core.disk.tensors import TensorFile, nbytes, write_tensors
 from scepter.core.errors import CheckpointError
 from scepter.core.faults import did_you_mean
@@ -38,10 +36,6 @@ from scepter.core.logger import get_logger
 
 __all__ = ['Checkpoint', 'is_checkpoint', 'latest', 'load', 'preflight', 'prune', 'resolve', 'save']
 
-FORMAT = 2
-MANIFEST = 'MANIFEST.json'
-MANIFEST_LIMIT = 1 << 24    # bytes
-STEP = re.compile(r'step-(\d{8,})')
 
 
 # -------------------------------------------------------------------- writing
@@ -175,7 +169,7 @@ def _commit(folder: Path, target: Path, step: int, files: Mapping[str, Digest], 
     """Seal a folder that holds all files, and let it appear at target. Everything before this is invisible to readers."""
     manifest = {'format': FORMAT, 'step': step, 'torch': torch.__version__, 'groups': dict(groups),
                 'files': {name: file._asdict() for name, file in files.items()}}
-    atomic.write_file(folder / MANIFEST, [_seal(manifest)])
+    atomic.write_file(folder / MANIFEST, [manifests.sealed(manifest)])
     atomic.sync(folder)
     replaced = None
     if target.exists():     # a run that went back comes by its old steps again
@@ -293,8 +287,8 @@ def load(folder: Path | str, verify: Literal['full', 'size'] = 'full') -> Checkp
         return _newest(run, verify)
     if not folder.is_dir():
         raise CheckpointError(_missing(folder))
-    manifest = _read_manifest(folder)
-    _compare(folder, manifest['files'], verify)
+    manifest = manifests.read(folder)
+    manifests.compare(folder, manifest['files'], verify)
     return Checkpoint(folder, manifest)
 
 
@@ -348,12 +342,6 @@ def folder_of(root: Path | str, step: int) -> Path:
     return Path(root) / f'step-{step:08d}'
 
 
-def step_of(folder: Path) -> int:
-    """The step that a checkpoint folder's name tells, or -1."""
-    match = STEP.fullmatch(folder.name)
-    return int(match[1]) if match else -1
-
-
 def folders(root: Path | str) -> list[Path]:
     """All checkpoint folders under root, sound or not, the newest step first."""
     root = Path(root)
@@ -379,81 +367,6 @@ def is_sound(folder: Path, verify: Literal['full', 'size'] = 'full') -> bool:
     except CheckpointError:
         return False
     return True
-
-
-# -------------------------------------------------------------------- the manifest
-def _seal(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest's one spelling, closed by its own sha256, so that a changed byte shows wherever it lies."""
-    body = json.dumps(dict(manifest), indent=1, sort_keys=True)
-    return json.dumps({**manifest, 'sha256': hashlib.sha256(body.encode()).hexdigest()}, indent=1, sort_keys=True).encode() + b'\n'
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(f'{folder} is no checkpoint of ours: it has no {MANIFEST}')
-    try:
-        with open(path, 'rb') as file:
-            text = file.read(MANIFEST_LIMIT)
-        manifest = json.loads(text)
-        seal = manifest.pop('sha256')
-        if manifest['format'] != FORMAT and _seal(manifest) == text:
-            older = isinstance(manifest['format'], int) and manifest['format'] < FORMAT
-            raise CheckpointError(f'{path}: format {manifest["format"]}, but this version of scepter reads format {FORMAT}: '
-                                  + ('take the version that wrote it; this one cannot tell what it leaves out' if older else 'upgrade it'))
-        expected = _seal(manifest)
-        if text != expected:
-            raise CheckpointError(f'{path}: damaged: sha256 {seal} expected, {json.loads(expected)["sha256"]} found')
-    except OSError as error:
-        raise CheckpointError(f'{path}: cannot be read: {error.strerror}') from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f'{path}: damaged: {path.stat().st_size} bytes that are not a manifest ({type(error).__name__})') from error
-    if step_of(folder) not in (-1, manifest['step']):
-        raise CheckpointError(f'{path}: this manifest is of step {manifest["step"]}, but the folder is {folder.name}')
-    _check_shape(path, manifest)
-    return manifest
-
-
-def _check_shape(path: Path, manifest: Mapping[str, Any]) -> None:
-    """A sealed manifest can still be a forged one: its names may not lead out of the folder, its groups only to its files."""
-    try:
-        for name, file in manifest['files'].items():
-            if '/' in name or name.startswith('.') or name == MANIFEST:
-                raise ValueError(f'{name!r} is not the name of a file in this folder')
-            atomic.safe_join(path.parent, name)
-            if type(file['size']) is not int or type(file['sha256']) is not str:
-                raise ValueError(f'{name!r} has no size and sha256')
-        if not {'state.json', 'config.yaml'} | {name for names in manifest['groups'].values() for name in names} <= set(manifest['files']):
-            raise ValueError('its groups name files that it does not list')
-        if type(manifest['step']) is not int or manifest['step'] < 0:
-            raise ValueError(f'its step is {manifest["step"]!r}')
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f'{path}: refused: {error}') from error
-
-
-def _compare(folder: Path, files: Mapping[str, Mapping[str, Any]], verify: Literal['full', 'size']) -> None:
-    # hidden names are the file system's own (.nfs..., .DS_Store); ours never begin with a dot
-    found = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder) if not entry.name.startswith('.')}
-    extra = sorted(found.keys() - files.keys() - {MANIFEST})
-    if extra:
-        raise CheckpointError(f'{folder / extra[0]}: not a file of this checkpoint: its manifest does not list it')
-    for name, expected in files.items():
-        if name not in found:
-            raise CheckpointError(f'{folder / name}: missing; {expected["size"]} bytes expected')
-        if not stat.S_ISREG(found[name].st_mode):
-            raise CheckpointError(f'{folder / name}: a plain file expected, a link or something else found')
-        if found[name].st_size != expected['size']:
-            raise CheckpointError(f'{folder / name}: {expected["size"]} bytes expected, {found[name].st_size} found')
-    if verify == 'size':
-        return
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        try:
-            digests = dict(zip(files, pool.map(lambda name: atomic.digest(folder / name), files)))
-        except OSError as error:
-            raise CheckpointError(f'{folder}: cannot be read: {error.strerror}') from error
-    for name, expected in files.items():
-        if digests[name] != (expected['size'], expected['sha256']):
-            raise CheckpointError(f'{folder / name}: damaged: sha256 {expected["sha256"]} expected, {digests[name].sha256} found')
 
 
 def _missing(folder: Path) -> str:

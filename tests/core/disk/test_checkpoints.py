@@ -22,7 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scepter.core.disk import atomic, checkpoints
+from scepter.core.disk import atomic, checkpoints, manifests
 from scepter.core.disk.checkpoints import FORMAT, MANIFEST, is_sound, latest, load, preflight, prune, resolve, save
 from scepter.core.disk.tensors import HEADER_LIMIT, TENSOR_LIMIT, TensorFile, write_tensors
 from scepter.core.errors import CheckpointError
@@ -198,7 +198,7 @@ def test_size_alone_is_verified_on_request(tmp_path):
 def reseal(folder: Path, **changes: Any) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest.pop('sha256')
-    (folder / MANIFEST).write_bytes(checkpoints._seal({**manifest, **changes}))
+    (folder / MANIFEST).write_bytes(manifests.sealed({**manifest, **changes}))
 
 
 TRAVERSALS = ['../secret', '/etc/passwd', 'a/../../secret', '..', '.', '', './x', 'x/', 'x//y', 'a\0b', '~', '~/x', 'C:x', 'C:\\x',
