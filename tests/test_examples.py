@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import scepter
 from scepter import run_inference, run_train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +40,14 @@ def test_the_digits_are_trained_and_drawn(digits, tmp_path):
                                '--pretrained_model', str(digits / 'diffusion' / 'checkpoints' / 'step-00000002')])
     assert code == 0
     assert len(list(tmp_path.glob('0000*.png'))) == 2 and (tmp_path / 'grid.png').exists()
+
+
+def test_flow_matching_is_trained_and_drawn_over_the_same_recipe(digits, tmp_path):
+    train('digits/flow.yaml', *stage2(digits, 'flow'), 'SOLVER.MODEL.DIFFUSION_MODEL.MODEL_CHANNELS=32')
+    pipe = scepter.load(digits / 'flow')
+    assert pipe.model.diffusion.times[-1] == 1000 and pipe.model.PARAMETERIZATION == 'flow'
+    drawn = pipe(['the number three'], seed=1)
+    assert drawn.images[0].size == (32, 32) and drawn.results[0]['image'].isfinite().all()
 
 
 def test_no_wording_loses_its_digit_to_the_length_of_the_prompt():

@@ -51,7 +51,7 @@ SAID = {
     'LR_SCHEDULERS': 'Functions `(step, max_steps, ...) -> factor` of the learning rate, without state: `LR_SCHEDULER`.',
     'FILE_SYSTEMS': 'Stores that a path may point to.',
     'SCHEDULES': 'Functions `n -> (alphas, sigmas)`, or with the times that the network is told: `SCHEDULE_ARGS`.',
-    'LEVELS': 'Functions `(use, n, count) -> indices`: how often training draws each level, `TIMESTEP_DENSITY`.',
+    'LEVELS': 'Functions `(use, n, count, tokens) -> indices`: how often training draws each level, `TIMESTEP_DENSITY`.',
     'SAMPLERS': 'Functions that draw: `SAMPLER`, with their options under `SAMPLER_ARGS` ([diffusion.md](diffusion.md)).',
 }
 

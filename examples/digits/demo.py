@@ -1,6 +1,6 @@
 """From nothing to pictures drawn on demand: train both stages, draw, and let a classifier read what was drawn.
 
-    make demo            or            python examples/digits/demo.py --seed 2
+    make demo            or            python examples/digits/demo.py --seed 2 --recipe flow
 
 Writes outputs/digits/: samples.png (a row per prompt), loss.png, report.json. The reader is a classifier of scikit-learn that was
 trained on the real digits alone; the network is told what to draw by the prompt and by nothing else.
@@ -32,46 +32,48 @@ RECIPES = ROOT / 'examples' / 'digits'
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seed', type=int, default=1, help='of the whole run (default 1)')
+    recipes = sorted({path.stem for path in RECIPES.glob('*.yaml')} - {'autoencoder'})
+    parser.add_argument('--recipe', choices=recipes, default='diffusion', help='of stage 2: a YAML beside this file (default diffusion)')
     parser.add_argument('--out', default='outputs/digits', help='folder of the run; what an earlier run left there is removed')
     args = parser.parse_args()
     out = Path(args.out)
-    for name in ('autoencoder', 'diffusion', 'drawn'):
+    for name in ('autoencoder', args.recipe, 'drawn'):
         shutil.rmtree(out / name, ignore_errors=True)
 
     print('Two short trainings and 700 pictures: 2 to 4 minutes on two CPU cores, 1.2 GB of memory, 80 MB in ' + str(out), flush=True)
     begin = time.monotonic()
     train('autoencoder', args.seed, out)
     stage1 = newest(out / 'autoencoder')
-    train('diffusion', args.seed, out, f'SOLVER.MODEL.FIRST_STAGE_MODEL.PRETRAINED_MODEL={stage1}')
+    train(args.recipe, args.seed, out, f'SOLVER.MODEL.FIRST_STAGE_MODEL.PRETRAINED_MODEL={stage1}')
     train_seconds = time.monotonic() - begin
 
     begin = time.monotonic()
     prompts = [wording.format(word) for word in WORDS for wording in WORDINGS]
     (out / 'prompts.txt').write_text('\n'.join(prompts) + '\n', encoding='utf-8')
-    draw(out, out / 'drawn', args.seed, 15 * len(prompts), '--prompt_file', str(out / 'prompts.txt'), '--num_samples', '15')
+    draw(out / args.recipe, out / 'drawn', args.seed, 15 * len(prompts), '--prompt_file', str(out / 'prompts.txt'), '--num_samples', '15')
     sample_seconds = time.monotonic() - begin
     (out / 'ten.txt').write_text('\n'.join(WORDINGS[0].format(word) for word in WORDS) + '\n', encoding='utf-8')
-    draw(out, out / 'drawn' / 'grid', args.seed, 100, '--prompt_file', str(out / 'ten.txt'), '--num_samples', '10', '--grid')
+    draw(out / args.recipe, out / 'drawn' / 'grid', args.seed, 100, '--prompt_file', str(out / 'ten.txt'), '--num_samples', '10', '--grid')
     shutil.copyfile(out / 'drawn' / 'grid' / 'grid.png', out / 'samples.png')
 
-    plot_losses(out)
+    plot_losses(out, args.recipe)
     report = {**judge(out / 'drawn'), 'train_seconds': round(train_seconds, 1), 'sample_seconds': round(sample_seconds, 1),
-              'seed': args.seed}
+              'recipe': args.recipe, 'seed': args.seed}
     (out / 'report.json').write_text(json.dumps(report, indent=1) + '\n', encoding='utf-8')
     print(f'\nprompt accuracy {report["prompt_accuracy"]:.3f} over {report["samples"]} pictures, diversity {report["diversity"]:.2f}, '
           f'trained {train_seconds:.0f} s, drawn in {sample_seconds:.0f} s')
     for name in ('samples.png', 'loss.png', 'report.json'):
         print(out / name)
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(ROOT) else 'python'
-    print(f'\nDraw your own:\n  {python} scepter/run_inference.py --prompt "the number seven" --pretrained_model {out / "diffusion"}')
+    print(f'\nDraw your own:\n  {python} scepter/run_inference.py --prompt "the number seven" --pretrained_model {out / args.recipe}')
 
 
 def train(stage: str, seed: int, out: Path, *words: str) -> None:
     run('run_train.py', '--cfg', str(RECIPES / f'{stage}.yaml'), f'ENV.SEED={seed}', f'SOLVER.WORK_DIR={out / stage}', *words)
 
 
-def draw(out: Path, folder: Path, seed: int, count: int, *words: str) -> None:
-    run('run_inference.py', '--pretrained_model', str(out / 'diffusion'), '--seed', str(seed), '--save_folder', str(folder),
+def draw(model: Path, folder: Path, seed: int, count: int, *words: str) -> None:
+    run('run_inference.py', '--pretrained_model', str(model), '--seed', str(seed), '--save_folder', str(folder),
         '--batch_size', '100', *words, count=count)
 
 
@@ -135,12 +137,12 @@ def within_class_deviation(images: torch.Tensor, labels: np.ndarray) -> float:
     return float(np.mean([images[torch.from_numpy(labels == c), :1].std(0).mean() for c in range(len(WORDS))]))
 
 
-def plot_losses(out: Path) -> None:
+def plot_losses(out: Path, recipe: str) -> None:
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout='constrained')
-    for axis, stage in zip(axes, ('autoencoder', 'diffusion')):
+    for axis, stage in zip(axes, ('autoencoder', recipe)):
         rows = [json.loads(line) for line in (out / stage / 'log.jsonl').read_text().splitlines()]
         axis.plot([r['step'] for r in rows], [r['train/loss'] for r in rows], color='black')
         axis.set(title=stage, xlabel='step', ylabel='loss', yscale='log')

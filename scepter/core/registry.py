@@ -273,7 +273,7 @@ OPTIMIZERS = Registry('OPTIMIZERS', given=('params',), aliases={'LEARNING_RATE':
 LR_SCHEDULERS = Registry('LR_SCHEDULERS', given=('step', 'max_steps'))
 FILE_SYSTEMS = Registry('FILE_SYSTEMS')
 SCHEDULES = Registry('SCHEDULES', given=('n',))
-LEVELS = Registry('LEVELS', given=('use', 'n', 'count'))
+LEVELS = Registry('LEVELS', given=('use', 'n', 'count', 'tokens'))
 SAMPLERS = Registry('SAMPLERS', given=('denoise', 'x', 'levels', 'fresh', 'between'))
 # what other programs call our samplers, folded: without case, spaces, hyphens and underscores, + as p. An algorithm that we do not have
 # stands here under no name of one that we have.

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from scepter.diffusion.levels import index_of
 DRAWS = 200_000
 
 
-def drawn(name: str, n: int, count: int = DRAWS, first: int = 0, seed: int = 1, **options: float) -> Tensor:
+def drawn(name: str, n: int, count: int = DRAWS, first: int = 0, seed: int = 1, **options: Any) -> Tensor:
     with streams.current(seed, range(first, first + count)):
         return LEVELS.get(name)('timestep', n, count, **options)
 
@@ -86,10 +88,51 @@ def test_a_level_is_keyed_by_its_sample_whatever_the_batch(name):
     assert not torch.equal(together, drawn(name, 1000, count=64, first=5, seed=2))
 
 
+@pytest.mark.parametrize(('name', 'options', 'below'), [(name, *laws[0]) for name, laws in LAWS.items()])
+def test_a_level_of_each_token_has_the_same_law_and_is_its_own(name, options, below):
+    rows, tokens, n = 4000, 50, 25
+    levels = drawn(name, n, count=rows, tokens=tokens, **options)
+    shares = torch.tensor([below((i + 1) / n) - below(i / n) for i in range(n)]).double()
+    assert levels.shape == (rows, tokens) and abs(excess(levels, shares)) < 6
+    # levels of two tokens, or of two rows, know nothing of each other: the correlation of m pairs is below 6 / sqrt(m)
+    centred = (levels.double() - levels.double().mean()) / levels.double().std()
+    for a, b in ((centred[:, :-1], centred[:, 1:]), (centred[:-1], centred[1:])):
+        assert (a * b).mean().abs() < 6 / math.sqrt(a.numel())
+    # and a token's level depends neither on the batch nor on the tokens beside it
+    assert torch.equal(levels[10:20, :7], drawn(name, n, count=10, first=10, tokens=7, **options))
+
+
+def test_the_loss_takes_a_level_of_each_token_and_the_criterion_sees_its_shape():
+    flow = Diffusion(*SCHEDULES.get('flow')(1000), prediction='flow')
+    x0, noise = torch.randn(4, 6, 8, dtype=torch.float64), torch.randn(4, 6, 8, dtype=torch.float64)
+    t = drawn('logit_normal', 1000, count=4, tokens=6)
+    told, shapes = [], []
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        told.append(t)
+        return 0.5 * x
+
+    def absolute(out: Tensor, target: Tensor) -> Tensor:
+        shapes.append(out.shape)
+        return (out - target).abs()
+
+    def by_hand(error: Callable[[Tensor], Tensor], weight: Tensor | float = 1.0) -> Tensor:
+        sigma = flow.sigmas[t][..., None]
+        out = 0.5 * ((1 - sigma) * x0 + sigma * noise)
+        return (error(out - (noise - x0)).mean(-1) * weight).mean(1)
+
+    torch.testing.assert_close(flow.loss(x0, t, network, noise=noise, criterion=absolute), by_hand(torch.abs))
+    assert torch.equal(told[0], flow.times[t].float()) and shapes == [(4, 6, 8)]
+    snr = ((1 - flow.sigmas[t]) / flow.sigmas[t]) ** 2
+    weight = flow.sigmas[t] ** 2 * snr.clamp(max=5)    # an error in the flow is sigma times it in x0
+    torch.testing.assert_close(flow.loss(x0, t, network, noise=noise, weight=flow.min_snr(5)), by_hand(torch.square, weight))
+
+
 @pytest.mark.parametrize('name', sorted(LEVELS))
 def test_levels_can_be_drawn_outside_of_a_run(name):
-    levels = LEVELS.get(name)('timestep', 4, 1000)
-    assert levels.unique().tolist() == [0, 1, 2, 3]
+    for tokens, shape in ((None, (1000,)), (2, (1000, 2))):
+        levels = LEVELS.get(name)('timestep', 4, 1000, tokens)
+        assert levels.shape == shape and levels.unique().tolist() == [0, 1, 2, 3]
 
 
 def test_the_ends_of_time_are_levels_too():
