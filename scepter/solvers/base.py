@@ -240,7 +240,7 @@ class BaseSolver(Run, base=True):
             begin = time.monotonic()
             groups, state = self.checkpoint_contents()
             path = checkpoints.save(self.work_dir / 'checkpoints', self.step, groups, state, masked(self.experiment).dump(),
-                                    keep=self.KEEP_CHECKPOINTS, pinned=self._pinned_steps())
+                                    keep=self.KEEP_CHECKPOINTS, pinned=self._pinned_steps(), every=self.KEEP_EVERY)
             self.logger.info(f'saved {path} in {time.monotonic() - begin:.1f} s')
         self._saved_step = self.step
         we.barrier()

@@ -57,6 +57,7 @@ class Run(Component, base=True):
     TEST_HOOKS: list = parts(HOOKS, 'Side concerns of testing.')
     RESUME_FROM: str | None = param(None, 'Absent: a fresh run. auto: the newest checkpoint, else fresh. latest: the newest. A path: that.')
     KEEP_CHECKPOINTS: int | None = param(None, 'How many of the newest checkpoints to keep; default all.', least=1)
+    KEEP_EVERY: int | None = param(None, 'Beside those, keep the checkpoints whose step is a multiple of this.', least=1)
 
     @classmethod
     def check(cls, cfg: Config) -> Iterator[Fault]:

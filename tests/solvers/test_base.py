@@ -268,14 +268,14 @@ def test_after_solve_runs_also_after_an_error(tmp_path):
     assert ended == [True]
 
 
-def test_the_best_checkpoint_is_kept_when_others_go(tmp_path):
+def test_the_best_checkpoint_and_every_nth_are_kept_when_others_go(tmp_path):
     hooks = [{'NAME': 'CheckpointHook', 'INTERVAL': 1, 'SAVE_BEST_BY': '-loss'}]
-    solver = run(config(tmp_path, steps=8, TRAIN_HOOKS=hooks, KEEP_CHECKPOINTS=2, EVAL_INTERVAL=1,
+    solver = run(config(tmp_path, steps=8, TRAIN_HOOKS=hooks, KEEP_CHECKPOINTS=2, KEEP_EVERY=5, EVAL_INTERVAL=1,
                         OPTIMIZER={'NAME': 'SGD', 'LR': 1.6}, WARMUP_STEPS=0, LR_SCHEDULER=None,
                         EVAL_DATA={'NAME': 'TinyPoints', 'BATCH_SIZE': 16}))
     kept = sorted(int(p.name[5:]) for p in (tmp_path / 'checkpoints').glob('step-*'))
     best = solver.hooks['train'][0].best_step
-    assert kept == sorted({best, 7, 8})
+    assert kept == sorted({best, 5, 7, 8})
 
 
 def test_a_test_run_writes_one_result_per_sample(tmp_path):

@@ -40,11 +40,11 @@ __all__ = ['Checkpoint', 'is_checkpoint', 'latest', 'load', 'preflight', 'prune'
 
 # -------------------------------------------------------------------- writing
 def save(root: Path | str, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], config: str,
-         keep: int | None = None, pinned: Collection[int] = ()) -> Path:
+         keep: int | None = None, pinned: Collection[int] = (), every: int | None = None) -> Path:
     """Write root/step-<step> and return it; once this returns, the checkpoint survives a power cut.
 
     groups: name -> tensors, e.g. {'model': ..., 'ema': ..., 'optimizer': ...}, each of any device and layout. state: plain JSON values.
-    config: the run's YAML. keep, pinned: what `prune` leaves.
+    config: the run's YAML. keep, pinned, every: what `prune` leaves.
     Raises CheckpointError, with nothing of the new checkpoint left behind and every older one untouched, where a tensor is not finite,
     the state is not JSON, or the disk refuses.
     """
@@ -59,7 +59,7 @@ def save(root: Path | str, step: int, groups: Mapping[str, Mapping[str, Tensor]]
             files['state.json'] = atomic.write_file(folder / 'state.json', [_json(state, 'the state').encode()])
             files['config.yaml'] = atomic.write_file(folder / 'config.yaml', [config.encode()])
             _commit(folder, target, step, files, {name: [f'{name}.safetensors'] for name in groups})
-    prune(root, keep, pinned, verified=target)
+    prune(root, keep, pinned, every, verified=target)
     return target
 
 
@@ -105,29 +105,35 @@ def preflight(root: Path | str) -> None:
             landed.unlink(missing_ok=True)
 
 
-def prune(root: Path | str, keep: int | None, pinned: Collection[int] = (), verified: Path | None = None) -> None:
-    """Remove all but the newest `keep` checkpoints and the pinned steps; None keeps all.
+def prune(root: Path | str, keep: int | None, pinned: Collection[int] = (), every: int | None = None,
+          verified: Path | None = None, dry: bool = False) -> list[Path]:
+    """Remove all but the newest `keep` checkpoints, the pinned steps and the multiples of `every`; keep None keeps all.
 
     Steps are compared as numbers. A damaged folder does not count as kept. At least one checkpoint that verifies always stays;
     `verified` is one known to, since it was written just now. A folder that cannot be removed is left with a warning.
+    Answers what was removed, or with `dry` what would be.
     """
     if keep is None:
-        return
+        return []
     if keep < 1:
         raise ValueError(f'keep is {keep}: at least 1 checkpoint must stay')
     found = folders(root)
     whole = [f for f in found if is_sound(f, 'size')]
     oldest = whole[keep - 1] if len(whole) >= keep else found[-1] if found else None
-    doomed = [f for f in found if oldest is not None and step_of(f) < step_of(oldest) and step_of(f) not in pinned]
+    stays = {step for step in map(step_of, found) if step in pinned or (every and step % every == 0)}
+    doomed = [f for f in found if oldest is not None and step_of(f) < step_of(oldest) and step_of(f) not in stays]
     kept = [f for f in found if f not in doomed]
     if doomed and verified not in kept and not any(is_sound(f) for f in kept):
         spared = next((f for f in doomed if is_sound(f)), None)
         doomed = [f for f in doomed if f != spared] if spared else []
-    for folder in doomed:
+    removed = []
+    for folder in [] if dry else doomed:
         try:
             atomic.trash(folder)
+            removed.append(folder)
         except OSError as error:
             get_logger().warning(f'{folder} is no longer needed, but cannot be removed: {error.strerror}')
+    return doomed if dry else removed
 
 
 def recover(root: Path) -> None:

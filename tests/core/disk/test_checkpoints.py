@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -10,6 +11,8 @@ import resource
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +29,7 @@ from scepter.core.disk import atomic, checkpoints, manifests
 from scepter.core.disk.checkpoints import FORMAT, MANIFEST, is_sound, latest, load, preflight, prune, resolve, save
 from scepter.core.disk.tensors import HEADER_LIMIT, TENSOR_LIMIT, TensorFile, write_tensors
 from scepter.core.errors import CheckpointError
+from scepter.core.lock import WorkDirLock
 
 
 def write(root: Path, step: int, value: int | None = None, size: int = 100, keep: int | None = None) -> Path:
@@ -559,10 +563,14 @@ def test_what_a_living_writer_holds_is_not_collected(tmp_path):
 
 # -------------------------------------------------------------------- retention
 @settings(max_examples=25, deadline=None)
-@given(keep=st.integers(1, 3), pinned=st.sets(st.integers(1, 12), max_size=2),
+@given(keep=st.integers(1, 3), pinned=st.sets(st.integers(1, 12), max_size=2), every=st.sampled_from([None, 1, 3, 10]),
        steps=st.lists(st.sampled_from([1, 2, 9, 10, 99, 1234567, 10**9]), max_size=8),
        actions=st.lists(st.tuples(st.sampled_from(['save', 'save', 'flip', 'cut', 'prune']), st.integers(0, 9)), max_size=10))
-def test_retention_never_removes_the_last_sound_checkpoint_nor_a_newer_one_than_it_keeps(keep, pinned, steps, actions):
+def test_retention_never_removes_the_last_sound_checkpoint_nor_a_newer_one_than_it_keeps(keep, pinned, every, steps, actions):
+    def stays(folder: Path) -> bool:
+        step = checkpoints.step_of(folder)
+        return step in pinned or (every is not None and step % every == 0)
+
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         steps = sorted({*steps})
@@ -571,10 +579,11 @@ def test_retention_never_removes_the_last_sound_checkpoint_nor_a_newer_one_than_
             sound = [f for f in found if is_sound(f)]
             if action == 'save' and steps:
                 step = steps.pop(0)
-                save(root, step, {'model': {'w': torch.ones(3)}}, {}, '', keep=keep, pinned=pinned)
+                save(root, step, {'model': {'w': torch.ones(3)}}, {}, '', keep=keep, pinned=pinned, every=every)
                 sound.append(root / f'step-{step:08d}')
             elif action == 'prune':
-                prune(root, keep, pinned)
+                removed = prune(root, keep, pinned, every)
+                assert {*removed} == {*found} - {*checkpoints.folders(root)}
             elif found and action in ('flip', 'cut'):
                 victim = found[number % len(found)] / 'model.safetensors'
                 victim.write_bytes(victim.read_bytes()[:-1] + (b'x' if action == 'flip' else b''))
@@ -582,11 +591,11 @@ def test_retention_never_removes_the_last_sound_checkpoint_nor_a_newer_one_than_
 
             left = checkpoints.folders(root)
             assert any(is_sound(f) for f in left) or not sound
-            assert {f for f in sound if checkpoints.step_of(f) in pinned} <= {*left}
+            assert {f for f in sound if stays(f)} <= {*left}
             newest = sorted(sound, key=checkpoints.step_of)[-keep:]
             assert {*newest} <= {*left}
             if len(sound) == len({*found} | {*sound}):     # with nothing damaged, exactly these stay
-                assert {*left} == {*newest} | {f for f in sound if checkpoints.step_of(f) in pinned}
+                assert {*left} == {*newest} | {f for f in sound if stays(f)}
 
 
 def test_steps_are_ordered_as_numbers(tmp_path):
@@ -661,10 +670,12 @@ def test_the_folder_of_a_run_stands_for_its_newest_sound_checkpoint(tmp_path, pl
 
 
 # -------------------------------------------------------------------- tools/checkpoint.py
+TOOL = Path(__file__).parents[3] / 'tools' / 'checkpoint.py'
+
+
 @pytest.fixture(scope='module')
 def tool() -> Callable[..., int]:
-    path = Path(__file__).parents[3] / 'tools' / 'checkpoint.py'
-    spec = importlib.util.spec_from_file_location('checkpoint_tool', path)
+    spec = importlib.util.spec_from_file_location('checkpoint_tool', TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return lambda *words: module.main([str(word) for word in words])
@@ -674,14 +685,34 @@ def test_the_tool_lists_and_verifies(tmp_path, tool, capsys):
     write(tmp_path / 'checkpoints', 1)
     write(tmp_path / 'checkpoints', 2)
 
-    assert tool('list', tmp_path) == 0 and tool('verify', tmp_path) == 0
+    assert tool('ls', tmp_path) == 0 and tool('verify', tmp_path) == 0
     assert [line.split()[1:3] for line in capsys.readouterr().out.splitlines()] == [['step', '2'], ['step', '1'], ['ok'], ['ok']]
     (tmp_path / 'checkpoints' / 'step-00000001' / 'state.json').write_text('{}')
     assert tool('verify', tmp_path) == 4 and tool('verify', tmp_path / 'checkpoints' / 'step-00000002') == 0
     assert tool('verify', tmp_path / 'nothing') == 4
 
 
-def test_the_tool_writes_the_whole_network_to_one_file(tmp_path, tool):
+def test_the_tool_prunes_what_an_ended_run_needs_no_more(tmp_path, tool, capsys):
+    for step in (1, 2, 3, 4, 5, 6):
+        save(tmp_path / 'checkpoints', step, {'model': {'w': torch.ones(3)}}, {'hooks': {'CheckpointHook': {'best_step': 2}}}, '')
+
+    def steps() -> list[int]:
+        return sorted(map(checkpoints.step_of, checkpoints.folders(tmp_path / 'checkpoints')))
+
+    assert tool('prune', tmp_path, '--keep', 1, '--every', 3, '--dry-run') == 0 and steps() == [1, 2, 3, 4, 5, 6]
+    assert capsys.readouterr().out.count('would go') == 3
+    assert tool('prune', tmp_path, '--keep', 1, '--every', 3) == 0 and steps() == [2, 3, 6]
+    assert tool('prune', tmp_path / 'checkpoints', '--keep', 1) == 4    # no folder of a run
+
+    with contextlib.closing(WorkDirLock(tmp_path)) as lock:    # of a run that lives
+        lock.take()
+        words = [sys.executable, TOOL, 'prune', tmp_path, '--keep', '1']
+        assert subprocess.run(words, capture_output=True).returncode == 4 and steps() == [2, 3, 6]
+
+
+@pytest.fixture(scope='module')
+def one_layer():
+    """The config of a network of one layer."""
     from scepter.core.registry import MODELS
     from scepter.models.base import TrainModule
 
@@ -690,10 +721,30 @@ def test_the_tool_writes_the_whole_network_to_one_file(tmp_path, tool):
         def __init__(self, cfg, logger=None):
             super().__init__(cfg, logger=logger)
             self.layer = torch.nn.Linear(2, 3)
+            self.register_buffer('count', torch.zeros((), dtype=torch.int64))
 
-    weights = {'layer.weight': torch.randn(3, 2), 'layer.bias': torch.randn(3)}
+    return 'SOLVER: {MODEL: {NAME: OneLayer}}\n'
+
+
+def layer(**more):
+    return {'layer.weight': torch.randn(3, 2), 'layer.bias': torch.randn(3), 'count': torch.tensor(4), **more}
+
+
+def test_the_tool_averages_checkpoints_of_one_network_alone(tmp_path, tool, one_layer):
+    a, b, other = layer(), layer(count=torch.tensor(9)), layer(**{'layer.bias': torch.randn(4)})
+    paths = [save(tmp_path, i, {'model': weights}, {'left_out': []}, one_layer) for i, weights in enumerate((a, b, other))]
+
+    assert tool('average', tmp_path / 'mean.safetensors', *paths[:2]) == 0
+    mean = TensorFile(tmp_path / 'mean.safetensors')
+    torch.testing.assert_close(mean['layer.weight'], (a['layer.weight'] + b['layer.weight']) / 2)
+    assert mean['count'] == 4
+    assert tool('average', tmp_path / 'none.safetensors', *paths) == 4 and not (tmp_path / 'none.safetensors').exists()
+
+
+def test_the_tool_writes_the_whole_network_to_one_file(tmp_path, tool, one_layer):
+    weights = layer()
     averaged = {name: value + 1 for name, value in weights.items()}
-    path = save(tmp_path, 5, {'model': weights, 'ema': averaged}, {'left_out': []}, 'SOLVER: {MODEL: {NAME: OneLayer}}\n')
+    path = save(tmp_path, 5, {'model': weights, 'ema': averaged}, {'left_out': []}, one_layer)
 
     assert tool('to-single', path, tmp_path / 'x.safetensors') == 0
     assert tool('to-single', path, tmp_path / 'y.safetensors', '--ema', 'off') == 0
