@@ -22,7 +22,8 @@ from tests.twins import EXAMPLES, SIZES, network, publish, three_images, twin
 inputs, relative = tool('parity').inputs, tool('parity').relative
 ROOT = EXAMPLES.parent
 # recipe -> parameters of the UNet and of the text towers; the autoencoder is the same in all
-PUBLISHED = {'sd15/sd15_512_full': (859_520_964, 123_060_480), 'sd21/sd21_512': (865_910_724, 340_387_840),
+PUBLISHED = {'sd15/sd15_512_full': (859_520_964, 123_060_480), 'sd15/sd15_buckets': (859_520_964, 123_060_480),
+             'sd21/sd21_512': (865_910_724, 340_387_840),
              'sd21/sd21_768_v': (865_910_724, 340_387_840), 'sdxl/sdxl_1024': (2_567_463_684, 123_060_480 + 694_659_840),
              'sdxl/sdxl_refiner': (2_259_526_660, 694_659_840)}
 

@@ -23,6 +23,7 @@ OPENCLIP = {'NAME': 'FrozenOpenCLIPEmbedder', 'ARCH': 'custom', 'WIDTH': 48, 'DE
 # recipe -> (sizes of its UNet, sizes of its text towers)
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     'sd15/sd15_512_full': ({'NUM_HEADS': 4, 'CONTEXT_DIM': 32}, CLIP),
+    'sd15/sd15_buckets': ({'NUM_HEADS': 4, 'CONTEXT_DIM': 32}, CLIP),
     'sd21/sd21_512': ({'NUM_HEADS_CHANNELS': 16, 'CONTEXT_DIM': 48}, OPENCLIP),
     'sd21/sd21_768_v': ({'NUM_HEADS_CHANNELS': 16, 'CONTEXT_DIM': 48}, OPENCLIP),
     'sdxl/sdxl_1024': ({'NUM_HEADS_CHANNELS': 16, 'CONTEXT_DIM': 32 + 48, 'ADM_IN_CHANNELS': 48 + 6 * 256, 'TRANSFORMER_DEPTH': [0, 1, 2]},
@@ -41,14 +42,18 @@ def twin(recipe: str, file: Path, weights: Path | None = None, images: Path | No
     shipped = Config.load(EXAMPLES / f'{recipe}.yaml').SOLVER
     if 'EMBEDDERS' in text:    # a list is replaced whole, so it says again what the recipe does
         text = {'EMBEDDERS': [{**theirs, **ours} for theirs, ours in zip(shipped.MODEL.COND_STAGE_MODEL.EMBEDDERS, text['EMBEDDERS'])]}
-    crops = [{**t, 'SIZE': 64} for t in shipped.TRAIN_DATA.TRANSFORMS]
+    data: dict[str, Any] = {'DATA_FOLDER': str(images), 'BATCH_SIZE': 2, 'NUM_WORKERS': 0}
+    if shipped.TRAIN_DATA.get('BUCKETS') is not None:
+        data |= {'BUCKETS': 64, 'BUCKET_STEP': 32}
+    else:
+        data['TRANSFORMS'] = [{**t, 'SIZE': 64} for t in shipped.TRAIN_DATA.TRANSFORMS]
     file.write_text(str(Config({
         '_BASE_': str(EXAMPLES / f'{recipe}.yaml'), 'ENV': {'DEVICE': 'cpu'},
         'SOLVER': {
             'WORK_DIR': str(file.parent / 'work'), 'DTYPE': 'float32', 'SAMPLE_ARGS': {'IMAGE_SIZE': 64, 'SAMPLE_STEPS': 2},
             'MODEL': {'PRETRAINED_MODEL': weights and str(weights), 'IMAGE_SIZE': 64, 'DIFFUSION_MODEL': {**UNET, **unet},
                       'FIRST_STAGE_MODEL': {'ENCODER': CODER, 'DECODER': CODER}, 'COND_STAGE_MODEL': text},
-            'TRAIN_DATA': {'DATA_FOLDER': str(images), 'BATCH_SIZE': 2, 'NUM_WORKERS': 0, 'TRANSFORMS': crops}, **solver}})), 'utf-8')
+            'TRAIN_DATA': data, **solver}})), 'utf-8')
     return Config.load(file)
 
 

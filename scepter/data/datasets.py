@@ -7,10 +7,11 @@ randomness and the replacement of unreadable files are the loader's.
 """
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -24,9 +25,12 @@ from scepter.core.logger import get_logger
 from scepter.core.registry import DATASETS, TRANSFORMS
 from scepter.core.schema import Component, param, parts
 from scepter.core.stores import FS
-from scepter.data.captions import MAX_CAPTION_BYTES, clean_caption, find_records, prompts_of_file
-from scepter.data.images import UnreadableError, load_image, to_mask, to_tensor
-from scepter.data.order import Order, Shuffled
+from scepter.data.buckets import Size, bucket_sizes, nearest
+from scepter.data.captions import MAX_CAPTION_BYTES, Record, clean_caption, find_records, prompts_of_file
+from scepter.data.images import UnreadableError, load_image, size_of_image, to_mask, to_tensor
+from scepter.data.order import Bucketed, Order, Shuffled
+
+T = TypeVar('T')
 
 
 class BaseDataset(Component, base=True):
@@ -75,8 +79,143 @@ class BaseDataset(Component, base=True):
         return len(self)
 
 
+class ImageTextDataset(BaseDataset):
+    """Images with captions, wherever they lie: a subclass finds and opens them.    index  ->  image [3, H, W] in -1..1, prompt
+
+    With BUCKETS also target_size (h, w), the sample's bucket, to which TRANSFORMS cut; RecordedCrop without a SIZE does.
+    """
+
+    PROMPT_PREFIX: str = param('', 'Put before every caption.')
+    REPEATS: int = param(1, 'How often each image is seen in one epoch.', least=1)
+    TRANSFORMS: list = parts(TRANSFORMS, 'What is done to a sample, in this order; the result must be of one size, or of its bucket.')
+    BUCKETS: int | None = param(None, 'Cut each image to the nearest of several sizes of at most so many pixels squared; null: one size.',
+                                least=1)
+    BUCKET_STEP: int = param(64, 'Sides of buckets are multiples of this.', least=1)
+    BUCKET_SIDES: tuple[int, int] | None = param(None, 'Shortest and longest side of a bucket; null: half and twice BUCKETS.', least=1)
+
+    @classmethod
+    def check(cls, cfg: Config) -> Iterator[Fault]:
+        yield from super().check(cfg)
+        for i, node in enumerate(cfg.TRANSFORMS):
+            has_size = node.get('SIZE') is not None
+            if node['NAME'] == 'RecordedCrop' and has_size == (cfg.BUCKETS is not None):
+                yield Fault(f'TRANSFORMS[{i}]', 'has a SIZE, which would undo the BUCKETS: leave it out' if has_size else
+                            'needs a SIZE, as there are no BUCKETS')
+        if cfg.BUCKETS is not None and (not _sizes(cfg) or cfg.BUCKETS < cfg.BUCKET_STEP):
+            yield Fault('BUCKETS', f'no size of {cfg.BUCKETS} pixels squared has sides in multiples of {cfg.BUCKET_STEP}'
+                        + (f' from {cfg.BUCKET_SIDES[0]} to {cfg.BUCKET_SIDES[1]}' if cfg.BUCKET_SIDES else ''))
+
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__(cfg, logger=logger)
+        self.logger = logger or get_logger()
+        self.transforms = [TRANSFORMS.build(t, logger=logger) for t in self.TRANSFORMS]
+        self.records = self.find()
+        without = [name for name, caption, *_ in self.records if caption is None]
+        self.missing_captions = len(without)
+        if without:
+            self.logger.warning(f'{self.place}: {len(without)} of {len(self.records)} images have no caption, e.g. {without[0]}; '
+                                "their prompt is ''")
+        self.sizes: list[Size] = []
+        if self.BUCKETS is not None:
+            self._sort()
+
+    # ---------------------------------------------------------------- what a subclass says
+    place: str    # what messages call all of it
+
+    def find(self) -> Sequence[Any]:
+        """A tuple for each image: its name, its caption or where that is (None: there is none), and what else open_image needs."""
+        raise NotImplementedError
+
+    def open_image(self, record: Any) -> str | BinaryIO:
+        """Its file, or the path of it. Raises UnreadableError or OSError."""
+        raise NotImplementedError
+
+    def caption_of(self, record: Any) -> str:
+        """Its caption, whole, in one line. Raises UnreadableError."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------- samples
+    def __len__(self) -> int:
+        return len(self.records) * self.REPEATS
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.records[index % len(self.records)]
+        sample: dict[str, Any] = {'image': self._decoded(record, load_image), 'prompt': self.PROMPT_PREFIX + self.caption_of(record)}
+        if self.sizes:
+            sample['target_size'] = self.sizes[self.bucket_of[index % len(self.records)]]
+        for transform in self.transforms:
+            sample = transform(sample)
+        sample['image'] = to_tensor(sample['image'])
+        if 'mask' in sample:
+            sample['mask'] = to_mask(sample['mask'])
+        if self.sizes and sample['image'].shape[-2:] != sample['target_size']:
+            raise DataError(f'{self.name_of(index)} is {tuple(sample["image"].shape[-2:])} after TRANSFORMS, but its bucket is '
+                            f'{sample["target_size"]} (height, width): cut by {{NAME: RecordedCrop}} without a SIZE')
+        return sample
+
+    def name_of(self, index: int) -> str:
+        return str(self.records[index % len(self.records)][0])
+
+    @property
+    def file_count(self) -> int:
+        return len(self.records)
+
+    def _decoded(self, record: Any, read: Callable[[str | BinaryIO], T]) -> T:
+        try:
+            file = self.open_image(record)
+        except OSError as error:
+            raise UnreadableError(f'{type(error).__name__}: {error}') from error
+        if isinstance(file, str):
+            return read(file)
+        with file:
+            return read(file)
+
+    # ---------------------------------------------------------------- buckets
+    def order(self, seed: int, step: int) -> Order:
+        if not self.sizes:
+            return super().order(seed, step)
+        members = self._members()
+        small = [f'{height}x{width} ({len(m)})' for (height, width), m in zip(self.sizes, members) if 0 < len(m) < step]
+        if small:
+            self.logger.warning(f'{self.place}: buckets with fewer samples than a step of {step} takes: {", ".join(small)}. '
+                                'They come once in several epochs, and samples are then repeated')
+        return Bucketed(seed, members, step)
+
+    def batches(self, size: int) -> list[Sequence[int]]:
+        if not self.sizes:
+            return super().batches(size)
+        return [members[first:first + size].tolist() for members in self._members() for first in range(0, len(members), size)]
+
+    def _members(self) -> list[np.ndarray]:
+        """The indices of each bucket's samples."""
+        bucket_of = np.tile(self.bucket_of, self.REPEATS)
+        return [np.flatnonzero(bucket_of == b) for b in range(len(self.sizes))]
+
+    def _sort(self) -> None:
+        """Give each image its bucket, by its header; one that cannot be read is met, and replaced, when its turn comes."""
+        shapes = np.zeros((len(self.records), 2), np.int64)
+        for i, record in enumerate(self.records):
+            with contextlib.suppress(UnreadableError):
+                shapes[i] = self._decoded(record, size_of_image)
+        is_read = shapes.all(1)
+        if not is_read.any():
+            raise DataError(f'{self.place}: not one of {len(self.records)} images can be read')
+        self.sizes = _sizes(self.cfg)
+        self.bucket_of = np.zeros(len(self.records), np.int64)
+        self.bucket_of[is_read] = nearest(self.sizes, shapes[is_read, 0], shapes[is_read, 1])
+        counts = np.bincount(self.bucket_of[is_read], minlength=len(self.sizes))
+        self.bucket_of[~is_read] = counts.argmax()
+        filled = ', '.join(f'{height}x{width} ({count})' for (height, width), count in zip(self.sizes, counts) if count)
+        self.logger.info(f'{self.place}: images by height x width of their bucket: {filled}')
+
+
+def _sizes(cfg: Config) -> list[Size]:
+    shortest, longest = cfg.BUCKET_SIDES or (max(1, cfg.BUCKETS // 2), cfg.BUCKETS * 2)
+    return bucket_sizes(cfg.BUCKETS, cfg.BUCKET_STEP, shortest, longest)
+
+
 @DATASETS.register_class()
-class ImageTextFolderDataset(BaseDataset):
+class ImageTextFolderDataset(ImageTextDataset):
     """A folder of images with their captions.    index  ->  image [3, H, W] float32 in -1..1, prompt str
 
     Captions come from metadata.jsonl or metadata.csv in the folder (file_name, text), else from a .txt or .caption file beside
@@ -84,45 +223,21 @@ class ImageTextFolderDataset(BaseDataset):
     """
 
     DATA_FOLDER: str = param(doc='Folder of the images, local or in any store.')
-    PROMPT_PREFIX: str = param('', 'Put before every caption.')
-    REPEATS: int = param(1, 'How often each image is seen in one epoch.', least=1)
-    TRANSFORMS: list = parts(TRANSFORMS, 'What is done to a sample, in this order; the result must be of one size.')
 
-    def __init__(self, cfg: dict, logger: Any = None):
-        super().__init__(cfg, logger=logger)
-        self.logger = logger or get_logger()
-        self.transforms = [TRANSFORMS.build(t, logger=logger) for t in self.TRANSFORMS]
+    def find(self) -> list[Record]:
+        self.place = self.DATA_FOLDER
         with FS.get_dir_to_local_dir(self.DATA_FOLDER, wait_finish=True) as folder:
             self.folder = os.path.abspath(folder)
-        self.records = find_records(self.folder, self.DATA_FOLDER)
-        missing = sum(caption is None for _, caption in self.records)
-        self.missing_captions = missing
-        if missing:
-            first = next(path for path, caption in self.records if caption is None)
-            self.logger.warning(f'{self.DATA_FOLDER}: {missing} of {len(self.records)} images have no caption, e.g. {first}; '
-                                "their prompt is ''")
+        return find_records(self.folder, self.DATA_FOLDER)
 
-    def __len__(self) -> int:
-        return len(self.records) * self.REPEATS
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        path, caption = self.records[index % len(self.records)]
-        sample: dict[str, Any] = {'image': load_image(os.path.join(self.folder, path)), 'prompt': self.PROMPT_PREFIX + self._read(caption)}
-        for transform in self.transforms:
-            sample = transform(sample)
-        sample['image'] = to_tensor(sample['image'])
-        if 'mask' in sample:
-            sample['mask'] = to_mask(sample['mask'])
-        return sample
+    def open_image(self, record: Record) -> str:
+        return os.path.join(self.folder, record[0])
 
     def name_of(self, index: int) -> str:
-        return os.path.join(self.folder, self.records[index % len(self.records)][0])
+        return os.path.join(self.folder, super().name_of(index))
 
-    @property
-    def file_count(self) -> int:
-        return len(self.records)
-
-    def _read(self, caption: str | Path | None) -> str:
+    def caption_of(self, record: Record) -> str:
+        caption = record[1]
         if not isinstance(caption, Path):
             return caption or ''
         try:

@@ -1,8 +1,12 @@
 """One image: from the bytes of a file to RGB, upright, and on to a tensor in -1..1."""
 from __future__ import annotations
 
+import io
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -22,25 +26,41 @@ class UnreadableError(Exception):
     """One sample cannot be read. The loader names it once and puts another sample in its place."""
 
 
-def load_image(path: str) -> Image.Image:
+def load_image(file: str | BinaryIO) -> Image.Image:
     """An image file as RGB, upright: the first frame, EXIF orientation applied, transparency laid on white, 16 bits scaled to 8.
 
     `info['original_size']` of the result is its (height, width). Raises UnreadableError for whatever cannot be decoded whole.
     """
+    with _opened(file) as image:
+        image.load()
+        image = to_rgb(_upright(image))
+    image.info = {'original_size': (image.height, image.width)}
+    return image
+
+
+def size_of_image(file: str | BinaryIO) -> tuple[int, int]:
+    """(height, width) of the upright image, from its header alone. Raises UnreadableError."""
+    with _opened(file) as image:
+        # for a PNG without an orientation at its head, Pillow would decode all of it to look behind the pixels
+        is_turned = (image.format != 'PNG' or 'exif' in image.info) and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (image.width, image.height) if is_turned else (image.height, image.width)
+
+
+@contextmanager
+def _opened(file: str | BinaryIO) -> Iterator[Image.Image]:
+    """The image of a file whose header makes sense; whatever goes wrong inside is an UnreadableError."""
     ImageFile.LOAD_TRUNCATED_IMAGES = False    # other libraries switch it on; half a picture is a bad sample
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            with Image.open(path, formats=FORMATS) as image:
-                _refuse_bomb(image, os.path.getsize(path))
-                image.load()
-                image = to_rgb(_upright(image))
+            with Image.open(file, formats=FORMATS) as image:
+                _refuse_bomb(image, os.path.getsize(file) if isinstance(file, str) else file.seek(0, io.SEEK_END))
+                yield image
     except UnreadableError:
         raise
     except Exception as error:    # on damaged bytes, decoders raise anything: SyntaxError, struct.error, IndexError, ...
-        raise UnreadableError(f'{type(error).__name__}: {error}'.replace(path, 'the file')) from error
-    image.info = {'original_size': (image.height, image.width)}
-    return image
+        name = file if isinstance(file, str) else repr(file)
+        raise UnreadableError(f'{type(error).__name__}: {error}'.replace(name, 'the file')) from error
 
 
 def _refuse_bomb(image: Image.Image, size: int) -> None:

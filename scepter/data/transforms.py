@@ -26,38 +26,48 @@ class RecordedCrop(Component):
     transform, crop_top_left, the [top, left] of the cut in the scaled image, and target_size [h, w]. Needs no torchvision.
     """
 
-    SIZE: int | tuple[int, int] = param(doc='Pixels of the result: one number, or [height, width].', least=1)
+    SIZE: int | tuple[int, int] | None = param(
+        None, "Pixels of the result: one number, or [height, width]; null: the sample's target_size, that of its bucket.", least=1)
     RANDOM: bool = param(False, 'Cut at a random place instead of the middle.')
     FLIP: float = param(0.0, 'Probability of a mirrored image.', least=0, most=1)
     INTERPOLATION: Literal['bilinear', 'bicubic', 'lanczos'] = param('bicubic', 'How the image is scaled; a mask takes the nearest pixel.')
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
-        self.height, self.width = (self.SIZE, self.SIZE) if isinstance(self.SIZE, int) else self.SIZE
         self.resample = Image.Resampling[self.INTERPOLATION.upper()]
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         image, mask = sample['image'], sample.get('mask')
         if not isinstance(image, Image.Image):
             raise DataError(f'RecordedCrop cuts PIL images, got a {type(image).__name__}: put it before what makes tensors')
-        scale = max(self.height / image.height, self.width / image.width)
-        h, w = max(self.height, round(image.height * scale)), max(self.width, round(image.width * scale))
-        top, left = h - self.height, w - self.width    # how far the cut may go
+        size = self._size_of(sample)
+        height, width = size
+        scale = max(height / image.height, width / image.width)
+        h, w = max(height, round(image.height * scale)), max(width, round(image.width * scale))
+        top, left = h - height, w - width    # how far the cut may go
         top, left = (random.randint(0, top), random.randint(0, left)) if self.RANDOM else (top // 2, left // 2)
         flip = random.random() < self.FLIP
-        sample = {**sample, 'image': self._cut(image.resize((w, h), self.resample), top, left, flip),
+        sample = {**sample, 'image': _cut(image.resize((w, h), self.resample), top, left, size, flip),
                   'original_size': image.info.get('original_size', (image.height, image.width)),
-                  'crop_top_left': (top, left), 'target_size': (self.height, self.width)}
+                  'crop_top_left': (top, left), 'target_size': size}
         if isinstance(mask, Image.Image):
-            sample['mask'] = self._cut(mask.resize((w, h), Image.Resampling.NEAREST), top, left, flip)
+            sample['mask'] = _cut(mask.resize((w, h), Image.Resampling.NEAREST), top, left, size, flip)
         elif isinstance(mask, Tensor):
-            rows, columns = _nearest(h, mask.shape[-2])[top:top + self.height], _nearest(w, mask.shape[-1])[left:left + self.width]
+            rows, columns = _nearest(h, mask.shape[-2])[top:top + height], _nearest(w, mask.shape[-1])[left:left + width]
             sample['mask'] = mask[..., rows[:, None], columns.flip(0) if flip else columns]
         return sample
 
-    def _cut(self, image: Image.Image, top: int, left: int, flip: bool) -> Image.Image:
-        image = image.crop((left, top, left + self.width, top + self.height))
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+    def _size_of(self, sample: dict[str, Any]) -> tuple[int, int]:
+        if isinstance(self.SIZE, int):
+            return self.SIZE, self.SIZE
+        if (size := self.SIZE or sample.get('target_size')) is None:
+            raise DataError('RecordedCrop has no SIZE, and the sample has no target_size: give SIZE, or sort the pictures into BUCKETS')
+        return size[0], size[1]
+
+
+def _cut(image: Image.Image, top: int, left: int, size: tuple[int, int], flip: bool) -> Image.Image:
+    image = image.crop((left, top, left + size[1], top + size[0]))
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
 
 
 def _nearest(size: int, source: int) -> Tensor:
