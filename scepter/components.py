@@ -4,6 +4,8 @@ from __future__ import annotations
 import scepter.core.stores
 import scepter.data.datasets
 import scepter.data.latents
+import scepter.data.mixture
+import scepter.data.tars
 import scepter.data.transforms
 import scepter.diffusion.levels
 import scepter.diffusion.samplers
