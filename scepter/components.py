@@ -24,7 +24,7 @@ import scepter.models.embedders.labels
 import scepter.models.embedders.openclip
 import scepter.models.latent_diffusion
 import scepter.models.losses
-import scepter.models.nova.transformer
+import scepter.models.nova.model
 import scepter.models.unet
 import scepter.solvers.diffusion
 import scepter.solvers.metrics

@@ -185,12 +185,16 @@ class EncoderOutput:
 
 
 class DiagonalGaussian:
-    """Independent normals, one per latent value.    parameters [B, 2C, h, w]: means, then log-variances, clamped to -30..20"""
+    """Independent normals, one per latent value.    parameters [B, 2C, ...]: means, then log-variances, clamped to -30..20
+
+    [B, C + 1, ...] with C even: the last channel is the log-variance of all.
+    """
 
     def __init__(self, parameters: Tensor):
         self.parameters = parameters
-        self.mean, logvar = parameters.chunk(2, dim=1)
-        self.logvar = logvar.clamp(-30.0, 20.0)
+        channels = parameters.shape[1]
+        self.mean, logvar = parameters.split([channels - 1, 1] if channels % 2 else channels // 2, dim=1)
+        self.logvar = logvar.expand_as(self.mean).clamp(-30.0, 20.0)
 
     @property
     def std(self) -> Tensor:

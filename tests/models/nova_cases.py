@@ -12,7 +12,9 @@ from torch import Tensor
 
 import scepter.components  # noqa: F401
 from scepter.core.config import Config
-from scepter.core.registry import BACKBONES
+from scepter.core.registry import BACKBONES, MODELS
+from scepter.models.nova.model import NovaModel
+from scepter.models.nova.published import read_scheduler
 from scepter.models.nova.transformer import NovaTransformer
 
 HERE = Path(__file__).resolve().parents[1] / 'fixtures' / 'nova'
@@ -63,6 +65,19 @@ class Case:
         network = BACKBONES.build(config)
         network.load_state_dict({name: value.float() for name, value in self.read('model').items()})
         return network
+
+    def model(self) -> NovaModel:
+        """The network with its process, as a published folder's scheduler says it."""
+        config = Config({'NAME': 'NovaModel', 'NETWORK': self.config(), **read_scheduler(self.told['scheduler']),
+                         'SCALE_FACTOR': self.told['vae_scaling_factor'], 'SHIFT_FACTOR': self.told.get('vae_shift_factor', 0.0),
+                         'LOSS_REPEAT': self.told['loss_repeat']})
+        assert not list(MODELS.faults(config, ''))
+        model = MODELS.build(config)
+        model.model.load_state_dict(self.network().state_dict())
+        return model
+
+    def told_to(self, network: NovaTransformer, recorded: dict[str, Tensor]) -> Any:
+        return self.labels(recorded) if network.is_told_class else self.texts(recorded)
 
     def texts(self, recorded: dict[str, Tensor]) -> list[Tensor]:
         """The prompts' features; what was dropped in training is empty."""

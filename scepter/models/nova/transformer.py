@@ -150,19 +150,9 @@ class NovaTransformer(BaseModel):
         return out if length == 1 else torch.cat([out[:, :1], self.video_encoder.mix(out[:, :1], out[:, 1:])], 1)
 
     # ---------------------------------------------------------------- drawing: one frame after another
-    def next_indicator(self, frame: Tensor, number: int, length: int, condition: Tensor | None,
-                       caches: list[KeyValues] | None) -> Tensor:
-        """What the video encoder says of frame `number` of `length`, before it is mixed.    frame [B, Nv, D] -> [B, Nv, D]
-
-        frame: tokens of the frame before, without positions; `bos` before the first.  condition: with the first alone.
-        """
-        prefix = 0 if condition is None else condition.shape[1]
-        x, turns = self.with_positions(frame[:, None], self._drawn_grid(), prefix, number, length)
-        return self.video_encoder(x[:, 0], condition, turns, None, caches)
-
     def bos(self, rows: int, grid: tuple[int, int] | None = None) -> Tensor:
         """The frame before the first.    [rows, 1, Nv, D]"""
-        grid = grid or self._drawn_grid()
+        grid = grid or self.drawn_grid
         return self.mask_embed.bos_token.expand(rows, 1, grid[0] * grid[1], -1)
 
     def caches(self, length: int, prefix: int) -> list[KeyValues] | None:
@@ -179,12 +169,16 @@ class NovaTransformer(BaseModel):
         where = places(first + torch.arange(x.shape[1], device=x.device), grid)
         return x, rotations(where, self.head_widths[0], prefix)[None]
 
-    def image_rotations(self, frames: Tensor) -> Tensor | None:
-        """The turns in the image encoder: what comes from the video encoder is not turned.    [B, C, h, w] -> [1, Nv + N, ...]"""
+    def image_rotations(self, frames: Tensor | None = None) -> Tensor | None:
+        """The turns in the image encoder, where what comes from the video encoder is not turned.    [B, C, h, w] -> [1, Nv + N, ...]
+
+        frames: whose size they are for; None: that of what is drawn.
+        """
         if not self.ROTARY_POS_EMBED:
             return None
-        grid, (rows, columns) = (frames.shape[-2] // self.patch, frames.shape[-1] // self.patch), self.video_grid_of(frames)
-        return rotations(places(torch.zeros(1, dtype=torch.int64, device=frames.device), grid), self.head_widths[1], rows * columns)[None]
+        rows, columns = self.drawn_grid if frames is None else self.video_grid_of(frames)
+        first = torch.zeros(1, dtype=torch.int64, device=self.mask_embed.bos_token.device)
+        return rotations(places(first, (2 * rows, 2 * columns)), self.head_widths[1], rows * columns)[None]
 
     def video_grid_of(self, latents: Tensor) -> tuple[int, int]:
         """Rows and columns of these latents' tokens in the video encoder. Raises ValueError where positions do not fit them."""
@@ -194,12 +188,14 @@ class NovaTransformer(BaseModel):
             raise ValueError(f'latents are {size[0]}x{size[1]}, but the positions of this network are for {fits[0]}x{fits[1]} '
                              f'(IMAGE_BASE_SIZE {list(self.image_grid)}): make them of that size, or train with ROTARY_POS_EMBED')
         if not self.ROTARY_POS_EMBED:
-            return self._drawn_grid()
+            return self.drawn_grid
         if any(side % (2 * self.patch) for side in size):
             raise ValueError(f'latents are {size[0]}x{size[1]}: sides are multiples of {2 * self.patch}, the patch of the video encoder')
         return size[0] // (2 * self.patch), size[1] // (2 * self.patch)
 
-    def _drawn_grid(self) -> tuple[int, int]:
+    @property
+    def drawn_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens in the video encoder, of a frame as this network draws it."""
         return self.video_grid[0], self.video_grid[1]
 
 

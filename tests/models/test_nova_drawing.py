@@ -1,0 +1,100 @@
+"""NOVA's drawings against the published code: sets, levels, order and noise as recorded, all the way to the latents."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from scepter.models.nova.blocks import patchify
+from scepter.models.nova.drawing import Painter, set_sizes
+from scepter.models.nova.guidance import Guidance
+from scepter.models.nova.model import NovaModel
+from scepter.models.nova.steps import chains
+from tests.models.nova_cases import Case, close, label, with_file
+
+SAMPLES = with_file('sample_*.safetensors')
+
+
+class Recorded:
+    """The draws of a recorded drawing, and what was seen of it on the way."""
+
+    def __init__(self, recorded: dict[str, Tensor], model: NovaModel):
+        self.recorded, self.patch, self.begun, self.count = recorded, model.model.patch, 0, 0
+        self.names = sorted((name for name in recorded if name.endswith('.noise') and name.startswith('mid.')), key=place_of)
+
+    def order(self) -> Tensor:
+        return self.recorded['rand.pred_order'].squeeze(-1)
+
+    def start(self, frame: int, number: int) -> Tensor:
+        name = self.names[self.begun]
+        assert place_of(name)[0] == frame
+        # theirs also draws before its last step, where the noise is multiplied by 1e-10
+        self.begun, self.count = self.begun + 1, self.begun * int((self.recorded['sched.timesteps'] > 0).sum())
+        return patchify(self.recorded[name], self.patch)
+
+    def fresh(self) -> Tensor:
+        self.count += 1
+        return patchify(self.recorded['rand.ddpm_noise'][self.count - 1], self.patch)
+
+
+def place_of(name: str) -> list[int]:
+    """mid.f1.s2.noise -> [1, 2]"""
+    return [int(word[1:]) for word in name.split('.')[1:3]]
+
+
+def guidance_of(told: dict[str, Any]) -> Guidance:
+    names = {'guidance_scale': 'scale', 'image_guidance_scale': 'image_scale', 'spatiotemporal_guidance_scale': 'perturbed_scale',
+             'guidance_renorm': 'renorm', 'guidance_trunc': 'trunc', 'min_guidance_scale': 'min_scale'}
+    return Guidance(**{ours: told[theirs] for theirs, ours in names.items() if told.get(theirs) is not None})
+
+
+@pytest.mark.parametrize('file', SAMPLES, ids=label)
+def test_sets_and_levels_are_the_published_ones(file: Path):
+    case = Case(file.parent)
+    model, recorded, told = case.model(), case.read(file.stem), case.told['samples'][file.stem.removeprefix('sample_')]
+    rows, columns = model.model.image_grid
+
+    levels = [level for chain in chains_of(model, told) for level in chain[:-1]]
+
+    sizes = set_sizes(told.get('num_inference_steps', 64), rows * columns)
+    assert [size for size in sizes if size] == [size for size in recorded['sched.num_preds'].tolist() if size]
+    close(torch.tensor([level.t for level in levels]), recorded['sched.timesteps'], 2e-4, 'timesteps')
+    if 'sched.sigmas' in recorded:
+        close(torch.tensor([*(level.sigma for level in levels), 0.0]), recorded['sched.sigmas'], 1e-6, 'sigmas')
+
+
+@pytest.mark.parametrize('file', SAMPLES, ids=label)
+@torch.no_grad()
+def test_a_drawing_comes_to_the_published_latents(file: Path):
+    case = Case(file.parent)
+    model, recorded, told = case.model(), case.read(file.stem), case.told['samples'][file.stem.removeprefix('sample_')]
+    network, seen = model.model, {}
+
+    def on_set(number: int, count: int, tokens: Tensor) -> None:
+        seen[len(seen)] = tokens
+
+    wanted = network.condition(case.told_to(network, recorded), told.get('motion_flow', 5.0))
+    nothing = [network.nothing()] * len(wanted)
+    empty = network.condition(torch.stack(nothing) if network.is_told_class else nothing, told.get('motion_flow', 5.0))
+    painter = Painter(network, model.diffusion, chains_of(model, told), model.sampler(), guidance_of(told), Recorded(recorded, model),
+                      told.get('num_inference_steps', 64), on_set)
+    latents = painter.draw(wanted, empty, told.get('max_latent_length', 1), recorded.get('in.first_latent'))
+
+    sets = sorted((name for name in recorded if name.endswith('.denoised')), key=place_of)
+    assert len(seen) == len(sets)
+    for tokens, name in zip(seen.values(), sets):
+        ids = recorded[name.replace('denoised', 'pred_ids')][:len(tokens)].expand(-1, -1, tokens.shape[-1])
+        near(tokens.gather(1, ids), recorded[name].gather(1, ids), name)
+    near(latents, recorded['out.latents'], 'latents')
+
+
+def chains_of(model: NovaModel, told: dict[str, Any]) -> list:
+    return chains(model.diffusion, told.get('num_diffusion_steps', 25), model.SPACING, model.STEPS_OFFSET, told.get('flow_shift'))
+
+
+def near(ours: Tensor, theirs: Tensor, what: str) -> None:
+    """Within 2e-5 of the largest."""
+    close(ours, theirs, 2e-5 * theirs.abs().max().item(), what)

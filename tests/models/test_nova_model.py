@@ -1,0 +1,167 @@
+"""NovaModel as a solver sees it: what is keyed, what meets in a run, and what is refused."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import scepter.components  # noqa: F401
+from scepter.core import streams
+from scepter.core.config import Config
+from scepter.core.registry import MODELS
+from scepter.data.records import RecordWriter
+from scepter.models.nova.model import NovaModel
+from tests.solvers.pairs import SAVED, STEPS, Crash, Stop, differences, outcome, train
+
+NETWORK: dict[str, Any] = {'NAME': 'NovaTransformer', 'IMAGE_DIM': 2, 'IMAGE_SIZE': 64, 'IMAGE_STRIDE': 8,
+                           'ARCH': ['vit_d2w32h2', 'vit_d2w32h2', 'mlp_d1w16'], 'NUM_CLASSES': 10}
+TEXT = {**NETWORK, 'TEXT_TOKEN_DIM': 12, 'TEXT_TOKEN_LEN': 5}
+CLIP = {**TEXT, 'VIDEO_BASE_SIZE': [3, 2, 2], 'VIDEO_MIXER_RANK': 2}
+DDPM = {'PARAMETERIZATION': 'eps', 'SCHEDULE_ARGS': {'NAME': 'cosine'}, 'SPACING': 'leading', 'TIMESTEP_DENSITY': {'NAME': 'uniform'}}
+
+
+def build(network: dict = NETWORK, **keys: Any) -> NovaModel:
+    torch.manual_seed(0)
+    return MODELS.build(Config({'NAME': 'NovaModel', 'NETWORK': network, 'SCALE_FACTOR': 1.0, **keys}))
+
+
+def moments(count: int, frames: int = 0) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(0).normal(size=(count, 4, *([frames] if frames else []), 8, 8))).half()
+
+
+def batch_of(network: dict, count: int, frames: int = 0) -> dict[str, Any]:
+    texts, labels = [torch.full((i % 4, 12), float(i)) for i in range(count)], torch.arange(count)
+    told = {'prompt': texts} if 'TEXT_TOKEN_DIM' in network else {'label': labels}
+    return {'moments': moments(count, frames), **told, **({'motion_flow': torch.arange(count) + 1.0} if frames else {})}
+
+
+def part_of(batch: dict[str, Any], rows: slice) -> dict[str, Any]:
+    return {name: value[rows] for name, value in batch.items()}
+
+
+@pytest.mark.parametrize('network, frames', [(NETWORK, 0), (TEXT, 0), (CLIP, 3), (CLIP, 2), (CLIP, 0)])
+@pytest.mark.parametrize('process', [{}, DDPM], ids=['flow', 'ddpm'])
+def test_two_halves_of_a_batch_have_the_loss_of_the_whole(network: dict, frames: int, process: dict):
+    model, batch, n = build(network, **process), batch_of(network, 4, frames), torch.tensor([7, 3, 12, 5])
+
+    with streams.current(1, n, step=9):
+        whole = model.forward_train(**batch)
+    halves = []
+    for rows in (slice(0, 2), slice(2, 4)):
+        with streams.current(1, n[rows], step=9):
+            halves.append(model.forward_train(**part_of(batch, rows)))
+
+    for name in {'loss', 'loss_t2i', 'loss_i2i'} if frames > 1 else {'loss'}:
+        torch.testing.assert_close(whole[name], (halves[0][name] + halves[1][name]) / 2, rtol=1e-5, atol=1e-6)
+    whole['loss'].backward()
+    lacking = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not lacking or (network is CLIP and frames < 2)    # one frame asks nothing of what joins frames
+
+
+@pytest.mark.parametrize('level', [1, 2, 3])
+def test_checkpointing_changes_no_gradient(level: int):
+    def gradients(level: int) -> list[Tensor]:
+        model = build({**CLIP, 'CHECKPOINTING': level})
+        with streams.current(1, torch.arange(2), step=1):
+            model.forward_train(**batch_of(CLIP, 2, 3))['loss'].backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    plain, again = gradients(0), gradients(level)
+
+    assert len(plain) == len(again) and all(torch.equal(a, b) for a, b in zip(plain, again))
+
+
+@pytest.mark.parametrize('how', [{}, {'image_guide_scale': 1.5}, {'guide_renorm': 0.7, 'guide_trunc': 300.0}, {'guide_scale': 1.0},
+                                 {'min_guide_scale': 1.0}])
+@pytest.mark.parametrize('process', [{}, DDPM], ids=['flow', 'ddpm'])
+def test_a_clip_does_not_depend_on_the_batch_it_is_drawn_in(how: dict, process: dict):
+    model, texts = build(CLIP, **process), [torch.full((i + 1, 12), float(i)) for i in range(3)]
+
+    together = model.forward_test(prompt=texts, length=3, sets=4, sample_steps=3, seed=5, **how)
+    alone = model.forward_test(prompt=texts[1:2], length=3, sets=4, sample_steps=3, row_seeds=[together[1]['seed']], **how)
+
+    assert list(together[0]['latent'].shape) == [2, 3, 8, 8] and not torch.equal(together[0]['latent'], together[1]['latent'])
+    torch.testing.assert_close(alone[0]['latent'], together[1]['latent'], rtol=1e-4, atol=1e-4)
+
+
+def test_drawing_and_training_do_not_disturb_each_other():
+    model, batch = build(CLIP), batch_of(CLIP, 2, 2)
+
+    def loss(frames: int) -> float:
+        with streams.current(1, torch.arange(2), step=1):
+            return model.forward_train(**batch_of(CLIP, 2, frames))['loss'].item()
+
+    first = [loss(3), loss(2)]
+    with torch.inference_mode():
+        drawn = model.forward_test(prompt=batch['prompt'], length=2, sets=3, sample_steps=2)
+    assert [loss(3), loss(2)] == first
+    assert torch.equal(model.forward_test(prompt=batch['prompt'], length=2, sets=3, sample_steps=2)[0]['latent'], drawn[0]['latent'])
+
+
+def test_the_share_that_is_hidden_is_a_normal_about_one_cut_at_seven_tenths():
+    from scepter.models.nova.training import visible_tokens
+    counts = []
+    for step in range(4000):
+        with streams.current(0, torch.arange(1), step):
+            counts.append(visible_tokens(1000, 0.7, 0.25))
+
+    shares = 1 - np.array(counts) / 1000
+    assert shares.min() >= 0.7 and shares.max() <= 1.0
+    assert abs(shares.mean() - 0.8664) < 0.004 and abs(np.quantile(shares, 0.5) - 0.8738) < 0.006    # of the truncated normal
+
+
+def test_dropped_captions_are_a_tenth():
+    model = build(NETWORK)
+    with streams.current(3, torch.arange(4000), 0):
+        told = model._told_in_training(None, torch.zeros(4000, dtype=torch.int64), 4000)
+
+    assert set(told.tolist()) == {0, 10} and 320 < (told == 10).sum().item() < 480
+
+
+def test_what_a_network_cannot_be_told_is_refused():
+    with pytest.raises(ValueError, match='no label'):
+        build(NETWORK).forward_train(moments=moments(1), prompt=['a'])
+    with pytest.raises(ValueError, match='no prompt'):
+        build(TEXT).forward_train(moments=moments(1), label=torch.tensor([1]))
+    with pytest.raises(ValueError, match="'a bird' is words, but COND_STAGE_MODEL is null"):
+        build(TEXT).forward_test(prompt=['', 'a bird'])
+    with pytest.raises(ValueError, match='told a class, not a prompt'):
+        build(NETWORK).forward_test(prompt=['a bird'])
+    with pytest.raises(ValueError, match='no flow'):
+        build(NETWORK, **DDPM).forward_test(label=1, flow_shift=2.0)
+
+
+def experiment(folder: Path, data: Path, **solver: Any) -> Config:
+    hooks = [{'NAME': 'LogHook', 'LOG_INTERVAL': 3, 'PROGRESS': False}, {'NAME': 'CheckpointHook', 'INTERVAL': SAVED},
+             {'NAME': 'ModelEmaHook', 'BETA': 0.9, 'EVERY': 2}]
+    return Config({'SOLVER': {
+        'NAME': 'BaseSolver', 'WORK_DIR': str(folder), 'MAX_STEPS': STEPS, 'RESUME_FROM': 'auto', 'TRAIN_HOOKS': hooks,
+        'MODEL': {'NAME': 'NovaModel', 'NETWORK': {**CLIP, 'CHECKPOINTING': 3}, 'SCALE_FACTOR': 1.0, **DDPM},
+        'OPTIMIZER': {'NAME': 'AdamW', 'LEARNING_RATE': 1e-3, 'WEIGHT_DECAY': 0.02},
+        'TRAIN_DATA': {'NAME': 'LatentRecordDataset', 'DATA_FOLDER': str(data), 'BATCH_SIZE': 2}, **solver}})
+
+
+@pytest.fixture(scope='module')
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five clips of three frames, with features of text."""
+    folder, text = tmp_path_factory.mktemp('clips'), {'data': 'bytes', 'shape': ['int64']}
+    with RecordWriter(folder, {'moments': 'bytes', 'shape': ['int64'], 'caption': text, 'text': text, 'flow': 'float64'}) as writer:
+        for i, x in enumerate(moments(5, 3).numpy()):
+            words = {'data': np.full((i, 12), i, np.float16).tobytes(), 'shape': [i, 12]}
+            writer.write({'moments': x.tobytes(), 'shape': x.shape, 'flow': i + 0.5, 'caption': words})
+    return folder
+
+
+@pytest.mark.parametrize('settings', [{}, {'DTYPE': 'bfloat16', 'ACCU_STEP': 2}, {'PARAM_DTYPE': 'bfloat16'}],
+                         ids=lambda settings: '-'.join(settings) or 'plain')
+def test_five_steps_and_five_more_are_ten_to_the_bit(tmp_path: Path, clips: Path, settings: dict):
+    train(experiment(tmp_path / 'whole', clips, **settings))
+    with pytest.raises(Crash):
+        train(experiment(tmp_path / 'halves', clips, **settings), Stop({}))
+    train(experiment(tmp_path / 'halves', clips, **settings))
+
+    assert not differences(outcome(tmp_path / 'whole'), outcome(tmp_path / 'halves'))
