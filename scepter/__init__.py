@@ -28,6 +28,7 @@ _HOMES = {
     'models.base': ('BaseModel', 'TrainModule'),
     'models.embedders.base': ('BaseEmbedder',),
     'solvers.base': ('BaseSolver',),
+    'solvers.metrics': ('Metric',),
     'hooks.base': ('Hook',),
 }
 _HOME_OF = {name: f'scepter.{module}' for module, names in _HOMES.items() for name in names}

@@ -82,7 +82,9 @@ def test_my_backbone_replaces_the_unet(digits):
 def test_the_classifier_reads_held_out_digits(tmp_path):
     train('classifier/classifier.yaml', f'SOLVER.WORK_DIR={tmp_path}')
     rows = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
-    assert max(row['val/accuracy'] for row in rows if 'val/accuracy' in row) >= 0.97
+    assert max(row['val/full/accuracy'] for row in rows if 'val/full/accuracy' in row) >= 0.97
+    quick, full = ([row['step'] for row in rows if f'val/{name}/accuracy' in row] for name in ('quick', 'full'))
+    assert quick == list(range(25, rows[-1]['step'] + 1, 25)) and full == quick[3::4] and len(full) > 1
 
 
 def test_the_demos_judge_tells_good_pictures_from_bad(tmp_path):

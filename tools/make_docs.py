@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ------------------------------------------------------------------------------------------------ docs/components.md
 def components_page() -> str:
     lines = [HEAD, '## The file', '', *table(schema_of(Experiment)), '', *section(Env, 'ENV')]
+    told: set[str] = set()    # maps of sections, which a class hands down
     for registry in shipped():
         lines += ['', f'## {registry.name}', '', SAID[registry.name], '']
         foreign = [name for name in names(registry) if not is_ours(registry.get(name))]
@@ -87,6 +88,9 @@ def components_page() -> str:
                 for key, p in schema.items():
                     if p.nested is not None and p.owner is component:
                         lines += section(p.type, key)
+                    elif p.sections is not None and key not in told:
+                        told.add(key)
+                        lines += section(get_args(p.type)[1], key)
         for key, place in places_of(registry).items():
             lines += section(place, key)
     return '\n'.join(lines).replace('\n\n\n', '\n\n').rstrip() + '\n'
@@ -124,6 +128,8 @@ def table(schema: Schema) -> list[str]:
 
 def kind_of(p: Param) -> str:
     """The type, with a link to what a component may be."""
+    if p.sections is not None:
+        return f'map of named [sections](#{p.name.lower()})'
     if p.nested is not None:
         return f'[section](#{p.name.lower()})'
     text = cell(p.spell())
@@ -172,7 +178,7 @@ def all_schemas() -> Iterator[Schema]:
     for registry in registries():
         for name in registry:
             yield registry.schema(name)
-            yield from (p.nested for p in registry.schema(name).values() if p.nested is not None)
+            yield from (below for p in registry.schema(name).values() if (below := p.nested or p.sections) is not None)
 
 
 def node_name(registry: Registry, place: type | None) -> str:
@@ -205,6 +211,8 @@ def value(p: Param) -> dict[str, Any]:
         one = {'$ref': f'#/$defs/{node_name(p.registry, p.place)}'}
         several = {'type': 'array', 'items': one} if p.many else one
         return several if p.default is not None else {'anyOf': [several, {'type': 'null'}]}
+    if p.sections is not None:
+        return {'type': 'object', 'additionalProperties': {'anyOf': [section_schema(p.sections), {'type': 'null'}]}}
     return section_schema(p.nested) if p.nested is not None else or_environment(kind(p.type, p.bounds))
 
 

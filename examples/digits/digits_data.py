@@ -20,10 +20,11 @@ class DigitsDataset(BaseDataset):
 
     SPLIT: Literal['train', 'test', 'all'] = param('train', 'train leaves out every fifth digit, test is those.')
     IMAGE_SIZE: int = param(32, 'Side of the picture; the originals are 8x8.', least=1)
+    COUNT: int | None = param(None, 'Only the first so many.', least=1)
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
-        self.images, self.labels = load_digits(self.SPLIT, self.IMAGE_SIZE)
+        self.images, self.labels = (values[:self.COUNT] for values in load_digits(self.SPLIT, self.IMAGE_SIZE))
 
     def __len__(self) -> int:
         return len(self.images)

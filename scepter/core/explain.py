@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import difflib
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scepter.core.config import Config, masked, plain, split_path
@@ -123,6 +123,11 @@ class Place:
             return self._of(f'{self.path}[{step}]', step, self.value[int(step)], p)
         if isinstance(self.value, Config) and p is not None and p.place is not None and 'NAME' not in self.value and step in self.value:
             return self._of(path, step, self.value[step], p)    # a map of named parts
+        if p is not None and p.sections is not None and self.schema is None:
+            if not isinstance(self.value, Config) or step not in self.value:
+                raise ConfigError([Fault(path, f'there is no section {step} here', NOWHERE)], '--explain')
+            section = self._of(path, step, self.value[step], p)
+            return replace(section, schema=p.sections)
         if step == 'NAME' and p is not None and p.registry is not None and isinstance(self.value, Config):
             name = Param(REQUIRED, f'Which of {p.registry.name} this is: {", ".join(p.registry)}.', name='NAME', hint=str)
             return self._of(path, step, self.value.get('NAME'), name)

@@ -266,7 +266,7 @@ SOLVERS = Registry('SOLVERS', base='BaseSolver')
 HOOKS = Registry('HOOKS', base='Hook')
 DATASETS = Registry('DATASETS')
 TRANSFORMS = Registry('TRANSFORMS', trial=dict)
-METRICS = Registry('METRICS')
+METRICS = Registry('METRICS', base='Metric')
 OPTIMIZERS = Registry('OPTIMIZERS', given=('params',), aliases={'LEARNING_RATE': 'lr'}, bounds={
     'lr': Bounds(least=0), 'eps': Bounds(least=0), 'weight_decay': Bounds(least=0), 'betas': Bounds(least=0, below=1),
     'momentum': Bounds(least=0, below=1), 'rho': Bounds(least=0, most=1), 'lr_decay': Bounds(least=0), 'lambd': Bounds(least=0)})

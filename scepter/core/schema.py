@@ -71,6 +71,12 @@ class Param:
         """The schema of a section without a NAME, where the annotation is a component class itself."""
         return schema_of(self.type) if isinstance(self.type, type) and issubclass(self.type, Component) else None
 
+    @property
+    def sections(self) -> Schema | None:
+        """The schema of each section, where the annotation is a map of them by names of the user's own: dict[str, a component class]."""
+        kinds = get_args(self.type) if get_origin(self.type) is dict else ()
+        return schema_of(kinds[1]) if kinds and isinstance(kinds[1], type) and issubclass(kinds[1], Component) else None
+
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         if instance is None:
             return self
@@ -84,6 +90,8 @@ class Param:
 
     def spell(self) -> str:
         """What the reference says is expected, in words."""
+        if self.sections is not None:
+            return 'map of named sections'
         if self.registry is None:
             return spell(self.type) + (f', {self.bounds}' if self.bounds != NO_BOUNDS else '')
         kind = f'list of {self.registry.name} components' if self.many else f'{self.registry.name} component'
@@ -328,6 +336,8 @@ def value_faults(value: Any, p: Param, path: str, origin: Any) -> Iterator[Fault
     if p.registry is None:
         if p.nested is not None and isinstance(value, dict):
             yield from p.nested.faults(Config.of(value), path)
+        elif p.sections is not None and isinstance(value, dict):
+            yield from _section_faults(Config.of(value), p.sections, path)
         elif isinstance(value, Config) and 'NAME' in value and p.type in (Any, dict):
             yield from loose_faults(value, path)
         elif value is None and p.default is REQUIRED and not fits(None, p.type):
@@ -351,6 +361,16 @@ def value_faults(value: Any, p: Param, path: str, origin: Any) -> Iterator[Fault
             yield from p.registry.faults(node, f'{path}[{i}]', origin)
     else:
         yield from p.registry.faults(value, path, origin)
+
+
+def _section_faults(named: Config, schema: Schema, path: str) -> Iterator[Fault]:
+    """Faults of each section of a map; null takes one away that a base has."""
+    for name, section in named.items():
+        if isinstance(section, dict):
+            for fault in schema.faults(Config.of(section), f'{path}.{name}'):
+                yield fault if fault.origin != NOWHERE else fault._replace(origin=named.origin(name))
+        elif section is not None:
+            yield Fault(f'{path}.{name}', f'expected a section ({", ".join(schema)}), got {shown(section, name)}', named.origin(name))
 
 
 def split_node(node: Any, place: Any) -> tuple[Any, tuple[Schema, Config]]:
@@ -383,6 +403,8 @@ def convert(value: Any, p: Param) -> Any:
         return value
     if p.nested is not None:
         return p.nested.fill(value)
+    if p.sections is not None:
+        return Config({name: p.sections.fill(Config.of(section)) for name, section in value.items() if section is not None})
     return converted(value, p.type)
 
 

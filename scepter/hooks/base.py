@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from scepter.core.config import Config
+from scepter.core.faults import Fault
 from scepter.core.schema import Component
 
 if TYPE_CHECKING:
@@ -17,6 +20,15 @@ class Hook(Component, base=True):
     """
 
     group: str = ''        # what its tensors are called in a checkpoint, <group>.safetensors; default its NAME
+
+    @classmethod
+    def check_beside(cls, cfg: Config, figures: Mapping[str, set[str] | None]) -> Iterator[Fault]:
+        """Rules between this hook's filled config and the evaluations of the run, found before anything is built.
+
+        figures: of each evaluation, by its name ('' for that of EVAL_DATA), the names of its figures as solver.eval_outputs has them;
+        None where one of its metrics does not tell beforehand.
+        """
+        yield from ()
 
     @property
     def pinned_steps(self) -> list[int]:
@@ -40,10 +52,10 @@ class Hook(Component, base=True):
         """A step is done; solver.outputs holds what it gave."""
 
     def before_eval(self, solver: Any) -> None:
-        """In training: an evaluation begins; the network is in evaluation mode."""
+        """In training: solver.evaluation begins; the network is in evaluation mode."""
 
     def after_eval(self, solver: Any) -> None:
-        """In training: an evaluation is done; solver.eval_outputs holds its figures."""
+        """In training: solver.evaluation is done; solver.eval_outputs holds its figures: loss, or quick/loss in that called quick."""
 
     def read_log(self, solver: Any, logged: dict[str, Any]) -> None:
         """In training: all hooks have run after a step, or (solver.mode is eval) after an evaluation. `logged` holds every figure (a

@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 from scepter.core.config import Config
-from scepter.core.faults import ConfigError, Fault
+from scepter.core.faults import ConfigError, Fault, did_you_mean
 from scepter.core.registry import HOOKS
 from scepter.core.schema import param
 from scepter.hooks.base import Hook
@@ -18,7 +18,8 @@ class CheckpointHook(Hook):
 
     INTERVAL: int = param(1000, 'Steps between checkpoints; 0 for none but the last.', least=0)
     SAVE_LAST: bool = param(True, 'Save when the run is done.')
-    SAVE_BEST_BY: str | None = param(None, "Keep the checkpoint with the best of this figure: '+accuracy' the highest, '-loss' the lowest.")
+    SAVE_BEST_BY: str | None = param(None, "Keep the checkpoint with the best of this figure: '+accuracy' the highest, '-loss' the lowest, "
+                                           "'-quick/loss' that of the evaluation quick.")
 
     @classmethod
     def check(cls, cfg: Config) -> Iterator[Fault]:
@@ -26,6 +27,17 @@ class CheckpointHook(Hook):
         if cfg.SAVE_BEST_BY is not None and (cfg.SAVE_BEST_BY[:1] not in ('+', '-') or not cfg.SAVE_BEST_BY[1:]):
             yield Fault('SAVE_BEST_BY', f'is {cfg.SAVE_BEST_BY!r}: begin with + (the highest is best) or - (the lowest), then the '
                                         "figure's name, e.g. -loss")
+
+    @classmethod
+    def check_beside(cls, cfg: Config, figures: Mapping[str, set[str] | None]) -> Iterator[Fault]:
+        yield from super().check_beside(cfg, figures)
+        key = (cfg.SAVE_BEST_BY or '')[1:]
+        if key and not figures:
+            yield Fault('SAVE_BEST_BY', f'is {cfg.SAVE_BEST_BY}, but nothing is evaluated: give EVAL_DATA and EVAL_INTERVAL, or EVALS')
+        elif key and not _may_give(figures, key):
+            known = sorted(name for names in figures.values() for name in names or ())
+            yield Fault('SAVE_BEST_BY', f'is {cfg.SAVE_BEST_BY}, but the evaluations give no {key}{did_you_mean(key, known)} '
+                                        f'({", ".join(known)})')
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
@@ -45,6 +57,8 @@ class CheckpointHook(Hook):
         if self.SAVE_BEST_BY is None:
             return
         sign, key = self.SAVE_BEST_BY[0], self.SAVE_BEST_BY[1:]
+        if _evaluation(solver.evaluations, key) != solver.evaluation.name:
+            return
         if key not in solver.eval_outputs:
             raise ConfigError(f'SAVE_BEST_BY: the evaluation gives {", ".join(solver.eval_outputs)}, not {key}')
         value = solver.eval_outputs[key]
@@ -57,7 +71,19 @@ class CheckpointHook(Hook):
             solver.request_save('last')
 
     def state_dict(self) -> dict[str, Any]:
-        return {'best': self.best, 'best_step': self.best_step}
+        return {'best': self.best, 'best_step': self.best_step, 'best_by': self.SAVE_BEST_BY}
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Any]) -> None:
-        self.best, self.best_step = state['best'], state['best_step']
+        if state.get('best_by', self.SAVE_BEST_BY) == self.SAVE_BEST_BY:    # else it is the best of another figure
+            self.best, self.best_step = state['best'], state['best_step']
+
+
+def _evaluation(names: Container[str], key: str) -> str:
+    """The evaluation that a figure of this name is of; '' is the one without a name."""
+    name, slash, _ = key.partition('/')
+    return name if slash and name in names else ''
+
+
+def _may_give(figures: Mapping[str, set[str] | None], key: str) -> bool:
+    names = figures.get(_evaluation(figures, key), set())
+    return names is None or key in names

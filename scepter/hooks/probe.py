@@ -26,7 +26,8 @@ class ProbeDataHook(Hook):
 
     Goes to WORK_DIR/probes/step-<step>/, pictures as one sheet with their prompts, and to hooks that show pictures. Draws are keyed by
     SEED, so nothing of it disturbs the training. In EVAL_HOOKS it puts the first PICTURES samples of each evaluation on one sheet,
-    WORK_DIR/eval_images/step-<step>.png; results without a picture go to a .jsonl of the same name.
+    WORK_DIR/eval_images/step-<step>.png (eval_images/quick/... of the one called quick); results without a picture go to a .jsonl of
+    the same name.
     """
 
     INTERVAL: int = param(1000, 'Steps between probes.', least=1)
@@ -57,7 +58,7 @@ class ProbeDataHook(Hook):
         if solver.mode == 'eval':
             seen = sorted((entry for part in we.gather(self.seen) for entry in part), key=lambda entry: entry[0])
             if we.is_main:
-                path = solver.work_dir / 'eval_images' / f'step-{solver.step:08d}.png'
+                path = solver.work_dir / 'eval_images' / solver.evaluation.name / f'step-{solver.step:08d}.png'
                 self._save(solver, seen, path, path.with_suffix('.jsonl'))
 
     def _probe(self, solver: Any) -> None:

@@ -56,8 +56,11 @@ class BaseSolver(Run, base=True):
             return None if cfg is None else DATASETS.build(cfg, logger=self.logger)
 
         self.datasets = {'train': build(self.TRAIN_DATA) if 'train' in self._mode_set else None,
-                         'eval': build(self.EVAL_DATA) if 'train' in self._mode_set and self.EVAL_INTERVAL else None,
                          'test': build(self.TEST_DATA) if 'test' in self._mode_set else None}
+        for one in self.evaluations.values():
+            one.dataset = build(one.DATA)
+            if len(one.dataset) == 0:
+                raise DataError(f'{one.place} holds no sample')
         if self.datasets['train'] is not None:
             if len(self.datasets['train']) == 0:
                 raise DataError('TRAIN_DATA holds no sample')
@@ -73,7 +76,8 @@ class BaseSolver(Run, base=True):
 
     def construct_metrics(self) -> None:
         """What evaluations measure."""
-        self.metrics = [METRICS.build(c, logger=self.logger) for c in self.METRICS]
+        for one in self.evaluations.values():
+            one.metrics = [METRICS.build(c, logger=self.logger) for c in one.METRICS]
 
     def model_to_device(self) -> None:
         """Move the network, in PARAM_DTYPE and its memory layout, and compile it where that is asked for."""
@@ -146,7 +150,9 @@ class BaseSolver(Run, base=True):
         """The loop. An evaluation that a stop signal cut off comes first."""
         self.train_mode()
         self.before_all_iter()
-        if self.is_eval_due and self.EVAL_INTERVAL:
+        if self.evals_due:    # a stop signal had cut them off; the checkpoint of this step is written anew, or they would be made twice
+            self._saved_step = None
+            self.request_save('evaluations')
             self.run_eval()
             self.save_if_requested()
         if we.use_pl:
@@ -157,12 +163,13 @@ class BaseSolver(Run, base=True):
         self.after_all_iter()
 
     def one_step(self) -> None:
-        """Batches, a step of the optimizers, hooks, an evaluation where it is due, a checkpoint where one is asked for."""
+        """Batches, a step of the optimizers, hooks, the evaluations that are due, a checkpoint where one is asked for."""
         self.before_iter()
         self.outputs = self.run_step_train(self.batches)
         self.step, self.samples = self.step + 1, self.samples + self.plan.global_size
         self.after_iter()
-        if self.EVAL_INTERVAL and self.step % self.EVAL_INTERVAL == 0:
+        self.evals_due = [name for name, one in self.evaluations.items() if self.step % one.INTERVAL == 0]
+        if self.evals_due:
             self.run_eval()
         self.save_if_requested()
 
@@ -171,7 +178,7 @@ class BaseSolver(Run, base=True):
         return self.train_step(batches, self.step)
 
     def run_eval(self) -> None:
-        """Measure on EVAL_DATA (solvers/evaluation.py)."""
+        """Make the evaluations that are due; where none is, all (solvers/evaluation.py)."""
         evaluation.run_eval(self)
 
     def run_test(self) -> None:
@@ -226,6 +233,8 @@ class BaseSolver(Run, base=True):
         """The one place that saves. A stop signal saves too, and then ends the run."""
         wish = we.any(2 * we.stop_signal + bool(self._save_reasons))    # of any process; one exchange for both questions
         stop = wish // 2
+        if not stop:
+            self.evals_due = []    # a run_eval of a user's own need not keep count
         if wish and self._saved_step != self.step:
             self.save_checkpoint()
         self._save_reasons = []

@@ -22,7 +22,8 @@ def greeting(run: Run) -> str:
     else:
         threads = torch.get_num_threads()
         device = f'{we.device} with {threads} thread{"s" if threads > 1 else ""}'
-    reads = [f'{mode} on {len(data):,} samples' for mode, data in run.datasets.items() if data is not None]
+    datasets = {**run.datasets, **{evaluation.called('eval'): evaluation.dataset for evaluation in run.evaluations.values()}}
+    reads = [f'{use} on {len(data):,} samples' for use, data in datasets.items() if data is not None]
     return '; '.join([f'WORK_DIR {run.work_dir}', ', '.join(reads) or 'nothing to read', f'{we.world_size} x {device}'])
 
 

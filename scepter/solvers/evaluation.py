@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,44 +18,59 @@ from torch import Tensor
 from scepter.core import jsonl, streams
 from scepter.core.calls import accepted
 from scepter.core.env import Stopped, seed_everything, we
+from scepter.core.errors import DataError
 from scepter.core.faults import ConfigError
 from scepter.core.images import free_path, save_results
 from scepter.data.loader import OrderedLoader
-from scepter.solvers.run import Run
+from scepter.solvers.metrics import Totals
+from scepter.solvers.run import Evaluation, Run
 
 Task = Literal['loss', 'results']
 NONE = torch.zeros(0, dtype=torch.int64)
 
 
 def run_eval(run: Run) -> None:
-    """Measure on EVAL_DATA: the loss at fixed levels and noise, and METRICS on what forward_test gives.
+    """Make the evaluations that are due, one after the other; called when none is, all. Raises ConfigError where there are none.
 
-    A stop signal ends it before there is any figure; the run that goes on from the checkpoint begins with this evaluation.
+    A stop signal ends the one that is going on before it has any figure. It and those behind it stay due, and the run that goes on from
+    the checkpoint begins with them.
     """
-    if run.datasets['eval'] is None:
-        raise ConfigError('nothing to evaluate on: give EVAL_DATA and EVAL_INTERVAL')
-    losses: list[tuple[float, int]] = []
+    if not run.evaluations:
+        raise ConfigError('nothing to evaluate: give EVAL_DATA and EVAL_INTERVAL, or EVALS')
+    run.evals_due = run.evals_due or list(run.evaluations)
+    while run.evals_due and measure(run, run.evaluations[run.evals_due[0]]):
+        del run.evals_due[0]
+    run.train_mode()
 
-    def measure(batch: dict[str, Any], n: Tensor) -> None:
-        if len(n) and run.EVAL_LOSS:
-            losses.append((float(run.outputs['loss']), len(n)))
-        for metric in run.metrics if len(n) else []:
-            metric.update(run.outputs['results'], batch)
 
+def measure(run: Run, evaluation: Evaluation) -> bool:
+    """One evaluation: the loss at fixed levels and noise, and what its metrics say of forward_test's results. False if it was cut off."""
+    own, totals = Totals(), [Totals() for _ in evaluation.metrics]
+
+    def take(batch: dict[str, Any], n: Tensor) -> None:
+        if not len(n):
+            return
+        own.add({'samples': len(n), 'loss': run.outputs.get('loss', 0.0) * len(n)})
+        for metric, total in zip(evaluation.metrics, totals):
+            total.add(metric.sums(run.outputs['results'], batch))
+
+    run.evaluation = evaluation
     run.eval_mode()
     run.call_hooks('before_eval', 'train')
-    for metric in run.metrics:
-        metric.reset()
-    tasks: dict[Task, bool] = {'loss': run.EVAL_LOSS, 'results': bool(run.metrics or run.hooks['eval'])}
-    run.is_eval_due = bool(run_over(run, 'eval', [task for task, is_wanted in tasks.items() if is_wanted], measure))
-    if not run.is_eval_due:
-        run.eval_outputs = {'loss': mean_over_processes(losses)} if run.EVAL_LOSS else {}
-        for metric in run.metrics:
-            run.eval_outputs |= metric.compute()
-        run.call_hooks('after_all_iter', 'eval')
-        run.call_hooks('after_eval', 'train')
-        run.hand_out_log(run.eval_outputs)
-    run.train_mode()
+    tasks: dict[Task, bool] = {'loss': evaluation.LOSS, 'results': bool(evaluation.metrics or run.hooks['eval'])}
+    if run_over(run, 'eval', evaluation.dataset, [task for task, is_wanted in tasks.items() if is_wanted], take):
+        return False
+    seen = own.everywhere()
+    if not seen:
+        raise DataError(f'{evaluation.place}: none of its {len(evaluation.dataset)} samples can be read, so there is nothing to measure')
+    figures = {'loss': seen['loss'] / seen['samples']} if evaluation.LOSS else {}
+    for metric, total in zip(evaluation.metrics, totals):
+        figures |= metric.figures(**total.everywhere())
+    run.eval_outputs = {evaluation.called(name): value for name, value in figures.items()}
+    run.call_hooks('after_all_iter', 'eval')
+    run.call_hooks('after_eval', 'train')
+    run.hand_out_log({f'val/{name}': value for name, value in run.eval_outputs.items()})
+    return True
 
 
 def run_test(run: Run) -> None:
@@ -76,7 +90,7 @@ def run_test(run: Run) -> None:
         if we.is_main:     # one writer, so that lines stand in the order of the samples and never in one another
             jsonl.append(folder / 'results.jsonl', (row for part in parts for row in part))
 
-    stop = run_over(run, 'test', ['results'], save, told['seed'])
+    stop = run_over(run, 'test', run.datasets['test'], ['results'], save, told['seed'])
     if stop:
         run.logger.warning(f'asked to stop: {done} of {len(run.datasets["test"])} results are in {folder}')
         raise Stopped(stop)
@@ -84,15 +98,15 @@ def run_test(run: Run) -> None:
     run.logger.info(f'{done} results in {folder}')
 
 
-def run_over(run: Run, mode: Literal['eval', 'test'], tasks: Iterable[Task],
+def run_over(run: Run, mode: Literal['eval', 'test'], dataset: Any, tasks: Iterable[Task],
              take: Callable[[dict[str, Any], Tensor], None], seed: int | None = None) -> int:
-    """One pass over the dataset of a mode: run.outputs gets `loss` and `results` of each batch, and `take` the batch and n [B].
+    """One pass over a dataset: run.outputs gets `loss` and `results` of each batch, and `take` the batch and n [B].
 
     Every process calls `take` equally often, where it has no batch left with an empty n. Answers the signal that ended the pass, or 0.
     """
     seed = base_seed(run) if seed is None else seed
     run.set_mode(mode)
-    loader = OrderedLoader(run.datasets[mode], seed=we.seed, rank=we.rank, world_size=we.world_size,
+    loader = OrderedLoader(dataset, seed=we.seed, rank=we.rank, world_size=we.world_size,
                            skipped_file=run.work_dir / 'skipped.jsonl', logger=run.logger)
     run.call_hooks('before_all_iter', mode)
     with contextlib.closing(iter(loader)) as batches, run.ema_weights():
@@ -135,9 +149,3 @@ def base_seed(run: Run) -> int:
 def seeds_of(seed: int, n: Tensor) -> list[int]:
     """The key of each picture; that of sample n is also the key of picture n of run_inference.py with this seed."""
     return [streams.row_seeds(seed, 1, first=number)[0] for number in n.tolist()]
-
-
-def mean_over_processes(losses: list[tuple[float, int]]) -> float:
-    """The mean of (mean of a batch, samples in it), to the bit the same however the batches were shared out."""
-    everywhere = [pair for part in we.gather(losses) for pair in part]
-    return math.fsum(loss * count for loss, count in everywhere) / max(1, sum(count for _, count in everywhere))

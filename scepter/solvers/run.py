@@ -24,6 +24,27 @@ from scepter.solvers.step import DTYPES, Batches, Outputs, TrainStep
 MODES = ('train', 'eval', 'test')
 
 
+class Evaluation(Component):
+    """What is measured in training, on what and how often: one of EVALS, or the one without a name that EVAL_DATA describes."""
+
+    DATA: dict = part(DATASETS, 'What to evaluate on.')
+    METRICS: list = parts(METRICS, 'What to measure.')
+    INTERVAL: int = param(doc='Steps between evaluations.', least=1)
+    LOSS: bool = param(True, 'Also compute the loss, at fixed levels and noise.')
+
+    dataset: Any
+    metrics: list[Any]
+
+    def __init__(self, name: str, cfg: dict):
+        super().__init__(cfg)
+        self.name = name
+        self.place = f'EVALS.{name}.DATA' if name else 'EVAL_DATA'    # of its data in the config
+
+    def called(self, figure: str) -> str:
+        """What hooks call a figure of it: loss of the one without a name, quick/loss of `quick`."""
+        return f'{self.name}/{figure}' if self.name else figure
+
+
 class Run(Component, base=True):
     """What evaluations, checkpoints, hooks and the words of the console know of a run. It is built and moved by a solver."""
 
@@ -49,9 +70,10 @@ class Run(Component, base=True):
     CHANNELS_LAST: bool = param(False, 'Lay images out with channels last, which convolutions like.')
     COMPILE: bool = param(False, 'Compile the network with torch.compile.')
 
-    EVAL_INTERVAL: int = param(0, 'Steps between evaluations; 0 for none.', least=0)
+    EVAL_INTERVAL: int = param(0, 'Steps between evaluations on EVAL_DATA; 0 for none.', least=0)
     EVAL_LOSS: bool = param(True, 'In an evaluation, also compute the loss, at fixed levels and noise.')
     METRICS: list = parts(METRICS, 'What an evaluation measures.')
+    EVALS: dict[str, Evaluation] = param({}, 'Further evaluations, each under a name that its figures then bear, as in val/quick/loss.')
     TRAIN_HOOKS: list = parts(HOOKS, 'Side concerns of training.')
     EVAL_HOOKS: list = parts(HOOKS, 'Side concerns of evaluation.')
     TEST_HOOKS: list = parts(HOOKS, 'Side concerns of testing.')
@@ -79,10 +101,37 @@ class Run(Component, base=True):
             yield Fault('DTYPE', 'is float16, but PARAM_DTYPE is bfloat16: no kernel takes both; write DTYPE: bfloat16')
         if cfg.EVAL_INTERVAL and cfg.EVAL_DATA is None:
             yield Fault('EVAL_INTERVAL', f'is {cfg.EVAL_INTERVAL}, but there is no EVAL_DATA to evaluate on')
+            return
+        yield from cls._check_evaluations(cfg)
 
-    datasets: dict[str, Any]        # by mode; None where there is none
+    @classmethod
+    def _check_evaluations(cls, cfg: Config) -> Iterator[Fault]:
+        for name in cfg.EVALS:
+            if not name or '/' in name:
+                yield Fault('EVALS', f'has {name!r}: the name of an evaluation is a word without a slash, which its figures are called by')
+        if cfg.METRICS and cfg.EVALS and not cfg.EVAL_INTERVAL:
+            yield Fault('METRICS', 'belong to the evaluation on EVAL_DATA, which EVAL_INTERVAL 0 leaves out: give each of EVALS its own')
+        given = cls.figures_of(cfg)
+        for i, node in enumerate(cfg.TRAIN_HOOKS):
+            if not list(HOOKS.faults(node, '')):    # else that is told already
+                for path, *rest in HOOKS.get(node.NAME).check_beside(HOOKS.filled(node), given):
+                    yield Fault(f'TRAIN_HOOKS[{i}].{path}', *rest)
+
+    @classmethod
+    def figures_of(cls, cfg: Config) -> dict[str, set[str] | None]:
+        """By the names of the evaluations, those of their figures as hooks find them; None where a metric does not tell.
+
+        A solver that measures in a run_eval of its own says here what.
+        """
+        given: dict[str, set[str] | None] = {}
+        for name, evaluation in evaluations_of(cfg).items():
+            told = [METRICS.get(m.NAME).names(METRICS.filled(m)) for m in evaluation.METRICS]
+            known = {'loss'} if evaluation.LOSS else set()
+            given[name] = None if None in told else {evaluation.called(figure) for figure in known.union(*told)}
+        return given
+
+    datasets: dict[str, Any]        # of training and testing; None where there is none
     model: Any
-    metrics: list[Any]
     optimizers: list[NamedOptimizer]
     train_step: TrainStep
     plan: Plan
@@ -103,7 +152,9 @@ class Run(Component, base=True):
         self.batches: Batches = []
         self.outputs: Outputs = {}
         self.eval_outputs: dict[str, float] = {}
-        self.is_eval_due = False      # the evaluation of this step was cut off by a stop signal
+        self.evaluations = evaluations_of(self.cfg) if 'train' in self._mode_set else {}
+        self.evaluation: Evaluation | None = None    # the one that is going on, or was the last
+        self.evals_due: list[str] = []               # those of this step that are not done yet, by name
         self._logged: dict[str, Any] = {}
         self._save_reasons: list[str] = []
 
@@ -121,14 +172,18 @@ class Run(Component, base=True):
         """Have hooks that write down what happens (LogHook, TensorboardLogHook, any with read_log) take this in.
 
         A figure (a number, a tensor of one element) or a picture ([3, H, W] in 0..1, or [H, W, 3] uint8), under `train/<name>`, in an
-        evaluation under `val/<name>`; a name with a slash stays as it is. It is handed out when all hooks of the moment have run.
+        evaluation under `val/<name>` (`val/quick/<name>` in that called quick); a name with a slash stays as it is. It is handed out when
+        all hooks of the moment have run.
         """
         if not is_figure(value) and not is_picture(value):
             found = f'{type(value).__name__}{list(value.shape) if hasattr(value, "shape") else ""}'
             raise TypeError(f'log({name!r}, ...): {found} is neither a figure (a number, or a tensor of one element, such as a mean) nor a '
                             'picture ([3, H, W] in 0..1, or [H, W, 3] uint8)')
-        prefix = 'val' if self.mode == 'eval' else self.mode
-        self._logged[name if '/' in name else f'{prefix}/{name}'] = value.detach() if isinstance(value, Tensor) else value
+        if self.mode == 'eval' and self.evaluation is not None:
+            full = f'val/{self.evaluation.called(name)}'
+        else:
+            full = f'{self.mode}/{name}'
+        self._logged[name if '/' in name else full] = value.detach() if isinstance(value, Tensor) else value
 
     def hand_out_log(self, outputs: Outputs) -> None:
         """Show the training hooks every number of these outputs, and what was logged."""
@@ -195,6 +250,13 @@ class Run(Component, base=True):
     @max_steps.setter
     def max_steps(self, steps: int) -> None:
         self.plan = self.plan._replace(max_steps=steps)
+
+
+def evaluations_of(cfg: Config) -> dict[str, Evaluation]:
+    """By name, what a filled config says is evaluated; '' is the name of the short form."""
+    short = {'DATA': cfg.EVAL_DATA, 'METRICS': cfg.METRICS, 'INTERVAL': cfg.EVAL_INTERVAL, 'LOSS': cfg.EVAL_LOSS}
+    nodes = {**({'': short} if cfg.EVAL_INTERVAL else {}), **cfg.EVALS}
+    return {name: Evaluation(name, node) for name, node in nodes.items()}
 
 
 def modes_of(cfg: Config) -> set[str]:

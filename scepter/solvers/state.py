@@ -28,15 +28,15 @@ def contents(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     state = {'step': run.step, 'samples': run.samples, 'seed': we.seed, 'global_batch_size': run.plan.global_size,
              'world_size': we.world_size, 'optimizers': {o.name: o.record() for o in run.optimizers},
              'scaler': scaler.state_dict() if scaler.is_enabled() else {}, 'hooks': hooks,
-             'left_out': run.model.sources(run.work_dir), 'is_eval_due': run.is_eval_due}
+             'left_out': run.model.sources(run.work_dir), 'evals_due': run.evals_due}
     return groups, state
 
 
 def check(loaded: Checkpoint) -> None:
     """Whether the state holds what a run goes on from: a manifest that is true says nothing of it. Raises CheckpointError."""
     kinds = {'step': int, 'samples': int, 'seed': int, 'global_batch_size': int, 'world_size': int, 'optimizers': dict, 'scaler': dict,
-             'hooks': dict, 'is_eval_due': bool}
-    state = loaded.state
+             'hooks': dict, 'evals_due': list}
+    state = {'evals_due': _due_before_they_had_names(loaded.state), **loaded.state}
     for key, kind in kinds.items():
         value = state.get(key)
         if type(value) is not kind or (kind is int and value < 0):
@@ -61,11 +61,19 @@ def restore(run: Run, loaded: Checkpoint) -> None:
             tensors = loaded.group(group) if group in loaded.groups else {}
             with _told(loaded, f'state of {name}'):
                 hook.load_state_dict(state['hooks'][name], tensors)
-    run.step, run.samples, run.is_eval_due = run.plan.step, run.plan.samples, state['is_eval_due']
+    run.step, run.samples = run.plan.step, run.plan.samples
+    due = state.get('evals_due', _due_before_they_had_names(state))
+    run.evals_due = [name for name in run.evaluations if name in due]    # what the config has lost is due no longer
     if we.seed != state['seed']:
         run.logger.warning(f'ENV.SEED is {we.seed}, but {loaded.path} was trained with {state["seed"]}: going on with that one')
         we.seed = state['seed']
     _note_changes(run, Config.parse(loaded.config, environment=False))
+
+
+def _due_before_they_had_names(state: Mapping[str, Any]) -> list[str] | None:
+    """What was cut off, of a checkpoint from when there was one evaluation: `is_eval_due`."""
+    is_due = state.get('is_eval_due')
+    return [''] if is_due is True else [] if is_due is False else None
 
 
 def _restore_optimizers(run: Run, loaded: Checkpoint, state: Mapping[str, Any]) -> None:

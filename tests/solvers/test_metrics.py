@@ -1,8 +1,6 @@
 """Figures of an evaluation against their definitions."""
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -10,15 +8,15 @@ from torch import Tensor
 
 from scepter.core.registry import BACKBONES, METRICS
 from scepter.models.base import BaseModel
-from scepter.solvers.metrics import Moments, frechet_distance
+from scepter.solvers.metrics import Moments, Totals, frechet_distance
 
 
 def test_accuracy_counts_the_k_likeliest_over_all_batches():
     metric = METRICS.build({'NAME': 'AccuracyMetric', 'TOPK': [1, 2]})
-    metric.reset()
-    metric.update([{'logits': torch.tensor([3.0, 2, 1])}, {'logits': torch.tensor([1.0, 3, 2])}], {'label': torch.tensor([0, 2])})
-    metric.update([{'logits': torch.tensor([1.0, 2, 3])}], {'label': torch.tensor([0])})
-    assert metric.compute() == {'accuracy': pytest.approx(1 / 3), 'accuracy_top2': pytest.approx(2 / 3)}
+    totals = Totals()
+    for logits, label in (([[3.0, 2, 1], [1.0, 3, 2]], [0, 2]), ([[1.0, 2, 3]], [0])):
+        totals.add(metric.sums([{'logits': torch.tensor(row)} for row in logits], {'label': torch.tensor(label)}))
+    assert metric.figures(**totals.everywhere()) == {'accuracy': pytest.approx(1 / 3), 'accuracy_top2': pytest.approx(2 / 3)}
 
 
 def test_the_frechet_distance_of_two_gaussians_is_the_closed_form():
@@ -41,10 +39,10 @@ def test_a_feature_network_measures_drawn_against_real_images(tmp_path):
     real = torch.rand(32, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
     def measure(shift: float) -> float:
-        metric.reset()
-        results: list[dict[str, Any]] = [{'image': image + shift} for image in real]
-        metric.update(results, {'image': real * 2 - 1})
-        return metric.compute()['frechet_distance']
+        totals = Totals()
+        for part in real.split(20):
+            totals.add(metric.sums([{'image': image + shift} for image in part], {'image': part * 2 - 1}))
+        return metric.figures(**totals.everywhere())['frechet_distance']
 
     assert measure(0.0) == pytest.approx(0, abs=1e-6)
     assert measure(0.25) == pytest.approx(3 * 0.5 ** 2, rel=1e-4)      # features are in -1..1

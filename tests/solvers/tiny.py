@@ -12,13 +12,14 @@ import scepter.components  # noqa: F401
 from scepter.core import streams
 from scepter.core.config import Config
 from scepter.core.env import we
-from scepter.core.registry import DATASETS, HOOKS, MODELS, SOLVERS
+from scepter.core.registry import DATASETS, HOOKS, METRICS, MODELS, SOLVERS
 from scepter.core.schema import param
 from scepter.data.datasets import BaseDataset
 from scepter.diffusion.process import Diffusion
 from scepter.diffusion.schedules import cosine
 from scepter.hooks.base import Hook
 from scepter.models.base import TrainModule
+from scepter.solvers.metrics import Metric
 
 # the smallest latent diffusion
 CODER = {'CH': 32, 'CH_MULT': [1, 1], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 4}
@@ -84,6 +85,17 @@ class TinyPainter(TinyDenoiser):
     def forward_test(self, number: Tensor, row_seeds: list[int], **batch: Any) -> list[dict[str, Any]]:
         noise = streams.normal_rows(row_seeds, 'start', (3, 2, 2)) + self.net[3].bias.mean()
         return [{'prompt': 'a point', 'image': picture.sigmoid(), 'seed': s} for picture, s in zip(noise, row_seeds)]
+
+
+@METRICS.register_class()
+class MeanValue(Metric):
+    """The mean of what TinyDenoiser gives for a point, in tenths of it, whose sum floating point rounds."""
+
+    def sums(self, results: list[dict[str, Any]], batch: dict[str, Any]) -> dict[str, Any]:
+        return {'total': sum(r['value'] / 10 for r in results), 'count': len(results)}
+
+    def figures(self, total: float, count: int) -> dict[str, float]:    # type: ignore[override]
+        return {'value': total / count}
 
 
 @HOOKS.register_class()
