@@ -14,8 +14,9 @@ _REGISTRIES = ('MODELS', 'BACKBONES', 'EMBEDDERS', 'LOSSES', 'SOLVERS', 'HOOKS',
                'LR_SCHEDULERS', 'FILE_SYSTEMS', 'SCHEDULES', 'LEVELS', 'SAMPLERS')
 _HOMES = {
     'core.registry': (*_REGISTRIES, 'Registry', 'need'),
-    'core.schema': ('Component', 'param', 'part', 'parts', 'REQUIRED', 'dict_to_yaml', 'default'),
+    'core.schema': ('Component', 'param', 'part', 'parts', 'REQUIRED', 'default'),
     'core.values': ('Bounds',),
+    'core.yaml': ('dict_to_yaml',),
     'core.config': ('Config',),
     'core.faults': ('ConfigError', 'Fault'),
     'core.errors': ('ScepterError', 'DataError', 'CheckpointError', 'PeerError', 'NonFiniteError'),

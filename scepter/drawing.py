@@ -35,11 +35,11 @@ from scepter.core.disk import atomic, checkpoints
 from scepter.core.env import we
 from scepter.core.errors import DataError
 from scepter.core.experiment import carry_out_imports, not_carried_out
-from scepter.core.faults import NOWHERE, ConfigError, did_you_mean
+from scepter.core.faults import NOWHERE, ConfigError, check, did_you_mean
 from scepter.core.images import free_path, grid, png_text, save_new, save_png, to_uint8
 from scepter.core.logger import get_logger
 from scepter.core.registry import MODELS
-from scepter.core.schema import check, default, schema_of
+from scepter.core.schema import default, schema_of
 from scepter.core.stores import FS
 from scepter.data.images import UnreadableError, load_image, to_rgb
 from scepter.models.base import TrainModule

@@ -57,9 +57,9 @@ def run(args: argparse.Namespace) -> None:
     from scepter.core.env import Env
     from scepter.core.experiment import carry_out_imports, check_experiment
     from scepter.core.explain import explain, needs_no_component, template
+    from scepter.core.faults import check
     from scepter.core.launch import launch
     from scepter.core.logger import set_up_logging
-    from scepter.core.schema import check
     set_up_logging(None, int(os.environ.get('RANK', 0)) if args.launcher == 'torchrun' else 0, args.debug)
     cfg = load(args) if args.cfg else Config()
     if args.explain and not args.template and needs_no_component(args.explain):

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from scepter.core.config import Config
 from scepter.core.env import Env
-from scepter.core.faults import Fault
+from scepter.core.faults import Fault, check
 from scepter.core.logger import get_logger
 from scepter.core.registry import SOLVERS
-from scepter.core.schema import Component, check, param, part, schema_of
+from scepter.core.schema import Component, param, part, schema_of
 
 
 class Experiment(Component):

@@ -55,3 +55,10 @@ def did_you_mean(word: Any, words: Iterable[Any]) -> str:
     known = {str(w).casefold(): str(w) for w in words}
     close = difflib.get_close_matches(str(word).casefold(), known, n=1, cutoff=0.6)
     return f'; did you mean {known[close[0]]}?' if close else ''
+
+
+def check(faults: Iterable[Fault], title: str = 'the config') -> None:
+    """Raise one ConfigError with all of the faults, if there are any."""
+    found = list(faults)
+    if found:
+        raise ConfigError(found, title)

@@ -19,8 +19,9 @@ from typing import Any
 
 from scepter.core.config import Config
 from scepter.core.faults import NOWHERE, ConfigError, Fault, Origin, did_you_mean
-from scepter.core.schema import Component, Schema, dict_to_yaml, registries, schema_of
+from scepter.core.schema import Component, Schema, registries, schema_of
 from scepter.core.values import NO_BOUNDS, Bounds, shown
+from scepter.core.yaml import dict_to_yaml
 
 LIBRARIES = ('torch', 'torchvision')    # whose classes are offered under their own names
 

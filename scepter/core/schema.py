@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from scepter.core.config import Config, plain, split_path
-from scepter.core.faults import NOWHERE, ConfigError, Fault, Origin, did_you_mean
+from scepter.core.faults import NOWHERE, Fault, Origin, did_you_mean
 from scepter.core.values import NO_BOUNDS, Bounds, converted, fits, shown, spell
-from scepter.core.yaml import dump
+from scepter.core.yaml import dict_to_yaml
 
 REQUIRED: Any = type('REQUIRED', (), {'__repr__': lambda self: 'required', '__bool__': lambda self: False,
                                       '__copy__': lambda self: self, '__deepcopy__': lambda self, memo: self,
@@ -412,25 +412,6 @@ def _fresh(default: Any) -> Any:
     return Config(default).copy() if isinstance(default, dict) else list(default) if isinstance(default, list) else default
 
 
-def dict_to_yaml(module_name: str, name: str, para_dict: dict, set_name: bool = False) -> str:
-    """A commented YAML block, ready to paste, that loads. A required key stands without a value."""
-    lines = [f'{module_name}:'] + ([f'  NAME: {name}'] if set_name else [])
-    for key, entry in para_dict.items():
-        kind = entry.get('type', type(entry['value']).__name__)
-        comment = f'{entry.get("description", "")} ({kind}{", required" if entry.get("required") else ""})'
-        lines.append(f'  # {" ".join(comment.split())}')
-        value = '' if entry.get('required') else dump({'V': entry['value']}, flow=True).strip()[4:-1].replace('\n', ' ')
-        lines.append(f'  {key}: {value}'.rstrip())
-    return '\n'.join(lines) + '\n'
-
-
 def default(value: Any, fallback: Any) -> Any:
     """The value, or the fallback where it is None."""
     return fallback if value is None else value
-
-
-def check(faults: Iterable[Fault], title: str = 'the config') -> None:
-    """Raise one ConfigError with all of the faults, if there are any."""
-    found = list(faults)
-    if found:
-        raise ConfigError(found, title)

@@ -231,3 +231,15 @@ def _flat_lists(value: Any) -> Any:
         scalars = not any(isinstance(v, (dict, list, tuple)) for v in value)
         return (_Flat if scalars else list)(_flat_lists(v) for v in value)
     return value
+
+
+def dict_to_yaml(module_name: str, name: str, para_dict: dict, set_name: bool = False) -> str:
+    """A commented YAML block, ready to paste, that loads. A required key stands without a value."""
+    lines = [f'{module_name}:'] + ([f'  NAME: {name}'] if set_name else [])
+    for key, entry in para_dict.items():
+        kind = entry.get('type', type(entry['value']).__name__)
+        comment = f'{entry.get("description", "")} ({kind}{", required" if entry.get("required") else ""})'
+        lines.append(f'  # {" ".join(comment.split())}')
+        value = '' if entry.get('required') else dump({'V': entry['value']}, flow=True).strip()[4:-1].replace('\n', ' ')
+        lines.append(f'  {key}: {value}'.rstrip())
+    return '\n'.join(lines) + '\n'

@@ -9,8 +9,9 @@ import pytest
 from scepter.core.config import Config
 from scepter.core.faults import ConfigError, Fault
 from scepter.core.registry import Registry
-from scepter.core.schema import Component, default, dict_to_yaml, param, part, parts, schema_of
+from scepter.core.schema import Component, default, param, part, parts, schema_of
 from scepter.core.values import Bounds
+from scepter.core.yaml import dict_to_yaml
 
 PARTS = Registry('TEST_PARTS')
 OPTIONS = Registry('TEST_OPTIONS', given=('x',), aliases={'LEARNING_RATE': 'lr'})
