@@ -216,11 +216,12 @@ def networks(recipe: str) -> tuple[Any, Any, Callable[..., tuple]]:
         x = torch.randn(rows, 4, side, side, dtype=kind, device=we.device).to(memory_format=torch.channels_last)
         context = torch.randn(rows, 77, settings['cross_attention_dim'], dtype=kind, device=we.device)
         pooled, sizes = torch.randn(rows, 1280, dtype=kind, device=we.device), torch.full((rows, 6), 1024.0, device=we.device)
+        from scepter.models.condition import Condition
         from scepter.models.layers import timestep_embedding
-        cond = {'crossattn': context}
+        cond = Condition(context)
         added = None
         if is_xl:
-            cond['y'] = torch.cat([pooled, timestep_embedding(sizes, 256).flatten(1).to(kind)], 1)
+            cond = Condition(context, torch.cat([pooled, timestep_embedding(sizes, 256).flatten(1).to(kind)], 1))
             added = {'text_embeds': pooled, 'time_ids': sizes}
         return x, torch.full((rows,), 500, device=we.device), cond, context, added
     return ours, peer, inputs

@@ -113,8 +113,8 @@ def their_forward(model: nn.Module, parts: dict[str, Any]) -> tuple[Tensor, Tens
         context = parts['text_encoder'](input_ids=tokens).last_hidden_state if 'text_encoder' in parts else embedder.encode_text(tokens)
         return parts['unet'](noise, t, encoder_hidden_states=context).sample, picture
     ours = embedder.encode_text(tokens, **sizes)
-    width = ours['y'].shape[1] - embedder.SIZE_DIM * sum(sizes[name].shape[1] for name in embedder.SIZES)
-    context, pooled = ours['crossattn'], ours['y'][:, :width]
+    width = ours.vector.shape[1] - embedder.SIZE_DIM * sum(sizes[name].shape[1] for name in embedder.SIZES)
+    context, pooled = ours.context, ours.vector[:, :width]
     towers = [parts[part] for part in ('text_encoder', 'text_encoder_2') if part in parts]
     if towers:
         outs = [tower(input_ids=tokens[:, i], output_hidden_states=True) for i, tower in enumerate(towers)]

@@ -89,8 +89,8 @@ def bounded(x0: Tensor, clamp: float | None, percentile: float | None) -> Tensor
 def batched(trees: Sequence[Any], rows: int) -> Any:
     """Trees of equal form laid one behind the other along the batch, or None where they cannot be.
 
-    Tensors [rows, ...] of equal shape are joined; what is the same in all of them is passed once. Contexts of different length, or
-    anything else that differs, cannot be joined: the network is then called once for each.
+    Tensors [rows, ...] of equal shape are joined; what is the same in all of them is passed once. Nothing is padded: contexts of
+    different length, or anything else that differs, cannot be joined, and the network is then called once for each.
     """
     try:
         return _join(list(trees), rows)
@@ -112,6 +112,8 @@ def _join(nodes: list[Any], rows: int) -> Any:
         raise _Apart
     if isinstance(first, Mapping) and all(isinstance(n, Mapping) and n.keys() == first.keys() for n in nodes):
         return {key: _join([node[key] for node in nodes], rows) for key in first}
+    if isinstance(first, tuple) and hasattr(first, '_fields') and all(type(n) is type(first) for n in nodes):    # a NamedTuple
+        return type(first)(*(_join(list(group), rows) for group in zip(*nodes)))
     if isinstance(first, list | tuple) and all(type(n) is type(first) and len(n) == len(first) for n in nodes):
         if all(isinstance(leaf, Tensor | Mapping) for node in nodes for leaf in node):
             return type(first)(_join(list(group), rows) for group in zip(*nodes))

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -11,33 +11,15 @@ from scepter.core.config import Config
 from scepter.core.disk.checkpoints import Checkpoint
 from scepter.core.faults import ConfigError, did_you_mean
 from scepter.core.schema import Component
+from scepter.models.condition import Widths
 from scepter.weights import marks, sources
-
-
-class Told(NamedTuple):
-    """What a network is told beside x and t: an embedder says what it `gives`, a backbone what it `takes`; None where there is none."""
-    context: int | None = None    # the width of cond['crossattn'] [B, L, D], or of cond itself where it is one tensor
-    vector: int | None = None     # the width of cond['y'] [B, D]
-    classes: int | None = None    # the number of classes of cond['y'] [B] int64
-
-    def misfit(self, takes: Told) -> str:
-        """What is wrong between what is given and what the network takes; empty where they fit."""
-        kinds = (('the context', 'wide', 'CONTEXT_DIM'), ('the vector y', 'wide', 'ADM_IN_CHANNELS'),
-                 ('the label', 'classes, with the one that stands for none', 'NUM_CLASSES'))
-        for given, taken, (what, unit, key) in zip(self, takes, kinds):
-            if given is None and taken is not None:
-                return f'the network expects {what}, {taken} {unit} ({key}), but COND_STAGE_MODEL gives none'
-            if given != taken:
-                expected = 'takes none' if taken is None else f'expects {taken}'
-                return f'{what} of COND_STAGE_MODEL is {given} {unit}, but the network {expected} ({key})'
-        return ''
 
 
 class BaseModel(Component, nn.Module, base=True):
     """A registered nn.Module. Reads its parameters in __init__; the bricks below it take plain typed arguments."""
 
     is_frozen = False
-    takes: Told | None = None            # a backbone may say what it is to be told: then it is held against the embedder
+    takes: Widths | None = None          # a backbone may say what it takes: then it is held against the embedder and the autoencoder
 
     def load_pretrained(self, path: str, ignore_keys: Sequence[str] = (), part: str = '', use_ema: bool = False) -> None:
         """Load published or own weights, into one part where that is named, from any place that FS knows.
@@ -55,6 +37,10 @@ class BaseModel(Component, nn.Module, base=True):
         self.is_frozen = True
         self.eval()
         self.requires_grad_(False)
+
+    def precompute(self, cond: Any) -> Any:
+        """A condition with all that is the same at every step of sampling already computed; a backbone that has such things says so."""
+        return cond
 
     def train(self, mode: bool = True) -> BaseModel:
         return super().train(mode and not self.is_frozen)

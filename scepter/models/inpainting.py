@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from scepter.models.latent import LatentSpace
 
@@ -64,15 +64,3 @@ class Given(NamedTuple):
         if self.mask is None or self.image is None:
             return pictures
         return torch.lerp((self.image.to(pictures) + 1) / 2, pictures, self.mask.to(pictures))
-
-
-class Beside(nn.Module):
-    """A network with further channels [B, D, (t,) h, w] beside every state it is given, the same for each conditioning of a guidance."""
-
-    def __init__(self, network: nn.Module, channels: Tensor):
-        super().__init__()
-        self.network, self.channels = network, channels
-
-    def forward(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
-        beside = self.channels.to(x).repeat(len(x) // len(self.channels), *[1] * (x.ndim - 1))
-        return self.network(torch.cat([x, beside], 1), t=t, **conditions)

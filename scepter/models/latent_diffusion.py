@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scepter.core import streams
 from scepter.core.config import Config
@@ -22,8 +22,9 @@ from scepter.core.registry import BACKBONES, EMBEDDERS, LEVELS, LOSSES, MODELS, 
 from scepter.core.schema import default, param, part
 from scepter.diffusion.process import Diffusion
 from scepter.diffusion.schedules import zero_terminal_snr
-from scepter.models.base import Told, TrainModule
-from scepter.models.inpainting import Beside, Given
+from scepter.models.base import TrainModule
+from scepter.models.condition import Condition, Widths
+from scepter.models.inpainting import Given
 from scepter.models.latent import LatentSpace, size_factor_of, size_factor_told, size_faults
 from scepter.models.unfilled import unfilled
 
@@ -100,15 +101,14 @@ class LatentDiffusion(TrainModule):
 
     def _check_parts(self) -> None:
         """Refuse parts that cannot work together before anything is computed. Parts that do not tell their sizes are left alone."""
-        latent, out = self.space.channels, getattr(self.model, 'OUT_CHANNELS', None)
-        if out not in (None, latent):
-            raise _misfit(self.first_stage_model, f'the autoencoder gives {latent} channels (EMBED_DIM), but the network predicts {out} '
-                                                  '(OUT_CHANNELS)')
+        latent, takes = self.space.channels, self.model.takes or Widths()
+        if takes.channels not in (None, latent):
+            raise _misfit(self.first_stage_model, f'the autoencoder gives {latent} channels (EMBED_DIM), but the network predicts '
+                                                  f'{takes.channels} (OUT_CHANNELS)')
         if problem := self.space.misfit(self.IGNORE_KEYS):
             raise _misfit(self.first_stage_model, problem)
-        takes = getattr(self.model, 'takes', None)
-        gives = Told() if self.cond_stage_model is None else getattr(self.cond_stage_model, 'gives', None)
-        if takes is not None and gives is not None and (problem := gives.misfit(takes)):
+        gives = Widths() if self.cond_stage_model is None else self.cond_stage_model.gives
+        if self.model.takes is not None and gives is not None and (problem := gives.misfit(takes)):
             raise _misfit(self.cond_stage_model, problem)
 
     # ---------------------------------------------------------------- training
@@ -144,8 +144,8 @@ class LatentDiffusion(TrainModule):
     @property
     def space(self) -> LatentSpace:
         """Where the network diffuses."""
-        return LatentSpace.of(self.first_stage_model, self.scale_factor, self.shift_factor, self.size_factor,
-                              getattr(self.model, 'OUT_CHANNELS', 3))
+        pixels = (self.model.takes or Widths()).channels or 3
+        return LatentSpace.of(self.first_stage_model, self.scale_factor, self.shift_factor, self.size_factor, pixels)
 
     @torch.no_grad()
     def encode_first_stage(self, image: Tensor, is_drawn: bool = True, **batch: Any) -> Tensor:
@@ -167,12 +167,12 @@ class LatentDiffusion(TrainModule):
         return self.encode_condition(self.tokenizer(prompt).to(self.device), **self._read_sizes(batch))
 
     def _read_sizes(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: batch[name] for name in getattr(self.cond_stage_model, 'SIZES', ()) if name in batch}
+        return {name: batch[name] for name in self.cond_stage_model.reads_too if name in batch}
 
     @property
     def reads_labels(self) -> bool:
         """Whether the embedder takes the classes of samples, and prompts only as the words for them."""
-        return getattr(self.cond_stage_model, 'reads', 'prompt') == 'label'
+        return self.cond_stage_model is not None and self.cond_stage_model.reads == 'label'
 
     # ---------------------------------------------------------------- drawing
     @torch.no_grad()
@@ -211,9 +211,9 @@ class LatentDiffusion(TrainModule):
         shape = space.shape(height, width, frames)
         noise = streams.normal_rows(seeds, 'start', shape, self.device)
         start = given.start(space, shape, denoising_strength)
-        network = self._filling_in(given)
-        if network is not self.model:
-            start.pop('mask')    # it sees itself what is to stay
+        beside = self._beside(given, count)
+        if beside is not None:
+            start.pop('mask')    # the network sees itself what is to stay
 
         negative = [n_prompt] * count if isinstance(n_prompt, str) else default(n_prompt, [self.default_n_prompt] * count)
 
@@ -222,10 +222,10 @@ class LatentDiffusion(TrainModule):
         sizes = self._sizes(count, height, width, {name: value for name, value in told.items() if value is not None})
 
         def draw(negative_prompt: list[str]) -> Tensor:
-            conditions = self._conditions(prompt, negative_prompt, guide_scale, **sizes)
+            conditions = self._conditions(prompt, negative_prompt, guide_scale, beside, **sizes)
             guidance = {} if len(conditions) == 1 else {'guide_scale': guide_scale, 'guide_rescale': guide_rescale}
             latents = self.diffusion.sample(
-                noise, network, conditions, solver=sampler, steps=sample_steps, discretization=discretization, seed=seeds,
+                noise, self.model, conditions, solver=sampler, steps=sample_steps, discretization=discretization, seed=seeds,
                 show_progress=show_progress, on_step=on_step, **guidance, **start, **(sampler_args or {}))
             pictures = given.kept_in(((self.decode_first_stage(latents).float() + 1) / 2).clamp(0, 1))
             return pictures[:, :, 0] if frames is None and pictures.ndim == 5 else pictures    # a still of an autoencoder of clips
@@ -249,29 +249,35 @@ class LatentDiffusion(TrainModule):
         labels = label.tolist() if isinstance(label, Tensor) else label
         return [labels] * (count if prompt is None else len(prompt)) if isinstance(labels, int) else list(labels)
 
-    def _filling_in(self, given: Given) -> nn.Module:
-        """The network as it samples: one of 2C + 1 channels reads, beside the latent, the mask and the latent of what the mask leaves."""
-        channels = getattr(self.model, 'IN_CHANNELS', None)
-        if channels != 2 * self.space.channels + 1:
-            return self.model
+    def _beside(self, given: Given, count: int) -> Tensor | None:
+        """What a network of 2C + 1 channels reads beside each latent: the mask, and the latent of what the mask leaves."""
+        takes, channels = self.model.takes or Widths(), self.space.channels
+        if takes.beside != channels + 1:
+            return None
         if None in given:
-            raise ValueError(f'the network has {channels} input channels, so it fills in what a mask leaves open: give an image and a mask')
-        return Beside(self.model, given.around_the_hole(self.space))
+            raise ValueError(f'the network has {channels + takes.beside} input channels, so it fills in what a mask leaves open: give an '
+                             'image and a mask')
+        known = given.around_the_hole(self.space)
+        return known.repeat(count // len(known), *[1] * (known.ndim - 1))
 
     def _sizes(self, count: int, height: int, width: int, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """What SDXL is told of a picture's size: that it is a whole one of this size, unless the batch says otherwise."""
         usual = {'original_size': [height, width], 'target_size': [height, width], 'crop_top_left': [0, 0], 'aesthetic_score': [6.0]}
         return {name: torch.as_tensor(batch.get(name, [value] * count), device=self.device) for name, value in usual.items()}
 
-    def _conditions(self, prompt: list[str] | None, n_prompt: list[str], guide_scale: Any, **batch: Any) -> list[dict[str, Any]]:
-        """[wanted, unwanted]; the unwanted one only where guidance looks at it. Keys and values of the context are computed once."""
+    def _conditions(self, prompt: list[str] | None, n_prompt: list[str], guide_scale: Any, beside: Tensor | None,
+                    **batch: Any) -> list[dict[str, Any]]:
+        """[wanted, unwanted]; the unwanted one only where guidance looks at it. What is the same at every step is computed once."""
         if self.cond_stage_model is None or prompt is None:
-            return [{}]
-        is_guided = guide_scale is not None and guide_scale != 1
-        # tokenized in one call, so that both have as many chunks and go through the network together
-        rows = self.tokenizer([*prompt, *n_prompt] if is_guided else prompt).to(self.device).split(len(prompt))
-        precompute = getattr(self.model, 'precompute', lambda cond: cond)
-        return [{'cond': precompute(self.encode_condition(tokens, **self._read_sizes(batch)))} for tokens in rows]
+            conditions = [None]
+        else:
+            is_guided = guide_scale is not None and guide_scale != 1
+            # tokenized in one call, so that both have as many chunks and go through the network together
+            rows = self.tokenizer([*prompt, *n_prompt] if is_guided else prompt).to(self.device).split(len(prompt))
+            conditions = [self.encode_condition(tokens, **self._read_sizes(batch)) for tokens in rows]
+        if beside is not None:
+            conditions = [Condition.of(cond)._replace(beside=beside) for cond in conditions]
+        return [{} if cond is None else {'cond': self.model.precompute(cond)} for cond in conditions]
 
     def decode_first_stage(self, latents: Tensor) -> Tensor:
         """[B, C, (t,) h, w] -> images or clips [B, 3, (T,) H, W] in about -1..1."""

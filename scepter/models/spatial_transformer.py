@@ -13,7 +13,7 @@ from scepter.models.layers import GroupNorm32, attention, checkpoint, to_image, 
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels as tokens, added to x; nothing at first.    x [B, C, H, W], context [B, L, D]  ->  [B, C, H, W]"""
+    """Transformer blocks over the pixels as tokens, added to x; nothing at first.    x [B, C, H, W], context  ->  [B, C, H, W]"""
 
     def __init__(self, channels: int, heads: int, depth: int, context_dim: int | None, linear: bool, dropout: float, cross_only: bool):
         super().__init__()
@@ -24,7 +24,7 @@ class SpatialTransformer(nn.Module):
         # not zero at first: from zero, a short run learns pictures long before it learns to read (docs/benchmarks.md)
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor | KeysValues | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None) -> Tensor:
         linear = isinstance(self.proj_in, nn.Linear)
         h = self.norm(x)
         tokens = self.proj_in(to_tokens(h)) if linear else to_tokens(self.proj_in(h))
@@ -49,10 +49,10 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels, dropout)
         self.norm3 = nn.LayerNorm(channels)
 
-    def forward(self, x: Tensor, context: Tensor | KeysValues | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None) -> Tensor:
         return checkpoint(self._forward, x, context) if self.is_checkpointed else self._forward(x, context)
 
-    def _forward(self, x: Tensor, context: Tensor | KeysValues | None) -> Tensor:
+    def _forward(self, x: Tensor, context: Context | None) -> Tensor:
         x = self.attn1(self.norm1(x), context).add_(x)
         if self.attn2 is not None:
             x = self.attn2(self.norm2(x), context).add_(x)
@@ -71,14 +71,14 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or channels, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels), nn.Dropout(dropout))
 
-    def forward(self, x: Tensor, context: Tensor | KeysValues | None = None) -> Tensor:
-        if self.reads_context and isinstance(context, KeysValues):
-            k, v = context.of_all_layers[..., slice(*self.place)].chunk(2, dim=-1)
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        known, mask = context if self.reads_context else Context(x)
+        if isinstance(known, KeysValues):
+            k, v = known.of_all_layers[..., slice(*self.place)].chunk(2, dim=-1)
         else:
-            source = context if self.reads_context else x
-            k, v = self.to_k(source), self.to_v(source)
+            k, v = self.to_k(known), self.to_v(known)
         heads = (self.heads, -1)
-        h = attention(self.to_q(x).unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads))
+        h = attention(self.to_q(x).unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads), mask)
         return self.to_out(h.flatten(2))
 
 
@@ -105,6 +105,12 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
+class Context(NamedTuple):
+    """What cross attention reads."""
+    known: Tensor | KeysValues     # tokens [B, L, D], or their keys and values
+    mask: Tensor | None = None     # bool [B, 1, 1, L], True where they may be seen
+
+
 class KeysValues(NamedTuple):
-    """A context of which only keys and values are left."""
+    """A context of which only keys and values are left, those of all layers side by side."""
     of_all_layers: Tensor    # [B, L, K]

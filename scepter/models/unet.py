@@ -9,7 +9,7 @@ Rombach et al. 2022 (arXiv 2112.10752), Podell et al. 2023 (2307.01952). Sizes a
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -20,16 +20,17 @@ from scepter.core.config import Config
 from scepter.core.faults import Fault
 from scepter.core.registry import BACKBONES
 from scepter.core.schema import param
-from scepter.models.base import BaseModel, Told
+from scepter.models.base import BaseModel
+from scepter.models.condition import Condition, Widths
 from scepter.models.layers import GROUPS, GroupNorm32, SiLU, checkpoint, timestep_embedding, upsample_conv
-from scepter.models.spatial_transformer import Attention, KeysValues, SpatialTransformer, TransformerBlock
+from scepter.models.spatial_transformer import Attention, Context, KeysValues, SpatialTransformer, TransformerBlock
 
 
 @BACKBONES.register_class()
 class DiffusionUNet(BaseModel):
     """What a noisy latent, its time and a condition say about the clean one.    x [B, C, H, W], t [B]  ->  [B, OUT_CHANNELS, H, W]"""
 
-    IN_CHANNELS: int = param(doc='Channels of x; with a `concat` condition, those of both together.', least=1)
+    IN_CHANNELS: int = param(doc='Channels of x, and of what is `beside` it in the condition, together.', least=1)
     OUT_CHANNELS: int = param(doc='Channels of the prediction.', least=1)
     MODEL_CHANNELS: int = param(doc='Channels of the first level.', least=GROUPS, multiple=GROUPS)
     NUM_RES_BLOCKS: int | list[int] = param(doc='Residual blocks per level on the way down; one more on the way up.', least=1)
@@ -44,9 +45,10 @@ class DiffusionUNet(BaseModel):
     DISABLE_SELF_ATTENTIONS: list[bool] | None = param(None, 'One per level: whether its first attention reads the context too.')
     DISABLE_MIDDLE_SELF_ATTN: bool = param(False, 'The same for the middle.')
     NUM_CLASSES: int | Literal['continuous', 'sequential'] | None = param(
-        None, 'What y is: null, none; the number of classes, [B]; continuous, [B, 1]; sequential, vectors [B, ADM_IN_CHANNELS] (SDXL).',
+        None, 'Told beside the time: null, nothing; a number, the label of so many classes; continuous, a vector [B, 1]; sequential, '
+              '[B, ADM_IN_CHANNELS] (SDXL).',
         least=1)
-    ADM_IN_CHANNELS: int | None = param(None, 'Width of y where NUM_CLASSES is sequential.', least=1)
+    ADM_IN_CHANNELS: int | None = param(None, 'Width of the vector where NUM_CLASSES is sequential.', least=1)
     DROPOUT: float = param(
         0.0, 'Share of activations dropped before the second convolution of residual blocks and in transformers.', least=0, below=1)
     CONV_RESAMPLE: bool = param(True, 'Change the size by convolutions; false: by mean and nearest neighbour alone.')
@@ -73,7 +75,7 @@ class DiffusionUNet(BaseModel):
             yield Fault('CONTEXT_DIM', 'self-attention is disabled for cross attention, but CONTEXT_DIM is null: give the width '
                                        'of the context')
         if cfg.NUM_CLASSES == 'sequential' and cfg.ADM_IN_CHANNELS is None:
-            yield Fault('ADM_IN_CHANNELS', 'NUM_CLASSES is sequential: give the width of y as ADM_IN_CHANNELS (2816 for SDXL)')
+            yield Fault('ADM_IN_CHANNELS', 'NUM_CLASSES is sequential: give the width of the vector as ADM_IN_CHANNELS (2816 for SDXL)')
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
@@ -135,25 +137,28 @@ class DiffusionUNet(BaseModel):
         if self.PRETRAINED_MODEL:
             self.load_pretrained(self.PRETRAINED_MODEL, self.IGNORE_KEYS)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor | Mapping[str, Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | Condition | None = None) -> Tensor:
         """x [B, C, H, W] of any size, t [B], cond  ->  [B, OUT_CHANNELS, H, W]
 
-        cond: the text context [B, L, CONTEXT_DIM], or a dict of `crossattn` (that context), `y` (see NUM_CLASSES) and `concat`
-        [B, C', H, W], which is appended to x; or what `precompute` made of it. Raises ValueError where a part is missing or too many.
+        cond: the text context [B, L, CONTEXT_DIM], or a Condition, whose vector or label NUM_CLASSES tells, and whose context may be what
+        `precompute` made of it. Raises ValueError where a part of it is missing or too many.
         """
         cond = self._read_condition(cond)
         dtype = x.dtype
         embedding = self.time_embed(timestep_embedding(t, self.MODEL_CHANNELS).to(self.dtype))
-        if 'y' in cond:
-            y = cond['y']
-            embedding = embedding + self.label_emb(y if isinstance(self.NUM_CLASSES, int) else y.to(self.dtype))
+        if cond.label is not None:
+            embedding = embedding + self.label_emb(cond.label)
+        elif cond.vector is not None:
+            embedding = embedding + self.label_emb(cond.vector.to(self.dtype))
         context = None
-        if 'crossattn' in cond:
-            context = cond['crossattn'].to(self.dtype)
-        elif 'keys_values' in cond:
-            context = KeysValues(cond['keys_values'])
-        if 'concat' in cond:
-            x = torch.cat([x, cond['concat'].to(x.dtype)], dim=1)
+        if cond.context is not None:
+            known = cond.context if isinstance(cond.context, KeysValues) else cond.context.to(self.dtype)
+            context = Context(known, None if cond.mask is None else cond.mask[:, None, None])    # mask [B, 1, 1, L]
+        if cond.beside is not None:
+            x = torch.cat([x, cond.beside.to(x.dtype)], dim=1)
+        if x.shape[1] != self.IN_CHANNELS:
+            raise ValueError(f'x has {x.shape[1]} channels{"" if cond.beside is None else " with what is beside it"}, but IN_CHANNELS is '
+                             f'{self.IN_CHANNELS}')
 
         x, skips = x.to(self.dtype), []
         for stage in self.input_blocks:
@@ -166,42 +171,47 @@ class DiffusionUNet(BaseModel):
         return self.out(x).to(dtype)
 
     @torch.no_grad()
-    def precompute(self, cond: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def precompute(self, cond: Tensor | Condition | None) -> Condition:
         """The condition with the keys and values of its context already computed, for sampling: they are the same at every step.
 
-        The result is a condition like any other: `keys_values` [B, L, K] holds those of all layers side by side, so it is batched,
-        sliced and moved as a context is. K is 24,960 for SD1.5.
+        The result is a condition like any other, whose context is KeysValues. K is 24,960 for SD1.5.
         """
-        cond = dict(self._read_condition(cond))
-        if 'crossattn' in cond:
-            context = cond.pop('crossattn').to(self.dtype)
-            layers = (layer for attn in self._cross_attentions() for layer in (attn.to_k, attn.to_v))
-            cond['keys_values'] = torch.cat([layer(context) for layer in layers], dim=-1)
-        return cond
+        cond = self._read_condition(cond)
+        if not isinstance(cond.context, Tensor):
+            return cond
+        context = cond.context.to(self.dtype)
+        layers = (layer for attn in self._cross_attentions() for layer in (attn.to_k, attn.to_v))
+        return cond._replace(context=KeysValues(torch.cat([layer(context) for layer in layers], dim=-1)))
 
     @property
-    def takes(self) -> Told:
+    def takes(self) -> Widths:
+        """What it is told, and what x is."""
         vector = {'sequential': self.ADM_IN_CHANNELS, 'continuous': 1}.get(str(self.NUM_CLASSES))
-        return Told(self.CONTEXT_DIM, vector, self.NUM_CLASSES if isinstance(self.NUM_CLASSES, int) else None)
+        return Widths(self.CONTEXT_DIM, vector, self.NUM_CLASSES if isinstance(self.NUM_CLASSES, int) else None, mask=True,
+                      channels=self.OUT_CHANNELS, beside=self.IN_CHANNELS - self.OUT_CHANNELS or None)
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the weights, in which it computes."""
         return self.out[2].weight.dtype
 
-    def _read_condition(self, cond: Tensor | Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
-        cond = {'crossattn': cond} if isinstance(cond, Tensor) else cond or {}
-        unknown = set(cond) - {'crossattn', 'keys_values', 'y', 'concat'}
-        if unknown:
-            raise ValueError(f'a condition has the parts crossattn, y and concat; got {", ".join(sorted(unknown))} too')
-        has_context = 'crossattn' in cond or 'keys_values' in cond
+    def _read_condition(self, cond: Tensor | Condition | None) -> Condition:
+        """The condition, whose parts are those that the network takes. Raises ValueError where they are not."""
+        cond, takes = Condition.of(cond), self.takes
+        has_context = cond.context is not None
         if has_context != (self.CONTEXT_DIM is not None):
             raise ValueError(f'CONTEXT_DIM is {self.CONTEXT_DIM}, so the condition must have {"no" if has_context else "a"} context')
-        width = cond['crossattn'].shape[-1] if 'crossattn' in cond else self.CONTEXT_DIM
-        if width != self.CONTEXT_DIM:
-            raise ValueError(f'the context is {width} wide, but CONTEXT_DIM is {self.CONTEXT_DIM}: is it of another text encoder?')
-        if ('y' in cond) != (self.NUM_CLASSES is not None):
-            raise ValueError(f'NUM_CLASSES is {self.NUM_CLASSES}, so the condition must have {"no y" if "y" in cond else "a y"}')
+        if isinstance(cond.context, Tensor) and cond.context.shape[-1] != self.CONTEXT_DIM:
+            raise ValueError(f'the context is {cond.context.shape[-1]} wide, but CONTEXT_DIM is {self.CONTEXT_DIM}: is it of another text '
+                             'encoder?')
+        for part, value, taken in (('vector', cond.vector, takes.vector), ('label', cond.label, takes.classes)):
+            if (value is not None) != (taken is not None):
+                raise ValueError(f'NUM_CLASSES is {self.NUM_CLASSES}, so the condition must have {"a" if value is None else "no"} {part}')
+        if cond.mask is not None:
+            rows = (cond.context.of_all_layers if isinstance(cond.context, KeysValues) else cond.context).shape[:2]
+            if cond.mask.shape != rows or cond.mask.dtype != torch.bool:
+                raise ValueError(f'the mask is {cond.mask.dtype} {list(cond.mask.shape)}, expected bool {list(rows)}, as the context has '
+                                 'tokens')
         return cond
 
     def _label_embedding(self, width: int) -> nn.Module:
@@ -245,8 +255,8 @@ def _head_faults(cfg: Config) -> Iterator[Fault]:
 class Stage(nn.Sequential):
     """Residual blocks, transformers and changes of size, one after the other."""
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | KeysValues | None, size: tuple[int, int] | None = None) -> Tensor:
-        """x [B, C, H, W], embedding [B, E], context [B, L, D] -> [B, D, H', W']; size: of the next skip, for what enlarges."""
+    def forward(self, x: Tensor, embedding: Tensor, context: Context | None, size: tuple[int, int] | None = None) -> Tensor:
+        """x [B, C, H, W], embedding [B, E], context -> [B, D, H', W']; size: of the next skip, for what enlarges."""
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, embedding, size)

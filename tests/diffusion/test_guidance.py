@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
@@ -98,6 +100,28 @@ def test_misnamed_scales_are_refused():
 def test_scales_for_another_number_of_rows_are_refused():
     with pytest.raises(ValueError, match='one scale for each row'):
         guided(Network(), conditioning(1.0, 2.0), torch.ones(2), 0.0, X)
+
+
+class Told(NamedTuple):
+    context: Any
+    vector: Any = None
+    mask: Any = None
+
+
+def test_named_tuples_in_one_another_are_joined_part_by_part_and_none_stays_none():
+    a, b = torch.zeros(3, 2), torch.ones(3, 2)
+    tree = batched([{'cond': Told(Told(a), a)}, {'cond': Told(Told(b), b)}], rows=3)
+    joined = torch.cat([a, b])
+    assert type(tree['cond']) is Told and tree['cond'].mask is None and tree['cond'].context.vector is None
+    assert torch.equal(tree['cond'].context.context, joined) and torch.equal(tree['cond'].vector, joined)
+
+
+@pytest.mark.parametrize('pair', [(Told(torch.ones(3, 2), mask=torch.ones(3, 2) > 0), Told(torch.ones(3, 2))),
+                                  (Told(torch.ones(3, 2)), Told(torch.ones(3, 4))),
+                                  (Told(torch.ones(3, 2)), (torch.ones(3, 2), None, None))],
+                         ids=['a mask in one alone', 'another length', 'another kind'])
+def test_named_tuples_of_another_form_are_not_padded_and_not_joined(pair):
+    assert batched([{'cond': cond} for cond in pair], rows=3) is None
 
 
 def test_trees_are_joined_along_the_batch_and_what_is_the_same_is_passed_once():

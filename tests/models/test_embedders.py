@@ -288,15 +288,15 @@ def sizes(count):
 def test_two_towers_and_the_sizes_make_the_condition_of_sdxl():
     embedder = sdxl()
     cond = embedder(PROMPTS, **sizes(4))
-    assert cond['crossattn'].shape == (4, 77, 32 + 48) and cond['y'].shape == (4, 48 + 6 * 256)
-    near(cond['crossattn'][..., :32], embedder.embedders[0](PROMPTS))
-    near(cond['y'][:, :48], embedder.embedders[1].encode_both(embedder.embedders[1].tokenize(PROMPTS))[1])
+    assert cond.context.shape == (4, 77, 32 + 48) and cond.vector.shape == (4, 48 + 6 * 256)
+    near(cond.context[..., :32], embedder.embedders[0](PROMPTS))
+    near(cond.vector[:, :48], embedder.embedders[1].encode_both(embedder.embedders[1].tokenize(PROMPTS))[1])
 
 
 def test_the_size_features_are_those_of_diffusers():
     embeddings = pytest.importorskip('diffusers.models.embeddings')
     theirs = embeddings.Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)(torch.tensor([900., 1200, 0, 64, 1024, 1024]))
-    near(sdxl()(['x'], **sizes(1))['y'][0, 48:], theirs.flatten())
+    near(sdxl()(['x'], **sizes(1)).vector[0, 48:], theirs.flatten())
 
 
 def test_a_missing_size_is_named():
@@ -308,13 +308,13 @@ def test_a_missing_size_is_named():
 
 def test_the_refiner_is_told_a_score_instead_of_a_target():
     embedder = sdxl(SIZES=['original_size', 'crop_top_left', 'aesthetic_score'])
-    assert embedder(['x'], **sizes(1), aesthetic_score=torch.tensor([6.0]))['y'].shape == (1, 48 + 5 * 256)
+    assert embedder(['x'], **sizes(1), aesthetic_score=torch.tensor([6.0])).vector.shape == (1, 48 + 5 * 256)
 
 
 def test_an_empty_prompt_can_be_all_zeros():
     cond = sdxl(ZERO_EMPTY=True)(['', 'x'], **sizes(2))
-    assert (cond['crossattn'][0] == 0).all() and (cond['y'][0, :48] == 0).all()
-    assert (cond['crossattn'][1] != 0).any() and (cond['y'][0, 48:] != 0).any()
+    assert (cond.context[0] == 0).all() and (cond.vector[0, :48] == 0).all()
+    assert (cond.context[1] != 0).any() and (cond.vector[0, 48:] != 0).any()
 
 
 def test_a_last_tower_without_a_pooled_vector_is_refused():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from scepter.core.faults import ConfigError
 from scepter.core.registry import BACKBONES
+from scepter.models.condition import Condition
 from tests.models.oracles import REFINER, SD15, SD21, SDXL, diffusers_unet, relative_error, tiny, unet
 
 # two levels, a block each: what is not about the architecture is tested on this
@@ -37,7 +38,7 @@ def test_a_network_is_that_of_diffusers_at_every_size(config):
     theirs, y = diffusers_unet(ours), torch.randn(2, 40)
     for height, width in [(16, 16), (8, 24), (13, 9)]:
         x, t, context = inputs(height, width)
-        cond = {'crossattn': context} if ours.NUM_CLASSES is None else {'crossattn': context, 'y': y}
+        cond = Condition(context, None if ours.NUM_CLASSES is None else y)
         expected = theirs(x, t, context, class_labels=None if ours.NUM_CLASSES is None else y).sample
         assert relative_error(ours(x, t, cond), expected) < 1e-5
 
@@ -48,7 +49,7 @@ def test_class_labels_are_those_of_diffusers():
     x, t, context = inputs()
     labels = torch.tensor([3, 9])
     expected = diffusers_unet(ours)(x, t, context, class_labels=labels).sample
-    assert relative_error(ours(x, t, {'crossattn': context, 'y': labels}), expected) < 1e-5
+    assert relative_error(ours(x, t, Condition(context, label=labels)), expected) < 1e-5
 
 
 @torch.no_grad()
@@ -68,9 +69,9 @@ def test_a_network_of_published_size_is_that_of_diffusers(config):
     ours = unet(config)
     x, t, _ = inputs(16, 24)
     context = torch.randn(2, 77, config['CONTEXT_DIM'])
-    vector = {'y': torch.randn(2, config['ADM_IN_CHANNELS'])} if 'ADM_IN_CHANNELS' in config else {}
-    expected = diffusers_unet(ours)(x, t, context, class_labels=vector.get('y')).sample
-    assert relative_error(ours(x, t, {'crossattn': context, **vector}), expected) < 1e-5
+    vector = torch.randn(2, config['ADM_IN_CHANNELS']) if 'ADM_IN_CHANNELS' in config else None
+    expected = diffusers_unet(ours)(x, t, context, class_labels=vector).sample
+    assert relative_error(ours(x, t, Condition(context, vector)), expected) < 1e-5
 
 
 @pytest.mark.parametrize('changes', [{}, {'DISABLE_SELF_ATTENTIONS': [True, False]}], ids=['as published', 'cross attention twice'])
@@ -89,8 +90,8 @@ def test_a_precomputed_context_gives_the_same_without_reading_the_context_again(
 def test_a_precomputed_context_is_sliced_like_any_other():
     network = unet(SMALL)
     x, t, context = inputs()
-    cond = network.precompute({'crossattn': context})
-    second = {key: value[1:] for key, value in cond.items()}
+    cond = network.precompute(context)
+    second = cond._replace(context=type(cond.context)(cond.context.of_all_layers[1:]))
     torch.testing.assert_close(network(x[1:], t[1:], second), network(x, t, context)[1:])
 
 
@@ -98,10 +99,10 @@ def test_a_precomputed_context_is_sliced_like_any_other():
 def test_a_concatenated_image_is_the_rest_of_the_channels():
     network = unet({**SMALL, 'IN_CHANNELS': 9})
     x, t, context = inputs(channels=9)
-    torch.testing.assert_close(network(x[:, :4], t, {'crossattn': context, 'concat': x[:, 4:]}), network(x, t, context))
+    torch.testing.assert_close(network(x[:, :4], t, Condition(context, beside=x[:, 4:])), network(x, t, context))
 
 
-@pytest.mark.parametrize('cond', [None, {}])
+@pytest.mark.parametrize('cond', [None, {}, Condition()])
 def test_a_network_without_a_context_has_no_cross_attention(cond):
     network = unet({**SMALL, 'CONTEXT_DIM': None})
     x, t, _ = inputs()
@@ -141,9 +142,13 @@ def test_an_architecture_that_cannot_be_is_refused(changes, message):
     ({}, None, 'CONTEXT_DIM is 24, so the condition must have a context'),
     ({'CONTEXT_DIM': None}, torch.zeros(2, 7, 24), 'must have no context'),
     ({}, torch.zeros(2, 7, 25), 'the context is 25 wide'),
-    ({}, {'crossattn': torch.zeros(2, 7, 24), 'y': torch.zeros(2, 40)}, 'must have no y'),
-    ({'NUM_CLASSES': 'sequential'}, torch.zeros(2, 7, 24), 'must have a y'),
-    ({}, {'crossattn': torch.zeros(2, 7, 24), 'hint': torch.zeros(2)}, 'got hint too')])
+    ({}, Condition(torch.zeros(2, 7, 24), torch.zeros(2, 40)), 'must have no vector'),
+    ({'NUM_CLASSES': 'sequential'}, torch.zeros(2, 7, 24), 'must have a vector'),
+    ({'NUM_CLASSES': 3}, Condition(torch.zeros(2, 7, 24), torch.zeros(2, 3)), 'must have no vector'),
+    ({'NUM_CLASSES': 3}, Condition(torch.zeros(2, 7, 24)), 'must have a label'),
+    ({}, Condition(torch.zeros(2, 7, 24), mask=torch.ones(2, 8) > 0), r'the mask is torch.bool \[2, 8\], expected bool \[2, 7\]'),
+    ({}, Condition(torch.zeros(2, 7, 24), mask=torch.ones(2, 7)), r'the mask is torch.float32 \[2, 7\], expected bool'),
+    ({}, Condition(torch.zeros(2, 7, 24), beside=torch.zeros(2, 1, 8, 8)), 'x has 5 channels with what is beside it, but IN_CHANNELS')])
 def test_a_condition_that_does_not_fit_is_refused(changes, cond, message):
     x, t, _ = inputs()
     with pytest.raises(ValueError, match=message):

@@ -1,24 +1,28 @@
 """What every text embedder is built on: prompts -> tokens -> context."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from scepter.core.logger import get_logger
-from scepter.models.base import BaseModel, Told
+from scepter.models.base import BaseModel
+from scepter.models.condition import Condition, Widths
 from scepter.weights.hugging_face import accept_both_layouts, give_both_names
 
 
 class BaseEmbedder(BaseModel, base=True):
-    """Prompts -> context [B, L, D]. A subclass writes encode_text and sets self.tokenizer and self.max_length, or writes tokenize too.
+    """Prompts -> context [B, L, D], or a Condition.
 
-    self.tokenizer may be any tokenizer of Hugging Face. A text model of theirs inside loads weights of either layout of its names.
+    A subclass writes encode_text and sets self.tokenizer and self.max_length, or writes tokenize too. self.tokenizer may be any tokenizer
+    of Hugging Face. A text model of theirs inside loads weights of either layout of its names.
     """
 
     reads: Literal['prompt', 'label'] = 'prompt'    # the entry of a batch that it is made for
-    gives: Told | None = None                       # widths of what it gives; None: it does not tell, and nothing is checked
+    reads_too: Sequence[str] = ()                   # entries of a batch that it is told beside these, by their names
+    gives: Widths | None = None                     # of what it gives; None: it does not tell, and nothing is checked
     LAYERS = ('last', 'pooled', 'hidden', 'penultimate')
 
     def __init__(self, cfg: dict, logger: Any = None):
@@ -40,15 +44,15 @@ class BaseEmbedder(BaseModel, base=True):
                     self.warn_of_cut(self.tokenizer.decode(ids[self.max_length - 1:], skip_special_tokens=True), self.max_length)
         return self.tokenizer(prompts, truncation=True, max_length=self.max_length, padding='max_length', return_tensors='pt')['input_ids']
 
-    def encode_text(self, tokens: Tensor, tokenizer: Any = None, append_sentence_embedding: bool = False) -> Tensor:
-        """int64 [B, L] -> context [B, L, D]."""
+    def encode_text(self, tokens: Tensor, tokenizer: Any = None, append_sentence_embedding: bool = False) -> Tensor | Condition:
+        """int64 [B, L] -> context [B, L, D], or a Condition, which may have more."""
         raise TypeError(f'{type(self).__name__} has no encode_text(tokens, tokenizer=None, append_sentence_embedding=False): write one')
 
-    def forward(self, prompts: list[str]) -> Tensor:
+    def forward(self, prompts: list[str]) -> Tensor | Condition:
         return self.encode_text(self.tokenize(prompts).to(self.device))
 
-    def encode(self, prompts: list[str]) -> Tensor:
-        """Prompts -> context [B, L, D]."""
+    def encode(self, prompts: list[str]) -> Tensor | Condition:
+        """Prompts -> context [B, L, D], or a Condition."""
         return self(prompts)
 
     @property

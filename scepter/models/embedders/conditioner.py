@@ -6,25 +6,28 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from scepter.core.config import Config
 from scepter.core.faults import Fault
 from scepter.core.registry import EMBEDDERS
 from scepter.core.schema import REQUIRED, param, parts
-from scepter.models.base import Told
+from scepter.models.condition import Condition, Widths
 from scepter.models.embedders.base import BaseEmbedder
 from scepter.models.layers import timestep_embedding
 
+NO_TOKEN = -1    # behind those of a tower that has fewer than another; no token is, with a weight or without
 # how many numbers each entry of a batch has
 NUMBERS = {'original_size': 2, 'crop_top_left': 2, 'target_size': 2, 'aesthetic_score': 1}
 
 
 @EMBEDDERS.register_class()
 class GeneralConditioner(BaseEmbedder):
-    """Several towers as one condition.    tokens [B, T, L]  ->  {'crossattn': [B, L, D1 + D2], 'y': [B, P + 256 * numbers]}
+    """Several towers as one condition.    tokens [B, T, L]  ->  Condition: context [B, L, D1 + D2], vector [B, P + 256 * numbers]
 
     Podell et al. 2023 (arXiv 2307.01952), section 2.2. The pooled vector is that of the last tower. Base: the sizes below; refiner:
     original_size, crop_top_left, aesthetic_score. The sizes are (height, width) and (top, left), original_size that before any resizing.
+    Towers of another length than the longest have zeros behind their tokens; with MASK_PADDING the network sees what any tower sees.
     """
 
     EMBEDDERS: list = parts(EMBEDDERS, 'The text towers; their contexts are joined along the features, the last gives the pooled vector.',
@@ -40,20 +43,22 @@ class GeneralConditioner(BaseEmbedder):
         if not cfg.EMBEDDERS:
             yield Fault('EMBEDDERS', 'expected at least one text tower')
             return
-        towers = [EMBEDDERS.filled(node) for node in cfg.EMBEDDERS]
-        if towers[-1].get('RETURN_POOLED') is False:
+        if EMBEDDERS.filled(cfg.EMBEDDERS[-1]).get('RETURN_POOLED') is False:
             yield Fault('EMBEDDERS', 'the last tower gives the pooled vector: set its RETURN_POOLED to true')
-        lengths = [tower.MAX_LENGTH for tower in towers if 'MAX_LENGTH' in tower]
-        if len(set(lengths)) > 1:
-            yield Fault('EMBEDDERS', f'towers that stand side by side need one MAX_LENGTH, got {lengths}')
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
         self.embedders = nn.ModuleList(EMBEDDERS.build(node, logger=logger) for node in self.EMBEDDERS)
 
     @property
-    def gives(self) -> Told:
-        return Told(sum(embedder.tower.width for embedder in self.embedders), self.vector_width)
+    def reads_too(self) -> list[str]:
+        """The sizes."""
+        return self.SIZES
+
+    @property
+    def gives(self) -> Widths:
+        return Widths(sum(embedder.tower.width for embedder in self.embedders), self.vector_width,
+                      mask=any(embedder.gives.mask for embedder in self.embedders))
 
     @property
     def vector_width(self) -> int:
@@ -64,11 +69,10 @@ class GeneralConditioner(BaseEmbedder):
         """int64 [B, T, L], a row for each tower."""
         rows = [embedder.tokenize(prompts) for embedder in self.embedders]
         longest = max(row.shape[1] for row in rows)
-        assert all(row.shape[1] == longest for row in rows), 'the towers share a vocabulary, so they need as many chunks'
-        return torch.stack(rows, dim=1)
+        return torch.stack([F.pad(row, (0, longest - row.shape[1]), value=NO_TOKEN) for row in rows], dim=1)
 
     def encode_text(self, tokens: Tensor, tokenizer: Any = None, append_sentence_embedding: bool = False,
-                    **sizes: Tensor) -> dict[str, Tensor]:
+                    **sizes: Tensor) -> Condition:
         """tokens [B, T, L], and each entry of SIZES as [B, 2], the score as [B] or [B, 1]; other entries are not read.
 
         Raises ValueError where an entry is missing: a guess would teach the network a wrong size.
@@ -76,15 +80,27 @@ class GeneralConditioner(BaseEmbedder):
         missing = [name for name in self.SIZES if sizes.get(name) is None]
         if missing:
             raise ValueError(f'the condition needs {", ".join(missing)} of every picture, but got only {sorted(sizes) or "prompts"}')
-        pairs = [embedder.encode_both(tokens[:, i], pooled=i == len(self.embedders) - 1) for i, embedder in enumerate(self.embedders)]
-        context, pooled = torch.cat([context for context, _ in pairs], dim=-1), pairs[-1][1]
+        context, pooled, mask = self._side_by_side(tokens)
         if self.ZERO_EMPTY:
             has_words = (tokens[:, 0, 1] != self.embedders[0].tokenizer.eos).to(context)
             context, pooled = context * has_words[:, None, None], pooled * has_words[:, None]
         vectors = [self._embed(sizes[name], NUMBERS[name], pooled) for name in self.SIZES]
-        return {'crossattn': context, 'y': torch.cat([pooled, *vectors], dim=-1)}
+        return Condition(context, torch.cat([pooled, *vectors], dim=-1), mask=mask)
 
-    def forward(self, prompts: list[str], **sizes: Tensor) -> dict[str, Tensor]:
+    def _side_by_side(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(contexts beside one another, the last tower's pooled vector, what any tower sees where one of them has a mask)"""
+        longest, contexts, masks = tokens.shape[2], [], []
+        for i, embedder in enumerate(self.embedders):
+            ids = tokens[:, i]
+            if len({tower.MAX_LENGTH for tower in self.embedders}) > 1:
+                ids = ids[:, :int((ids[0] != NO_TOKEN).sum())]
+            context, pooled = embedder.encode_both(ids, pooled=embedder is self.embedders[-1])
+            seen = embedder.seen(ids) if embedder.gives.mask else torch.ones_like(ids, dtype=torch.bool)
+            contexts.append(F.pad(context, (0, 0, 0, longest - context.shape[1])))
+            masks.append(F.pad(seen, (0, longest - seen.shape[1])))
+        return torch.cat(contexts, dim=-1), pooled, torch.stack(masks).any(0) if self.gives.mask else None
+
+    def forward(self, prompts: list[str], **sizes: Tensor) -> Condition:
         return self.encode_text(self.tokenize(prompts).to(self.device), **sizes)
 
     def _embed(self, numbers: Tensor, count: int, like: Tensor) -> Tensor:

@@ -12,22 +12,22 @@ from scepter.core.errors import DataError
 from scepter.core.faults import Fault
 from scepter.core.registry import EMBEDDERS
 from scepter.core.schema import param
-from scepter.models.base import Told
+from scepter.models.condition import Condition, Widths
 from scepter.models.embedders.base import BaseEmbedder
 
 
 @EMBEDDERS.register_class()
 class LabelEmbedder(BaseEmbedder):
-    """Labels -> what a network is told of a class.    int64 [B] in 0 .. NUM_CLASSES-1  ->  {'crossattn': [B, 1, D], 'y': [B, D] or [B]}
+    """Labels -> what a network is told of a class.    int64 [B] in 0 .. NUM_CLASSES-1  ->  context [B, 1, D], vector [B, D] or label [B]
 
     Label NUM_CLASSES stands for none: training puts it in the place of a share P_ZERO of the labels, and guidance draws away from it.
-    Where a width is given, a table of that width is learnt here; without any, y is the label itself, for a network with a table of its
+    Where a width is given, a table of that width is learnt here; without any, it is handed on itself, for a network with a table of its
     own of NUM_CLASSES + 1 rows. As a prompt a class is its name or its number; an empty prompt is none.
     """
 
     NUM_CLASSES: int = param(doc='Classes, without the one that stands for none.', least=1)
     CONTEXT_DIM: int | None = param(None, 'Width of a context of one token, for networks with cross attention.', least=1)
-    VECTOR_DIM: int | None = param(None, 'Width of a vector y, for networks that add one to their time (NUM_CLASSES: sequential).', least=1)
+    VECTOR_DIM: int | None = param(None, 'Width of a vector, for networks that add one to their time (NUM_CLASSES: sequential).', least=1)
     NAMES: list[str] = param([], 'What the classes are called in prompts, in their order; they may always be called by number.')
 
     reads = 'label'
@@ -46,9 +46,9 @@ class LabelEmbedder(BaseEmbedder):
             yield Fault('NAMES', f'{len(set(cfg.NAMES))} different names for {cfg.NUM_CLASSES} classes: give one for each, or none')
 
     @property
-    def gives(self) -> Told:
+    def gives(self) -> Widths:
         is_number = self.context is None and self.vector is None
-        return Told(self.CONTEXT_DIM, self.VECTOR_DIM, self.NUM_CLASSES + 1 if is_number else None)
+        return Widths(self.CONTEXT_DIM, self.VECTOR_DIM, self.NUM_CLASSES + 1 if is_number else None)
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """int64 [B]. Raises DataError for what is no class."""
@@ -64,9 +64,9 @@ class LabelEmbedder(BaseEmbedder):
             raise DataError(f'labels are {labels.min()} to {labels.max()}, expected 0 to {self.NUM_CLASSES - 1} (NUM_CLASSES)')
         return labels.masked_fill(dropped, self.NUM_CLASSES)
 
-    def encode_text(self, tokens: Tensor, tokenizer: Any = None, append_sentence_embedding: bool = False) -> dict[str, Tensor]:
+    def encode_text(self, tokens: Tensor, tokenizer: Any = None, append_sentence_embedding: bool = False) -> Condition:
         """int64 [B] -> the parts of a condition that the widths ask for."""
-        parts = {} if self.context is None else {'crossattn': self.context(tokens)[:, None]}
-        if self.vector is not None:
-            return {**parts, 'y': self.vector(tokens)}
-        return parts or {'y': tokens}
+        if self.context is None and self.vector is None:
+            return Condition(label=tokens)
+        return Condition(None if self.context is None else self.context(tokens)[:, None],
+                         None if self.vector is None else self.vector(tokens))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from scepter.core.config import Config
 from scepter.core.faults import ConfigError, Fault
 from scepter.core.schema import param
-from scepter.models.base import Told
+from scepter.models.condition import Condition, Widths
 from scepter.models.embedders.base import BaseEmbedder
 from scepter.models.embedders.tokenizer import ClipTokenizer, split_weights
 
@@ -25,6 +25,7 @@ class TextTowerEmbedder(BaseEmbedder, base=True):
     MAX_LENGTH: int = param(77, 'Tokens per prompt, begin and end included; shorter ones are padded.', least=3)
     LONG_PROMPT: Literal['cut', 'chunk'] = param('cut', 'A longer prompt is cut, with a warning, or encoded in chunks that are joined.')
     PROMPT_WEIGHTING: bool = param(False, 'Read (words:1.3) as a weight: the context moves away from that of the empty prompt.')
+    MASK_PADDING: bool = param(False, 'Let the network see what stands up to the end of the prompt alone, not the padding behind it.')
     FREEZE: bool = param(True, 'Evaluation mode and no gradients in the weights.')
     USE_GRAD: bool = param(False, 'Record gradients while encoding; training the tower needs it, and FREEZE: false.')
     USE_FINAL_LAYER_NORM: bool = param(False, 'The final layer norm also on an inner activation; last and pooled always have it.')
@@ -38,22 +39,32 @@ class TextTowerEmbedder(BaseEmbedder, base=True):
             yield Fault('FREEZE', 'is false, but without USE_GRAD: true no gradient comes to the tower, so it would not be trained')
 
     @property
-    def gives(self) -> Told:
-        return Told(context=self.tower.width)
+    def gives(self) -> Widths:
+        """The width of the context, and whether it has a mask."""
+        return Widths(context=self.tower.width, mask=self.MASK_PADDING and self.LAYER != 'pooled')
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """int64 [B, n * MAX_LENGTH]. Tokenize what is guided together in one call: chunks then are as many for all."""
         return self.tokenizer(prompts, self.MAX_LENGTH, self.LONG_PROMPT, self.PROMPT_WEIGHTING, self.warn_of_cut)
 
-    def encode_text(self, tokens: Tensor, tokenizer: Any = None, append_sentence_embedding: bool = False) -> Tensor:
-        """int64 [B, n * MAX_LENGTH] -> [B, n * MAX_LENGTH, D], or [B, 1, D] for LAYER: pooled.
+    def encode_text(self, tokens: Tensor, tokenizer: Any = None, append_sentence_embedding: bool = False) -> Tensor | Condition:
+        """int64 [B, n * MAX_LENGTH] -> [B, n * MAX_LENGTH, D], or [B, 1, D] for LAYER: pooled; with MASK_PADDING the mask too.
 
         append_sentence_embedding: the pooled vector stands as one further token at the end; it must be of the same width.
         """
-        if not append_sentence_embedding:
-            return self.encode_both(tokens, pooled=False)[0]
-        context, pooled = self.encode_both(tokens)
-        return torch.cat([context, pooled[:, None]], dim=1)
+        context, pooled = self.encode_both(tokens, pooled=append_sentence_embedding)
+        if append_sentence_embedding:
+            context = torch.cat([context, pooled[:, None]], dim=1)
+        if not self.gives.mask:
+            return context
+        seen = self.seen(tokens)
+        return Condition(context, mask=F.pad(seen, (0, context.shape[1] - seen.shape[1]), value=True))
+
+    def seen(self, tokens: Tensor) -> Tensor:
+        """Which tokens are not padding: in each chunk those up to the first end token.    int64 [B, n * MAX_LENGTH] -> bool, as many"""
+        ids = split_weights(tokens)[0] if self.PROMPT_WEIGHTING else tokens
+        is_end = (ids.unflatten(1, (-1, min(self.MAX_LENGTH, ids.shape[1]))) == self.tokenizer.eos).int()
+        return (is_end.cumsum(-1) == is_end).flatten(1)
 
     def encode_both(self, tokens: Tensor, pooled: bool = True) -> tuple[Tensor, Tensor]:
         """(context [B, n * MAX_LENGTH, D], pooled [B, P]); the pooled vector is that of the first chunk. Without pooled: empty."""
