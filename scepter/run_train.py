@@ -44,6 +44,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument('--max_steps', type=int, help='SOLVER.MAX_STEPS, also in place of MAX_EPOCHS')
     parser.add_argument('--imports', metavar='FILE', action='append', default=[],
                         help="a file or module with components of yours, beside the config's own IMPORTS; may be repeated")
+    parser.add_argument('--force', action='store_true',
+                        help='go on in a WORK_DIR whose run had another network, other samples or another optimizer')
     parser.add_argument('--debug', action='store_true', help='say more, and show the traceback of every error')
     parser.add_argument('--check', action='store_true', help='check the whole config and stop')
     parser.add_argument('--explain', metavar='KEY.PATH', help='say what a key means and where its value came from, and stop')
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     if args.check:
         print(f'{cfg.file}: no faults')
         return
-    launch(cfg, partial(run_task, imports=imports), args.launcher, args.debug)
+    launch(cfg, partial(run_task, imports=imports, force=args.force), args.launcher, args.debug)
 
 
 def load(args: argparse.Namespace) -> Config:
@@ -100,7 +102,7 @@ def load(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def run_task(cfg: Config, imports: Sequence[str] = ()) -> None:
+def run_task(cfg: Config, imports: Sequence[str] = (), force: bool = False) -> None:
     """What each process of a run does. A spawned one begins with empty registries, so it fills its own."""
     import scepter.components  # noqa: F401
     from scepter.core.experiment import import_user_code
@@ -110,6 +112,7 @@ def run_task(cfg: Config, imports: Sequence[str] = ()) -> None:
         import_user_code(word)
     solver = SOLVERS.build(cfg.SOLVER, logger=get_logger())
     solver.experiment, solver.imports = cfg, imports    # a checkpoint's config.yaml holds all of it
+    solver.is_forced = force
     solver.set_up()
     solver.solve()
 

@@ -67,6 +67,8 @@ class BaseSolver(Run, base=True):
             self._checkpoint = self._find_checkpoint()
             if self._checkpoint is not None:
                 state.check(self._checkpoint)
+                if self.RESUME_FROM in ('auto', 'latest') and not self.is_forced:
+                    state.refuse_another_run(self, self._checkpoint)
             self.plan = Plan.of(self.cfg, self.datasets['train'].BATCH_SIZE, len(self.datasets['train']), we.world_size,
                                 self._checkpoint.state if self._checkpoint is not None else None)
 

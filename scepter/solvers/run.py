@@ -149,6 +149,7 @@ class Run(Component, base=True):
         self.step = 0        # steps of the optimizer
         self.samples = 0     # the clock: the number of the next sample in the endless stream
         self.is_resumed = False
+        self.is_forced = False    # whether to go on with a run of another network, other samples or another optimizer
         self.batches: Batches = []
         self.outputs: Outputs = {}
         self.eval_outputs: dict[str, float] = {}

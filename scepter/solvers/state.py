@@ -12,6 +12,7 @@ from scepter.core.config import Config, masked, plain
 from scepter.core.disk.checkpoints import Checkpoint
 from scepter.core.env import we
 from scepter.core.errors import CheckpointError
+from scepter.core.schema import schema_of
 from scepter.solvers.run import Run
 
 
@@ -67,7 +68,7 @@ def restore(run: Run, loaded: Checkpoint) -> None:
     if we.seed != state['seed']:
         run.logger.warning(f'ENV.SEED is {we.seed}, but {loaded.path} was trained with {state["seed"]}: going on with that one')
         we.seed = state['seed']
-    _note_changes(run, Config.parse(loaded.config, environment=False))
+    _note_changes(run, loaded)
 
 
 def _due_before_they_had_names(state: Mapping[str, Any]) -> list[str] | None:
@@ -118,12 +119,44 @@ def named_hooks(run: Run) -> Iterator[tuple[str, str, Any]]:
         yield numbered('name ', name), numbered('group ', hook.group or name), hook
 
 
-def _note_changes(run: Run, before: Config) -> None:
-    old, new = _leaves(plain(before.get('SOLVER', {}))), _leaves(plain(masked(run.experiment).get('SOLVER', {})))
-    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and not k.startswith('RESUME_FROM'))
-    if changed:
-        rows = [f'  SOLVER.{k}: {old.get(k, "absent")} -> {new.get(k, "absent")}' for k in changed[:20]]
-        run.logger.warning('the config has changed since this checkpoint:\n' + '\n'.join(rows))
+# what makes another training of it, and below that, what does not
+DECISIVE = ('NAME', 'MODEL', 'TRAIN_DATA', 'OPTIMIZER', 'LR_SCHEDULER', 'WARMUP_STEPS', 'GRADIENT_CLIP', 'DTYPE', 'PARAM_DTYPE')
+FREE = {'PRETRAINED_MODEL', 'IGNORE_KEYS', 'TOKENIZER_PATH', 'CHECKPOINTING', 'TILE_SIZE', 'IMAGE_SIZE', 'DEFAULT_N_PROMPT', 'BATCH_SIZE',
+        'NUM_WORKERS', 'PREFETCH', 'PIN_MEMORY', 'TIMEOUT', 'MAX_BAD_FRACTION'}
+
+
+def refuse_another_run(run: Run, loaded: Checkpoint) -> None:
+    """Raises CheckpointError where the WORK_DIR holds a run of other samples, another network or another optimizer than is asked for.
+
+    MAX_STEPS, intervals, hooks, evaluations, the size of batches and how data is read may change freely. Files of weights are told apart
+    by what they hold (weights/sources.py), and not here.
+    """
+    rows = [f'  {row}' for key, row in _changes(run, loaded).items() if _is_decisive(key)]
+    if rows:
+        raise CheckpointError(f'{run.work_dir} holds another run, up to {loaded.path.name}:\n' + '\n'.join(rows[:20])
+                              + '\nGive another WORK_DIR, take these back, or add --force to go on with the new values from here')
+
+
+def _is_decisive(key: str) -> bool:
+    top, _, below = key.partition('.')
+    return top in DECISIVE and FREE.isdisjoint(below.split('.'))
+
+
+def _note_changes(run: Run, loaded: Checkpoint) -> None:
+    rows = [f'  {row}' for row in _changes(run, loaded).values()]
+    if rows:
+        run.logger.warning('the config has changed since this checkpoint:\n' + '\n'.join(rows[:20]))
+
+
+def _changes(run: Run, loaded: Checkpoint) -> dict[str, str]:
+    """Key below SOLVER -> what it was and what it is, as written, where the two differ; a key that now spells its default does not."""
+    before = Config.parse(loaded.config, environment=False).get('SOLVER', {})
+    now = masked(run.experiment).get('SOLVER', {})
+    old, new = _leaves(plain(before)), _leaves(plain(now))
+    own = schema_of(type(run))
+    same = {key for key, p in own.items() if {repr(plain(cfg.get(key, p.default))) for cfg in (before, now)} == {repr(plain(p.default))}}
+    return {k: f'SOLVER.{k}: {old.get(k, "absent")} -> {new.get(k, "absent")}' for k in sorted(old.keys() | new.keys())
+            if old.get(k) != new.get(k) and not k.startswith('RESUME_FROM') and k.partition('.')[0] not in same}
 
 
 def _leaves(value: Any, path: str = '') -> dict[str, Any]:

@@ -194,16 +194,37 @@ def test_a_second_fresh_run_in_one_folder_is_refused(tmp_path):
 def test_a_checkpoint_of_another_network_is_refused_by_name_and_shape(tmp_path):
     run(config(tmp_path, steps=2))
     with pytest.raises(CheckpointError, match=r'net.0.weight: shape \[8, 3\] expected, \[16, 3\] found'):
-        run(config(tmp_path, steps=4, MODEL={'NAME': 'TinyDenoiser', 'WIDTH': 8}, RESUME_FROM='auto'))
+        run(config(tmp_path, steps=4, MODEL={'NAME': 'TinyDenoiser', 'WIDTH': 8}, RESUME_FROM='auto'), force=True)
 
 
 def test_a_changed_config_is_told_on_resume(tmp_path, caplog):
     import logging
     logging.getLogger('scepter').propagate = True
     run(config(tmp_path, steps=2))
-    run(config(tmp_path, steps=3, WARMUP_STEPS=1, RESUME_FROM='auto'))
+    run(config(tmp_path, steps=3, WARMUP_STEPS=1, RESUME_FROM='auto'), force=True)
     logging.getLogger('scepter').propagate = False
     assert 'SOLVER.WARMUP_STEPS: 3 -> 1' in caplog.text
+
+
+@pytest.mark.parametrize(('changed', 'row'), [
+    ({'MODEL': {'NAME': 'TinyDenoiser', 'DROPOUT': 0.5}}, 'SOLVER.MODEL.DROPOUT: absent -> 0.5'),
+    ({'TRAIN_DATA': {'NAME': 'TinyPoints', 'BATCH_SIZE': 6, 'COUNT': 12}}, 'SOLVER.TRAIN_DATA.COUNT: absent -> 12'),
+    ({'OPTIMIZER': {'NAME': 'AdamW', 'LEARNING_RATE': 1e-3}}, 'SOLVER.OPTIMIZER.LEARNING_RATE: 0.01 -> 0.001')])
+def test_a_folder_of_another_run_is_refused_until_that_is_meant(tmp_path, changed, row):
+    run(config(tmp_path, steps=2))
+    with pytest.raises(CheckpointError, match='holds another run, up to step-00000002') as refused:
+        run(config(tmp_path, steps=4, RESUME_FROM='auto', **changed))
+    assert row in str(refused.value) and '--force' in str(refused.value)
+
+    assert run(config(tmp_path, steps=4, RESUME_FROM='auto', **changed), force=True).step == 4
+
+
+def test_what_makes_no_other_training_of_it_changes_freely(tmp_path):
+    run(config(tmp_path, steps=2))
+    data = {'NAME': 'TinyPoints', 'BATCH_SIZE': 3, 'NUM_WORKERS': 1, 'MAX_BAD_FRACTION': 0.5}
+    free = {'TRAIN_DATA': data, 'KEEP_CHECKPOINTS': 5, 'EVAL_DATA': data, 'EVAL_INTERVAL': 3, 'TRAIN_HOOKS': [], 'GRADIENT_CLIP': None}
+
+    assert run(config(tmp_path, steps=3, RESUME_FROM='auto', **free)).step == 3
 
 
 def test_a_stop_signal_saves_the_step_and_ends_with_its_number(tmp_path):

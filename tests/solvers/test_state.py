@@ -106,14 +106,14 @@ def test_a_float16_run_whose_gradients_are_never_finite_ends(tmp_path):
 def test_state_is_never_given_to_another_optimizer(tmp_path, before, after):
     run(config(tmp_path, steps=2, MODEL=MODEL, OPTIMIZER=before))
     with pytest.raises(CheckpointError, match=r'was trained with the optimizers .*; this config has .*begin a new run from the weights'):
-        run(config(tmp_path, steps=4, MODEL=MODEL, OPTIMIZER=after, RESUME_FROM='latest'))
+        run(config(tmp_path, steps=4, MODEL=MODEL, OPTIMIZER=after, RESUME_FROM='latest'), force=True)
 
 
 def test_a_parameter_that_never_had_a_gradient_does_not_hinder_a_resume_but_a_new_one_does(tmp_path):
     run(config(tmp_path, steps=2, MODEL={**MODEL, 'FREEZE': True}))
     run(config(tmp_path, steps=3, MODEL={**MODEL, 'FREEZE': True}, RESUME_FROM='latest'))
     with pytest.raises(CheckpointError, match=r'has no state for second\.weight'):
-        run(config(tmp_path, steps=4, MODEL=MODEL, RESUME_FROM='latest', TRAIN_HOOKS=[]))
+        run(config(tmp_path, steps=4, MODEL=MODEL, RESUME_FROM='latest', TRAIN_HOOKS=[]), force=True)
 
 
 def test_optimizers_that_cannot_train_here_are_not_offered():
@@ -144,7 +144,7 @@ def test_a_batch_that_processes_cannot_share_is_refused():
 def test_max_epochs_resumed_with_another_batch_size_sees_each_sample_as_often(tmp_path):
     hooks = [{'NAME': 'CheckpointHook', 'INTERVAL': 2, 'SAVE_LAST': False}]
     run(config(tmp_path, steps=2, LR_SCHEDULER=None, TRAIN_DATA={'NAME': 'TinyPoints', 'BATCH_SIZE': 4}, TRAIN_HOOKS=hooks))
-    solver = run(config(tmp_path, steps=None, MAX_EPOCHS=2, RESUME_FROM='auto', GLOBAL_BATCH_SIZE=8, TRAIN_HOOKS=[]))
+    solver = run(config(tmp_path, steps=None, MAX_EPOCHS=2, RESUME_FROM='auto', GLOBAL_BATCH_SIZE=8, TRAIN_HOOKS=[]), force=True)
     assert (solver.step, solver.samples) == (2 + 3, 32)
     assert sorted(n for batch in solver.model.numbers for n in batch) == sorted([*range(16), *missing(solver)])
 

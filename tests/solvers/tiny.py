@@ -131,13 +131,13 @@ def config(work_dir: Path, steps: int = 10, **solver: Any) -> Config:
         'TRAIN_HOOKS': [{'NAME': 'ModelEmaHook', 'BETA': 0.9}, {'NAME': 'CheckpointHook', 'INTERVAL': 0}], **solver}})
 
 
-def run(cfg: Config, seed: int = 7) -> Any:
+def run(cfg: Config, seed: int = 7, force: bool = False) -> Any:
     """The solver after its run, in this process."""
     from scepter.core.env import seed_everything
     we.seed, we.stop_signal = seed, 0
     seed_everything(seed, 'start')
     solver = SOLVERS.build(cfg.SOLVER)
-    solver.experiment = cfg
+    solver.experiment, solver.is_forced = cfg, force
     solver.set_up()
     solver.solve()
     return solver
