@@ -17,6 +17,7 @@ import scepter.hooks.pretrained
 import scepter.hooks.probe
 import scepter.hooks.profile
 import scepter.models.autoencoder
+import scepter.models.autoencoder_video
 import scepter.models.coders
 import scepter.models.embedders.clip
 import scepter.models.embedders.conditioner

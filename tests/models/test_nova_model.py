@@ -165,3 +165,30 @@ def test_five_steps_and_five_more_are_ten_to_the_bit(tmp_path: Path, clips: Path
     train(experiment(tmp_path / 'halves', clips, **settings))
 
     assert not differences(outcome(tmp_path / 'whole'), outcome(tmp_path / 'halves'))
+
+
+AUTOENCODER = {'NAME': 'VideoAutoencoderKL', 'BLOCK_OUT_CHANNELS': [32] * 4, 'LAYERS_PER_BLOCK': 1, 'LATENT_CHANNELS': 2}
+CODER = {'CH': 32, 'CH_MULT': [1, 1, 1, 1], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 2}
+IMAGES = {'NAME': 'AutoencoderKL', 'ENCODER': {'NAME': 'Encoder', **CODER}, 'DECODER': {'NAME': 'Decoder', **CODER}, 'EMBED_DIM': 2}
+
+
+def test_a_clip_begins_with_the_picture_that_is_given():
+    model, (a, b) = build(CLIP, FIRST_STAGE_MODEL=AUTOENCODER, SCALE_FACTOR=0.5), torch.rand(2, 1, 3, 64, 64) * 2 - 1
+
+    first, again, other = (model.forward_test(prompt=[''], image=x, length=2, sets=2, sample_steps=2)[0]['video'] for x in (a, a, b))
+
+    assert list(first.shape) == [3, 5, 64, 64] and first.min() >= 0 and first.max() <= 1
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    with torch.no_grad():
+        torch.testing.assert_close(model._first_frame(a), 0.5 * model.first_stage_model.encode(a).latent_dist.mode())
+
+
+@pytest.mark.parametrize('autoencoder', [AUTOENCODER, IMAGES], ids=['of clips', 'of images'])
+def test_one_frame_is_an_image(autoencoder: dict):
+    model = build(NETWORK, FIRST_STAGE_MODEL=autoencoder)
+
+    result = model.forward_test(label=[3, 4], sets=2, sample_steps=2)
+
+    assert [list(r['image'].shape) for r in result] == [[3, 64, 64]] * 2 and [r['label'] for r in result] == [3, 4]
+    with streams.current(1, torch.arange(2), step=1):
+        assert model.forward_train(image=torch.rand(2, 3, 64, 64), label=torch.tensor([1, 2]))['loss'].isfinite()

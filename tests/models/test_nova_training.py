@@ -30,7 +30,8 @@ def test_a_pass_is_made_of_what_was_recorded_on_the_way(file: Path):
     case, train = Case(file.parent), Case(file.parent).read('train')
     model, chance = case.model(), chance_of(case, train)
 
-    latents = model.scaled(DiagonalGaussian(train['in.moments'].float()).sample(train['rand.latent_noise']))
+    z = DiagonalGaussian(train['in.moments'].float()).sample(train['rand.latent_noise'])
+    latents = (z - model.SHIFT_FACTOR) * model.SCALE_FACTOR
     condition = model.model.condition(case.told_to(model.model, train), train.get('in.motion_flow', 5.0))
     frames = train['mid.latents'].transpose(1, 2).flatten(0, 1)
     x0 = patchify(frames, model.model.patch).repeat(case.told['loss_repeat'], 1, 1)

@@ -17,8 +17,9 @@ from scepter.core.registry import BACKBONES, EMBEDDERS, LEVELS, MODELS, SAMPLERS
 from scepter.core.schema import default, param, part
 from scepter.diffusion.process import Diffusion
 from scepter.diffusion.schedules import zero_terminal_snr
-from scepter.models.autoencoder import DiagonalGaussian, to_pixels
+from scepter.models.autoencoder import to_pixels
 from scepter.models.base import TrainModule
+from scepter.models.latent import LatentSpace
 from scepter.models.nova.drawing import KeyedDraws, Painter
 from scepter.models.nova.guidance import Guidance
 from scepter.models.nova.steps import Spacing, chains
@@ -118,7 +119,7 @@ class NovaModel(TrainModule):
         if moments is None:
             latents = self.encode_first_stage(default(image, video))
         else:
-            latents = self.scaled(DiagonalGaussian(moments.to(self.device).float()).sample())
+            latents = self.space.draw(moments.to(self.device).float())
         latents = latents if latents.ndim == 5 else latents.unsqueeze(2)
         condition = self.model.condition(self._told_in_training(prompt, label, len(latents)), **_motion(motion_flow))
         losses = frame_losses(self.model, self.diffusion, latents, condition, self._chance(latents))
@@ -164,15 +165,17 @@ class NovaModel(TrainModule):
                 told[i] = row[:self.model.TEXT_TOKEN_LEN]
         return [text.to(self.device, self.model.text_embed.weight.dtype) for text in told]
 
+    @property
+    def space(self) -> LatentSpace:
+        """Where it diffuses."""
+        return LatentSpace.of(self.first_stage_model, self.SCALE_FACTOR, self.SHIFT_FACTOR, self.model.IMAGE_STRIDE, self.model.IMAGE_DIM)
+
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> Tensor:
         """An image or a clip in -1..1 -> its latent, drawn from the posterior, of variance about 1."""
         if self.first_stage_model is None:
             raise ValueError('the batch has pictures, but FIRST_STAGE_MODEL is null: name an autoencoder, or cache its moments')
-        return self.scaled(self.first_stage_model.encode(x).latent_dist.sample())
-
-    def scaled(self, latents: Tensor) -> Tensor:
-        return (latents - self.SHIFT_FACTOR) * self.SCALE_FACTOR
+        return self.space.encode(x)
 
     # ---------------------------------------------------------------- drawing
     @torch.no_grad()
@@ -196,9 +199,16 @@ class NovaModel(TrainModule):
         guidance = Guidance(guide_scale, image_guide_scale, renorm=guide_renorm, trunc=guide_trunc, min_scale=min_guide_scale)
         painter = Painter(network, self.diffusion, chains(self.diffusion, sample_steps, self.SPACING, self.STEPS_OFFSET, flow_shift),
                           self.sampler(sampler), guidance, draws, sets, on_step)
-        first = None if image is None else self.encode_first_stage(image.to(self.device))
+        first = None if image is None else self._first_frame(image.to(self.device))
         latents = painter.draw(wanted, empty, length, first)
         return [{**result, 'seed': s, **drawn} for result, s, drawn in zip(results, seeds, self._shown(latents))]
+
+    def _first_frame(self, image: Tensor) -> Tensor:
+        """image [B, 3, H, W] in -1..1 -> the latent [B, C, h, w] that a clip begins with: the mean, for a draw would obey no seed."""
+        if self.first_stage_model is None:
+            raise ValueError('a first frame is given, but FIRST_STAGE_MODEL is null: name an autoencoder')
+        latent = self.space.encode(image, is_drawn=False)
+        return latent[:, :, 0] if latent.ndim == 5 else latent
 
     def sampler(self, name: str | None = None) -> Callable[..., Tensor]:
         """A sampler by its name; without one, the published one of the process: Euler's method for flows, else DDPM."""
@@ -228,10 +238,9 @@ class NovaModel(TrainModule):
         """latents [B, C, T, h, w] -> what each result holds of them."""
         if self.first_stage_model is None:
             return [{'latent': latent} for latent in latents]
-        latents = latents / self.SCALE_FACTOR + self.SHIFT_FACTOR
         is_image = latents.shape[2] == 1
-        x = to_pixels(self.first_stage_model.decode(latents[:, :, 0] if is_image else latents))
-        return [{'image' if x.ndim == 4 else 'video': picture} for picture in x]
+        x = to_pixels(self.space.decode(latents[:, :, 0] if is_image and self.space.time_factor is None else latents))
+        return [{'image': clip[:, 0] if clip.ndim == 4 else clip} if is_image else {'video': clip} for clip in x]
 
 
 SAMPLERS.reserve(NovaModel.forward_test)
