@@ -12,6 +12,7 @@ from scepter.core.errors import CheckpointError
 from scepter.core.logger import get_logger
 from scepter.core.registry import HOOKS
 from scepter.core.schema import param
+from scepter.core.shards import copy_of, fill, local
 from scepter.hooks.base import Hook
 
 
@@ -51,15 +52,17 @@ class ModelEmaHook(Hook):
     def begin(self, model: nn.Module) -> None:
         """Take the weights as the first average, or what a checkpoint held. Raises CheckpointError where that does not fit."""
         def copy(value: Tensor, dtype: torch.dtype) -> Tensor:    # in the layout of the value, or each update would reorder
-            return value.detach().to('cpu' if self.DEVICE == 'cpu' else value.device, dtype, copy=True)
+            return copy_of(value, 'cpu' if self.DEVICE == 'cpu' else value.device, dtype)
 
         # walking the names and modules of Stable Diffusion takes 43 ms of Python, so it is done once and not at each step
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._parameters, self._owners = list(trained.values()), _changing_buffers(model)
+        # of a share, what this process holds: averaging it needs nobody else
+        self._parameters, self._owners = [local(p) for p in trained.values()], _changing_buffers(model)
         # float32, or small steps would be lost in the rounding
         self.average = {name: copy(p, torch.float32 if p.is_floating_point() else p.dtype) for name, p in trained.items()}
         self.buffers = {name: copy(getattr(module, key), getattr(module, key).dtype) for name, (module, key) in self._owners.items()}
         self._are_alike = all(p.dtype == a.dtype and p.device == a.device for p, a in zip(self._parameters, self.average.values()))
+        self._averages = [local(a) for a in self.average.values()]
         self._is_begun = True
         self._take_loaded()
 
@@ -67,10 +70,9 @@ class ModelEmaHook(Hook):
     def update(self, count: int) -> None:
         """Average once more, for the count-th time."""
         beta = min(self.BETA, (1 + count) / (10 + count)) if self.WARMUP else self.BETA
-        averages = list(self.average.values())
-        weights: list[Tensor] = [*self._parameters] if self._are_alike else [p.to(a) for p, a in zip(self._parameters, averages)]
-        if averages:
-            torch._foreach_lerp_(averages, weights, 1 - beta)
+        weights = self._parameters if self._are_alike else [p.to(a) for p, a in zip(self._parameters, self._averages)]
+        if weights:
+            torch._foreach_lerp_(self._averages, weights, 1 - beta)
         for copy, (module, key) in zip(self.buffers.values(), self._owners.values()):
             copy.copy_(getattr(module, key))
 
@@ -87,7 +89,7 @@ class ModelEmaHook(Hook):
         # copied and not re-pointed, which a sharded tensor would not notice; a pair of one type changes places, so that no third copy of
         # all weights is needed
         pairs = list(zip([*self._parameters, *(getattr(module, key) for module, key in self._owners.values())],
-                         [*self.average.values(), *self.buffers.values()]))
+                         [*self._averages, *self.buffers.values()]))
         own = {i: live.detach().clone() for i, (live, kept) in enumerate(pairs) if live.dtype != kept.dtype}
         self._is_swapped = True
         _exchange(pairs)
@@ -116,7 +118,7 @@ class ModelEmaHook(Hook):
         if faults:
             raise CheckpointError(f"the average in the checkpoint's {self.group} is of another network:\n  " + '\n  '.join(faults[:10]))
         for name in own.keys() & loaded.keys():
-            own[name].copy_(loaded[name])
+            fill(own[name], loaded[name])
         for names, what in ((loaded.keys() - own.keys(), 'are trained no longer: they are drawn as they are, without their average'),
                             (own.keys() - loaded.keys(), 'were not averaged before: their average begins now')):
             if names:

@@ -47,6 +47,7 @@ class AutoencoderKL(TrainModule):
     PRETRAINED_MODEL: str | None = param(None, 'Weights to start from.')
     IGNORE_KEYS: list[str] = param([], 'Names or globs of weights that may be missing, left over or of another shape.')
 
+    forward_methods = ('encode', 'decode')
     disc_batches: Tensor    # training batches so far; there is one only with a discriminator
 
     @classmethod

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ class BaseModel(Component, nn.Module, base=True):
 
     is_frozen = False
     takes: Widths | None = None          # a backbone may say what it takes: then it is held against the embedder and the autoencoder
+    forward_methods: tuple[str, ...] = ()    # called from outside in the place of the module itself: FSDP2 gathers its weights for these
+    keeps_float32 = False                # computes without autocast, in the type of its weights
 
     def load_pretrained(self, path: str, ignore_keys: Sequence[str] = (), part: str = '', use_ema: bool = False) -> None:
         """Load published or own weights, into one part where that is named, from any place that FS knows.
@@ -31,6 +34,18 @@ class BaseModel(Component, nn.Module, base=True):
         if part not in modules:
             raise ConfigError(f'{type(self).__name__} has no part {part}{did_you_mean(part, modules)}')
         sources.load_pretrained(modules[part], path, ignore_keys, use_ema)
+
+    def main_blocks(self) -> list[nn.Module]:
+        """Large modules that run one after the other, each by its own call: FSDP2 gathers the weights of one at a time.
+
+        Nobody else may touch their weights in a training step. Without any, the network's weights are gathered all at once.
+        """
+        return []
+
+    def same_weights(self) -> AbstractContextManager[None]:
+        """Inside, parameters may be put in the place of others that hold the same: they go on remembering the file that they came from."""
+        from scepter.weights.marks import carried
+        return carried(self)
 
     def freeze(self) -> None:
         """Evaluation mode for good, no gradients; what is trained is decided by a network's own FREEZE."""

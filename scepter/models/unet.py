@@ -183,6 +183,9 @@ class DiffusionUNet(BaseModel):
         layers = (layer for attn in self._cross_attentions() for layer in (attn.to_k, attn.to_v))
         return cond._replace(context=KeysValues(torch.cat([layer(context) for layer in layers], dim=-1)))
 
+    def main_blocks(self) -> list[nn.Module]:
+        return [*self.input_blocks, self.middle_block, *self.output_blocks]
+
     @property
     def takes(self) -> Widths:
         """What it is told, and what x is."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scepter.core import streams
-from scepter.core.config import Config, masked
+from scepter.core.config import Config
 from scepter.core.disk import checkpoints
 from scepter.core.env import Stopped, seed_everything, we
 from scepter.core.errors import DataError
@@ -17,7 +17,7 @@ from scepter.core.lock import refusals
 from scepter.core.logger import set_up_logging
 from scepter.core.registry import DATASETS, METRICS, MODELS, SOLVERS
 from scepter.data.loader import Loader
-from scepter.solvers import console, evaluation, lightning, state
+from scepter.solvers import console, evaluation, lightning, parallel, state
 from scepter.solvers.optim import build_optimizers, rate_function
 from scepter.solvers.plan import Plan
 from scepter.solvers.run import MODES, Run
@@ -82,14 +82,20 @@ class BaseSolver(Run, base=True):
             one.metrics = [METRICS.build(c, logger=self.logger) for c in one.METRICS]
 
     def model_to_device(self) -> None:
-        """Move the network, in PARAM_DTYPE and its memory layout, and compile it where that is asked for."""
-        self.model.to(device=we.device, dtype=DTYPES[self.PARAM_DTYPE] if self.PARAM_DTYPE != 'float32' else None)
-        if self.CHANNELS_LAST:
+        """Move the network, or its share of it, in PARAM_DTYPE and its memory layout, and compile it where that is asked for."""
+        self.dtype = best_dtype(we.device) if self.DTYPE == 'auto' else DTYPES[self.DTYPE]
+        kind = DTYPES[self.PARAM_DTYPE] if self.PARAM_DTYPE != 'float32' else None
+        is_sharded = self.PARALLEL == 'fsdp' and we.is_distributed and 'train' in self._mode_set
+        self.model.to(device=None if is_sharded else we.device, dtype=kind)    # of shares, no device ever holds the whole
+        if self.SYNC_BATCH_NORM and we.is_distributed and 'train' in self._mode_set:
+            self.model = parallel.with_shared_statistics(self.model)
+        if self.CHANNELS_LAST and not is_sharded:    # a share of a weight has no layout; pictures have it
             self.model.to(memory_format=torch.channels_last)
         if self.COMPILE:
             streams.hide_from_compilers()
-            self.model.compile_network()
-        self.dtype = best_dtype(we.device) if self.DTYPE == 'auto' else DTYPES[self.DTYPE]
+            parallel.compile_blocks(self.model) if is_sharded else self.model.compile_network()
+        if is_sharded:
+            parallel.shard(self.model, self.dtype)
 
     def init_opti(self) -> None:
         """The optimizers, and the step that uses them."""
@@ -97,6 +103,8 @@ class BaseSolver(Run, base=True):
         if 'train' not in self._mode_set:
             return
         self.optimizers = build_optimizers(self.OPTIMIZER, self.model)
+        if parallel.is_sharded(self.model):
+            parallel.refuse_unfit(self.optimizers)
         self.train_step = TrainStep(self.model, self.optimizers, rate_function(self.LR_SCHEDULER, self.WARMUP_STEPS, self.max_steps),
                                     self.dtype, self.GRADIENT_CLIP, self.to_device)
         if self.COMPILE and len({o.loss for o in self.optimizers}) > 1:
@@ -245,13 +253,12 @@ class BaseSolver(Run, base=True):
             raise Stopped(stop)
 
     def save_checkpoint(self) -> None:
-        """Write WORK_DIR/checkpoints/step-<step>; the main process writes, the others wait."""
+        """Write WORK_DIR/checkpoints/step-<step>; the main process writes, the others wait or hand it their shares."""
         if we.is_main:
             self.lock.check()
-            begin = time.monotonic()
-            groups, state = self.checkpoint_contents()
-            path = checkpoints.save(self.work_dir / 'checkpoints', self.step, groups, state, masked(self.experiment).dump(),
-                                    keep=self.KEEP_CHECKPOINTS, pinned=self._pinned_steps(), every=self.KEEP_EVERY)
+        begin = time.monotonic()
+        path = state.save(self, self.work_dir / 'checkpoints')
+        if we.is_main:
             self.logger.info(f'saved {path} in {time.monotonic() - begin:.1f} s')
         self._saved_step = self.step
         we.barrier()
@@ -274,5 +281,3 @@ class BaseSolver(Run, base=True):
         path = we.broadcast(str(found.path) if found is not None else None)
         return found if found is not None or path is None else checkpoints.load(path, verify='size')
 
-    def _pinned_steps(self) -> list[int]:
-        return [step for hook in self.hooks['train'] for step in hook.pinned_steps]

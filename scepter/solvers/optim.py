@@ -15,6 +15,7 @@ from scepter.core.errors import CheckpointError
 from scepter.core.faults import ConfigError
 from scepter.core.registry import LR_SCHEDULERS, OPTIMIZERS
 from scepter.core.schema import Component, param, split_node
+from scepter.core.shards import fill, is_share
 from scepter.core.values import Bounds
 
 for _name, _value in vars(torch.optim).items():
@@ -71,6 +72,9 @@ def _progress(step: int, max_steps: int) -> float:
 
 
 # ------------------------------------------------------------------------------------------------ optimizers
+NOT_FUSED = ('SGD', 'Adagrad')    # where each process holds a share of the weights: PyTorch 2.14 has no such kernel for shares
+
+
 class OptimizerPlace(Component):
     """What an optimizer's node says about its place, beside the optimizer's own arguments."""
 
@@ -150,7 +154,8 @@ class NamedOptimizer:
             return value.clone().to('cpu' if entry == 'step' and not (group.get('fused') or group.get('capturable')) else p.device)
         if value.shape == p.shape:
             # a state in another memory order than its weight is read in the wrong order by the fused kernels, without a word
-            return torch.empty_like(p, requires_grad=False).copy_(value)
+            fill(own := torch.empty_like(p, requires_grad=False), value)
+            return own
         if value.ndim != p.ndim or any(v not in (1, d) for v, d in zip(value.shape, p.shape)):     # Adafactor keeps rows and columns
             raise CheckpointError(f'{where} has shape {list(value.shape)}, the parameter has {list(p.shape)}')
         return value.clone().to(p.device)
@@ -187,7 +192,10 @@ def _grouped(owned: dict[str, nn.Parameter], groups: list[dict[str, Any]]) -> li
         members = [left.pop(name) for name in group['params'] if name in left]
         if members:
             result.append({**group, 'params': members})
-    return ([{'params': list(left.values())}] if left else []) + result
+    result = ([{'params': list(left.values())}] if left else []) + result
+    # what every process has whole and what it has a share of cannot be stepped in one call
+    kinds = [{**group, 'params': [p for p in group['params'] if is_share(p) == kind]} for group in result for kind in (True, False)]
+    return [group for group in kinds if group['params']]
 
 
 def _with_fused(node: Config, owned: dict[str, nn.Parameter]) -> Config:
@@ -197,7 +205,7 @@ def _with_fused(node: Config, owned: dict[str, nn.Parameter]) -> Config:
     kinds = {p.device.type for p in owned.values()}
     if 'fused' not in parameters or asked & {'fused', 'foreach', 'capturable', 'differentiable'} or not kinds <= {'cuda', 'cpu', 'mps'}:
         return node
-    if not all(p.is_floating_point() for p in owned.values()):
+    if not all(p.is_floating_point() for p in owned.values()) or (node['NAME'] in NOT_FUSED and any(map(is_share, owned.values()))):
         return node
     node = node.copy()
     node['FUSED'] = True

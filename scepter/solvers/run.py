@@ -18,6 +18,7 @@ from scepter.core.logger import get_logger
 from scepter.core.registry import DATASETS, HOOKS, LR_SCHEDULERS, METRICS, MODELS, OPTIMIZERS
 from scepter.core.schema import Component, param, part, parts
 from scepter.solvers.optim import NamedOptimizer, OptimizerPlace
+from scepter.solvers.parallel import gathered
 from scepter.solvers.plan import Plan
 from scepter.solvers.step import DTYPES, Batches, Outputs, TrainStep
 
@@ -67,6 +68,9 @@ class Run(Component, base=True):
     DTYPE: Literal['float32', 'bfloat16', 'float16', 'auto'] = param(
         'float32', 'Type of the arithmetic (autocast); auto: bfloat16 where the processor computes in it.')
     PARAM_DTYPE: Literal['float32', 'bfloat16'] = param('float32', 'Type of the weights, and so of gradients and optimizer state.')
+    PARALLEL: Literal['ddp', 'fsdp'] = param('ddp', 'Of several processes, each has the whole network (ddp), or a share of every weight, '
+                                             'gradient and state of the optimizer (fsdp: FSDP2).')
+    SYNC_BATCH_NORM: bool = param(False, 'Batch normalisation over the samples of all processes, on CUDA; without, over those of its own.')
     CHANNELS_LAST: bool = param(False, 'Lay images out with channels last, which convolutions like.')
     COMPILE: bool = param(False, 'Compile the network with torch.compile.')
 
@@ -232,10 +236,13 @@ class Run(Component, base=True):
 
         return {key: move(value) for key, value in batch.items()}
 
-    def ema_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the network has the averaged weights of the first training hook that keeps some; its own where none does."""
+    @contextlib.contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Inside, the network has the averaged weights of the first training hook that keeps some; its own where none does. Each process
+        has the whole of them, so that it may draw as often as it has samples; all enter and leave together."""
         kept = (hook.swapped(self.model) for hook in self.hooks['train'])
-        return next((context for context in kept if context is not None), contextlib.nullcontext())
+        with next((context for context in kept if context is not None), contextlib.nullcontext()), gathered(self.model):
+            yield
 
     # ---------------------------------------------------------------- how long it goes
     @property

@@ -4,33 +4,65 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from scepter.core.config import Config, masked, plain
+from scepter.core.disk import checkpoints
 from scepter.core.disk.checkpoints import Checkpoint
+from scepter.core.disk.tensors import take_part
 from scepter.core.env import we
 from scepter.core.errors import CheckpointError
 from scepter.core.schema import schema_of
+from scepter.core.shards import is_share, local, whole
+from scepter.solvers.parallel import is_sharded
 from scepter.solvers.run import Run
 
 
 def contents(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Tensors by group, and the JSON state, of a checkpoint of this moment."""
-    groups = {'model': run.model.trained_state(),
-              'optimizer': {f'{o.name}/{key}': value for o in run.optimizers for key, value in o.state_tensors().items()}}
-    hooks: dict[str, Any] = {}
-    for name, group, hook in named_hooks(run):
-        hooks[name] = hook.state_dict()
-        if tensors := hook.state_tensors():
-            groups[group] = tensors
-    scaler = run.train_step.scaler
+    groups = _tensors(run, run.model.trained_state())
+    hooks = {name: hook.state_dict() for name, _, hook in named_hooks(run)}
     state = {'step': run.step, 'samples': run.samples, 'seed': we.seed, 'global_batch_size': run.plan.global_size,
              'world_size': we.world_size, 'optimizers': {o.name: o.record() for o in run.optimizers},
-             'scaler': scaler.state_dict() if scaler.is_enabled() else {}, 'hooks': hooks,
+             'scaler': run.train_step.scale.state_dict(), 'hooks': hooks,
              'left_out': run.model.sources(run.work_dir), 'evals_due': run.evals_due}
     return groups, state
+
+
+def _tensors(run: Run, model: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    groups = {'model': model,
+              'optimizer': {f'{o.name}/{key}': value for o in run.optimizers for key, value in o.state_tensors().items()}}
+    for _, group, hook in named_hooks(run):
+        if tensors := hook.state_tensors():
+            groups[group] = tensors
+    return groups
+
+
+def save(run: Run, root: Path) -> Path | None:
+    """Write a checkpoint below root, under the names and with the bytes of a single process's; its path in the main process, which writes.
+
+    Every process calls it. Where each holds a share of the weights, all put one tensor together after the other, in one order.
+    Raises CheckpointError, in all processes where a tensor is not finite.
+    """
+    is_shared = is_sharded(run.model)
+    groups, state = run.checkpoint_contents() if we.is_main else ({}, {})
+    if is_shared:
+        names = we.broadcast({group: [n for n in tensors if is_share(tensors[n])] for group, tensors in groups.items()})
+        if not we.is_main:
+            own = _tensors(run, run.model.state_dict())
+            groups = {group: {n: own[group][n] for n in below} for group, below in names.items()}
+        shares = {group: {n: local(value) for n, value in tensors.items()} for group, tensors in groups.items()}
+        checkpoints.refuse(sorted({name for found in we.gather(checkpoints.non_finite(shares)) for name in found}))
+    if not we.is_main:
+        for tensors in groups.values():
+            take_part(tensors, whole)
+        return None
+    return checkpoints.save(root, run.step, groups, state, masked(run.experiment).dump(), keep=run.KEEP_CHECKPOINTS,
+                            pinned=[step for hook in run.hooks['train'] for step in hook.pinned_steps], every=run.KEEP_EVERY,
+                            whole=whole if is_shared else None)
 
 
 def check(loaded: Checkpoint) -> None:
@@ -53,10 +85,8 @@ def restore(run: Run, loaded: Checkpoint) -> None:
     run.model.agree_on_sources()
     run.model.load_trained_state(loaded)
     _restore_optimizers(run, loaded, state)
-    scaler = run.train_step.scaler
-    if scaler.is_enabled() and state['scaler']:
-        with _told(loaded, 'scaler'):
-            scaler.load_state_dict(state['scaler'])
+    with _told(loaded, 'scaler'):
+        run.train_step.scale.load_state_dict(state['scaler'])
     for name, group, hook in named_hooks(run):
         if name in state['hooks']:
             tensors = loaded.group(group) if group in loaded.groups else {}

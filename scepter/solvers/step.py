@@ -14,8 +14,9 @@ from scepter.core.env import we
 from scepter.core.errors import NonFiniteError
 from scepter.core.faults import ConfigError
 from scepter.core.logger import get_logger
+from scepter.core.shards import local
 from scepter.solvers.optim import NamedOptimizer
-from scepter.solvers.parallel import average_gradients, share_buffers
+from scepter.solvers.parallel import average_gradients, clip, is_sharded, release, share_buffers, total_norm
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 PATIENCE = 3     # steps in a row with a loss or gradient that is not finite, before the run gives up
@@ -26,14 +27,14 @@ Batches = list[tuple[dict[str, Any], Tensor]]     # (what the network gets, draw
 class TrainStep:
     """From ACCU_STEP batches to new weights. A step whose loss or gradient is not finite changes nothing.
 
-    Holds what belongs to the arithmetic alone: optimizers, the rate as a function of the step, the scaler of float16, and how many
+    Holds what belongs to the arithmetic alone: optimizers, the rate as a function of the step, the scale of float16, and how many
     steps in a row were refused. Nothing of an earlier step's gradients is kept: an optimizer with EVERY takes those of its own step.
     """
 
     def __init__(self, model: nn.Module, optimizers: list[NamedOptimizer], factor: Callable[[int], float], dtype: torch.dtype,
                  clip: float | None, prepare: Callable[[dict[str, Any]], dict[str, Any]]):
         self.model, self.optimizers, self.factor, self.dtype, self.clip, self.prepare = model, optimizers, factor, dtype, clip, prepare
-        self.scaler = torch.amp.GradScaler(we.device.type, enabled=dtype == torch.float16)
+        self.scale = LossScale(dtype == torch.float16)
         self._owned = [p for o in optimizers for p in o.owned.values()]
         self.refused = 0           # steps in a row
         self.has_changed = False   # whether the last step changed the weights
@@ -58,10 +59,10 @@ class TrainStep:
                     totals[key] = totals.get(key, 0) + value.detach().float() / len(batches)
         parameters = self._owned if len(due) == len(self.optimizers) else [p for o in due for p in o.owned.values()]
         average_gradients(parameters)
-        if self.scaler.is_enabled():
-            for o in due:
-                self.scaler.unscale_(o.optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+        if not due:
+            release(self.model)
+        self.scale.take_off(parameters)
+        norm = total_norm(parameters)
         names = list(totals)
         # the step's one look at the device
         figures = we.all_reduce(torch.stack([*totals.values(), norm.float().to(we.device)]), 'mean').tolist()
@@ -75,8 +76,8 @@ class TrainStep:
         else:
             for buffer, value in zip(self.buffers, before):
                 buffer.copy_(value)
-        if self.scaler.is_enabled() and due:
-            self.scaler.update()
+        if due:
+            self.scale.adapt(math.isfinite(scalars['grad_norm']))
         for o in self.optimizers:
             o.zero_grad()
         rates = {f'lr_{o.name}' if i else 'lr': o.rate for i, o in enumerate(self.optimizers)}
@@ -99,9 +100,10 @@ class TrainStep:
                                   f'{", ".join(outputs)}')
         for o in due:
             followers.setdefault(o.loss, []).extend(o.owned.values())
-        is_whole = len(followers) == 1 and len(due) == len(self.optimizers)
+        # shares have one loss, and their backward pass goes through all weights: what is not due is thrown away with the rest
+        is_whole = len(followers) == 1 and (len(due) == len(self.optimizers) or is_sharded(self.model))
         for i, (name, owned) in enumerate(followers.items()):
-            loss = self.scaler.scale(outputs[name] / parts)
+            loss = self.scale.put_on(outputs[name] / parts)
             if is_whole:
                 loss.backward()
             elif loss.requires_grad:    # each loss reaches only what its own optimizers own
@@ -113,7 +115,7 @@ class TrainStep:
         if self.has_changed:
             self.refused = 0
             return True
-        if losses_finite and self.scaler.is_enabled() and self.scaler.get_scale() > 1:
+        if losses_finite and self.scale.value > 1:
             return False        # float16 looks for the scale at which its gradients do not overflow; below 1 there is none
         self.refused += 1
         shown = ', '.join(f'{k} {v:g}' for k, v in scalars.items())
@@ -127,9 +129,44 @@ class TrainStep:
 
     def _update(self, due: list[NamedOptimizer], parameters: list[Tensor], norm: Tensor, norm_value: float) -> None:
         if self.clip is not None and norm_value > self.clip:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm, foreach=True)
+            clip(parameters, self.clip, norm)
         for o in due:
-            self.scaler.step(o.optimizer) if self.scaler.is_enabled() else o.step()
+            o.step()
+
+
+class LossScale:
+    """What the loss of float16 is multiplied by, or small gradients would vanish: halved where one overflows, doubled after 2,000 steps
+    without. 1 for all other types. As PyTorch's GradScaler, whose state it shares; but whether a step is finite all processes know already,
+    from the norm of what each of them holds.
+    """
+
+    START, PATIENCE = 2.0 ** 16, 2000
+
+    def __init__(self, is_used: bool):
+        self.is_used = is_used
+        self.value = self.START if is_used else 1.0
+        self.steps = 0      # since it changed
+
+    def put_on(self, loss: Tensor) -> Tensor:
+        return loss.float() * self.value if self.is_used else loss    # which float16 could not hold
+
+    def take_off(self, parameters: list[Tensor]) -> None:
+        """Divide the gradients by it."""
+        if self.is_used and (gradients := [local(p.grad) for p in parameters if p.grad is not None]):
+            torch._foreach_mul_(gradients, 1 / self.value)
+
+    def adapt(self, is_finite: bool) -> None:
+        """After a step."""
+        self.steps = self.steps + 1 if is_finite else 0
+        if self.is_used and (not is_finite or self.steps == self.PATIENCE):
+            self.value, self.steps = self.value * (2.0 if is_finite else 0.5), 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {'scale': self.value, '_growth_tracker': self.steps} if self.is_used else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.is_used and state:
+            self.value, self.steps = float(state['scale']), int(state['_growth_tracker'])
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from scepter.core.errors import CheckpointError
+from scepter.core.shards import fill
 from scepter.weights.files import Entry, Weights
 from scepter.weights.foreign import PARTS, foreign_kind, lone_parts
 from scepter.weights.hugging_face import in_layout_of
@@ -71,7 +72,7 @@ def _misfit(model: nn.Module, targets: Collection[str], weights: Weights, missin
 def put(model: nn.Module, name: str, target: Tensor, value: Tensor) -> None:
     """Fill one tensor of a network. A parameter on the meta device comes to be on the CPU."""
     if not target.is_meta:
-        target.copy_(value.reshape(target.shape))
+        fill(target, value.reshape(target.shape))
         return
     owner = model.get_submodule(name.rpartition('.')[0])
     value = value.reshape(target.shape).to(target.dtype)

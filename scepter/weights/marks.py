@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -79,6 +80,18 @@ def marks_of(model: nn.Module) -> dict[str, Mark]:
     return {f'{path}.{leaf}' if path else leaf: m for path, module in model.named_modules(remove_duplicate=False)
             for leaf, m in module.__dict__.get('_marks', {}).items()
             if isinstance(p := module._parameters.get(leaf), Tensor) and (p._version, id(p)) == (m.version, m.identity)}
+
+
+@contextmanager
+def carried(model: nn.Module) -> Iterator[None]:
+    """Inside, other parameters may take the place of those of a network, with the same values: what they remember goes over to them."""
+    before = marks_of(model)
+    yield
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, found in before.items():
+        path, _, leaf = name.rpartition('.')
+        p = parameters[name]
+        model.get_submodule(path).__dict__['_marks'][leaf] = found._replace(version=p._version, identity=id(p))
 
 
 def left_out(model: nn.Module) -> dict[str, Mark]:

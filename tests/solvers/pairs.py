@@ -47,9 +47,12 @@ FACTORS: dict[str, list[Any]] = {
     'REPEATS': [1, 3],
     'NUM_WORKERS': [0, 2],
     'PROCESSES': [1, 2],
+    'PARALLEL': ['ddp', 'fsdp'],
 }
-# pairs by their places in FACTORS: what no run may have, and what takes so long that one row has to do
-REFUSED, SLOW = (frozenset(pair) for pair in ([('DTYPE', 2), ('PARAM_DTYPE', 1)], [('COMPILE', 1), ('PROCESSES', 1)]))
+# pairs by their places in FACTORS: what no run may have, or what means nothing, and what takes so long that one row has to do
+REFUSED = {frozenset(pair) for pair in ([('DTYPE', 2), ('PARAM_DTYPE', 1)], [('OPTIMIZER', 4), ('PARALLEL', 1)],
+                                        [('PROCESSES', 0), ('PARALLEL', 1)])}
+SLOW = frozenset([('COMPILE', 1), ('PROCESSES', 1)])
 Row = dict[str, Any]
 
 
@@ -58,10 +61,10 @@ def table() -> list[Row]:
     the value that brings the most new pairs."""
     def gain(row: dict[str, int], name: str, i: int) -> int:
         pairs = [frozenset(((name, i), met)) for met in row.items()]
-        return -1 if REFUSED in pairs or (SLOW in pairs and SLOW not in left) else sum(pair in left for pair in pairs)
+        return -1 if REFUSED & {*pairs} or (SLOW in pairs and SLOW not in left) else sum(pair in left for pair in pairs)
 
     levels = {name: range(len(values)) for name, values in FACTORS.items()}
-    left = {frozenset(((a, i), (b, j))) for a, b in itertools.combinations(FACTORS, 2) for i in levels[a] for j in levels[b]} - {REFUSED}
+    left = {frozenset(((a, i), (b, j))) for a, b in itertools.combinations(FACTORS, 2) for i in levels[a] for j in levels[b]} - REFUSED
     rows = []
     while left:
         row = dict(min(left, key=lambda pair: sorted(map(str, pair))))
@@ -102,6 +105,9 @@ class Painter(TrainModule):
         self.mix, self.last = nn.Linear(6, 6), nn.Conv2d(6, 1, 3, padding=1)
         self.scale, self.idle = nn.Parameter(torch.ones(())), nn.Linear(2, 2)
         self.diffusion = Diffusion(*cosine(100), prediction='v')
+
+    def main_blocks(self) -> list[nn.Module]:
+        return [self.middle]
 
     def network(self, x: Tensor, t: Tensor) -> Tensor:
         x = self.norm(self.first(x + (t / 100).to(x)[:, None, None, None]))
@@ -144,7 +150,7 @@ def config(work_dir: Path, row: Row, steps: int = STEPS) -> Config:
     size = micro * row['PROCESSES'] * row['ACCU_STEP']
     hooks = [{'NAME': 'LogHook', 'LOG_INTERVAL': 3, 'PROGRESS': False}, {'NAME': 'CheckpointHook', 'INTERVAL': SAVED}, *row['EMA']]
     same_name = {name: row[name] for name in ('DTYPE', 'PARAM_DTYPE', 'CHANNELS_LAST', 'COMPILE', 'ACCU_STEP', 'GRADIENT_CLIP',
-                                              'EVAL_INTERVAL', 'OPTIMIZER')}
+                                              'EVAL_INTERVAL', 'OPTIMIZER', 'PARALLEL')}
     length = {'MAX_STEPS': steps} if row['LENGTH'] == 'MAX_STEPS' else {'MAX_EPOCHS': steps * size / 24}
     return Config({'SOLVER': {
         'NAME': 'BaseSolver', 'WORK_DIR': str(work_dir), 'RESUME_FROM': 'auto', **length, **same_name,

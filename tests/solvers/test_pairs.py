@@ -20,6 +20,7 @@ from scepter.core.registry import OPTIMIZERS
 from tests.twins import three_images, twin
 
 ROWS = table()
+TWO = {'NPROC': 2, 'DEVICE': 'cpu', 'THREADS': 1}
 PLAIN = {name: values[0] for name, values in FACTORS.items()}
 ALONE = [i for i, row in enumerate(ROWS) if row['PROCESSES'] == 1]
 # those that are compiled take seconds: one of them is enough for every day, the one whose graph is gone through for two losses
@@ -36,13 +37,22 @@ def test_every_two_settings_meet_in_some_row():
     for (a, values), (b, others) in itertools.combinations(FACTORS.items(), 2):
         missing = {frozenset(((a, i), (b, j))) for i, x in enumerate(values) for j, y in enumerate(others)
                    if not any(row[a] is x and row[b] is y for row in ROWS)}
-        assert missing <= {REFUSED}, missing
+        assert missing <= REFUSED, missing
 
 
 def test_the_pair_that_is_left_out_is_refused(tmp_path):
     cfg = config(tmp_path, {**PLAIN, 'DTYPE': 'float16', 'PARAM_DTYPE': 'bfloat16'})
     with pytest.raises(ConfigError, match=r'SOLVER\.DTYPE: is float16, but PARAM_DTYPE is bfloat16'):
         check_experiment(cfg)
+
+
+def test_shares_follow_one_loss(tmp_path):
+    launch(Config({'FOLDER': str(tmp_path), 'ENV': TWO}), two_losses_of_shares)
+
+
+def two_losses_of_shares(cfg: Config) -> None:
+    with pytest.raises(ConfigError, match=r'PARALLEL is fsdp.* follow 2 losses \(loss, other\): use PARALLEL: ddp'):
+        train(config(Path(cfg.FOLDER), {**PLAIN, 'OPTIMIZER': FACTORS['OPTIMIZER'][4], 'PROCESSES': 2, 'PARALLEL': 'fsdp'}))
 
 
 @pytest.mark.parametrize('i', [pytest.param(i, marks=[pytest.mark.slow] if i in SLOW else []) for i in ALONE])
@@ -54,7 +64,7 @@ def test_five_steps_and_five_more_are_ten_to_the_bit(tmp_path, i):
 @pytest.mark.parametrize('rows', [pytest.param([i for i in range(len(ROWS)) if i not in ALONE + SLOW], id='fast'),
                                   pytest.param([i for i in SLOW if i not in ALONE], id='compiled', marks=pytest.mark.slow)])
 def test_and_so_they_are_on_two_processes(tmp_path, rows):
-    launch(Config({'FOLDER': str(tmp_path), 'ROWS': rows, 'ENV': {'NPROC': 2, 'DEVICE': 'cpu', 'THREADS': 1}}), all_rows)
+    launch(Config({'FOLDER': str(tmp_path), 'ROWS': rows, 'ENV': TWO}), all_rows)
     assert len(rows) > 0 and all(is_exact(tmp_path / str(i)) for i in rows)
 
 

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from torch import Tensor
 from scepter.core.disk import atomic, manifests
 from scepter.core.disk.atomic import NO_SPACE, Digest
 from scepter.core.disk.manifests import FORMAT, MANIFEST, step_of
-from scepter.core.disk.tensors import TensorFile, nbytes, write_tensors
+from scepter.core.disk.tensors import TensorFile, is_finite, nbytes, write_tensors
 from scepter.core.errors import CheckpointError
 from scepter.core.faults import did_you_mean
 from scepter.core.logger import get_logger
@@ -40,22 +40,26 @@ __all__ = ['Checkpoint', 'is_checkpoint', 'latest', 'load', 'preflight', 'prune'
 
 # -------------------------------------------------------------------- writing
 def save(root: Path | str, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], config: str,
-         keep: int | None = None, pinned: Collection[int] = (), every: int | None = None) -> Path:
+         keep: int | None = None, pinned: Collection[int] = (), every: int | None = None,
+         whole: Callable[[Tensor], Tensor] | None = None) -> Path:
     """Write root/step-<step> and return it; once this returns, the checkpoint survives a power cut.
 
     groups: name -> tensors, e.g. {'model': ..., 'ema': ..., 'optimizer': ...}, each of any device and layout. state: plain JSON values.
-    config: the run's YAML. keep, pinned, every: what `prune` leaves.
+    config: the run's YAML. keep, pinned, every: what `prune` leaves. whole: what puts a tensor together of which this process holds a
+    share; the other processes `take_part` meanwhile, and all have looked for what is not finite in their shares before.
     Raises CheckpointError, with nothing of the new checkpoint left behind and every older one untouched, where a tensor is not finite,
     the state is not JSON, or the disk refuses.
     """
     root = Path(root)
-    refuse_non_finite(groups)
+    if whole is None:
+        refuse(non_finite(groups))
     target = folder_of(root, step)
     needed = sum(map(nbytes, groups.values()))
     with _explained(target, needed):
         recover(root)
         with _temporary(target) as folder:
-            files = {f'{name}.safetensors': write_tensors(folder / f'{name}.safetensors', tensors) for name, tensors in groups.items()}
+            files = {f'{name}.safetensors': write_tensors(folder / f'{name}.safetensors', tensors, whole=whole)
+                     for name, tensors in groups.items()}
             files['state.json'] = atomic.write_file(folder / 'state.json', [_json(state, 'the state').encode()])
             files['config.yaml'] = atomic.write_file(folder / 'config.yaml', [config.encode()])
             _commit(folder, target, step, files, {name: [f'{name}.safetensors'] for name in groups})
@@ -63,25 +67,16 @@ def save(root: Path | str, step: int, groups: Mapping[str, Mapping[str, Tensor]]
     return target
 
 
-def refuse_non_finite(groups: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raises CheckpointError naming the tensors that hold NaN or infinity: such a checkpoint can only spread the damage."""
-    bad = [f'{group}: {name}' for group, tensors in groups.items() for name, tensor in tensors.items() if not is_finite(tensor)]
+def non_finite(groups: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """The tensors that hold NaN or infinity."""
+    return [f'{group}: {name}' for group, tensors in groups.items() for name, tensor in tensors.items() if not is_finite(tensor)]
+
+
+def refuse(bad: Sequence[str]) -> None:
+    """Raises CheckpointError naming tensors that hold NaN or infinity: such a checkpoint can only spread the damage."""
     if bad:
         more = f' and {len(bad) - 5} more' if len(bad) > 5 else ''
         raise CheckpointError(f'not saved, since these tensors hold NaN or infinity: {", ".join(bad[:5])}{more}')
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite."""
-    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
-        return True
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    if tensor.element_size() == 1:      # float8 has no arithmetic of its own
-        tensor = tensor.float()
-    # NaN passes through min and max, so one look without a temporary tells all; isfinite would make a mask as large as the weights
-    low, high = torch.aminmax(tensor.detach())
-    return (low * 0 + high * 0).item() == 0     # NaN for NaN and infinity; one look at the device instead of two
 
 
 def preflight(root: Path | str) -> None:

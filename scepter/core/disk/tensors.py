@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -88,19 +88,23 @@ class TensorFile(Mapping[str, Tensor]):
         return name in self.slots
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Digest:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None,
+                  whole: Callable[[Tensor], Tensor] | None = None) -> Digest:
     """Write tensors of any device and layout to a new safetensors file and fsync it; the digest is of the whole file.
 
     At most one tensor at a time is copied. Names that share memory are each written out, so every reader finds every name.
+    whole: called once for each tensor, in `writing_order`, with what puts it together where this process holds a share of it only.
     Raises OSError, and CheckpointError for a tensor that the format cannot hold.
     """
     if '__metadata__' in tensors:
         raise CheckpointError(f'{path}: no tensor can be named __metadata__')
     header: dict[str, object] = {'__metadata__': dict(metadata)} if metadata else {}
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = writing_order(tensors)
     offset = 0
     for name in names:
         tensor = tensors[name]
+        if whole is None and hasattr(tensor, '__tensor_flatten__'):     # what .cpu() would give is a part of it
+            raise CheckpointError(f'{path}: {name}: this process holds a share of it only: gather it on all processes at once')
         if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in CODES:
             raise CheckpointError(f'{path}: {name}: a {tensor.device} tensor of {tensor.dtype}, {tensor.layout} cannot be written')
         size = tensor.numel() * tensor.element_size()
@@ -116,9 +120,35 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         yield len(text).to_bytes(8, 'little') + text
         for name in names:
             if tensors[name].numel():
-                yield tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy().data
+                tensor = tensors[name] if whole is None else whole(tensors[name])
+                yield tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy().data
 
     return write_file(path, chunks())
+
+
+def writing_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names as they stand in a file: those of large elements first, so that each is aligned."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def take_part(tensors: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor]) -> None:
+    """What the other processes do while one writes these tensors: help to put each together, in the same order."""
+    for name in writing_order(tensors):
+        if tensors[name].numel():
+            whole(tensors[name])
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
+        return True
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if tensor.element_size() == 1:      # float8 has no arithmetic of its own
+        tensor = tensor.float()
+    # NaN passes through min and max, so one look without a temporary tells all; isfinite would make a mask as large as the weights
+    low, high = torch.aminmax(tensor.detach())
+    return (low * 0 + high * 0).item() == 0     # NaN for NaN and infinity; one look at the device instead of two
 
 
 def nbytes(tensors: Mapping[str, Tensor]) -> int:

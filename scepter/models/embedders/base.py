@@ -23,6 +23,8 @@ class BaseEmbedder(BaseModel, base=True):
     reads: Literal['prompt', 'label'] = 'prompt'    # the entry of a batch that it is made for
     reads_too: Sequence[str] = ()                   # entries of a batch that it is told beside these, by their names
     gives: Widths | None = None                     # of what it gives; None: it does not tell, and nothing is checked
+    forward_methods = ('encode_text',)
+    keeps_float32 = True
     LAYERS = ('last', 'pooled', 'hidden', 'penultimate')
 
     def __init__(self, cfg: dict, logger: Any = None):

@@ -30,6 +30,8 @@ class GeneralConditioner(BaseEmbedder):
     Towers of another length than the longest have zeros behind their tokens; with MASK_PADDING the network sees what any tower sees.
     """
 
+    forward_methods = ()    # each tower has its own
+
     EMBEDDERS: list = parts(EMBEDDERS, 'The text towers; their contexts are joined along the features, the last gives the pooled vector.',
                            default=REQUIRED)
     SIZES: list[Literal['original_size', 'crop_top_left', 'target_size', 'aesthetic_score']] = param(

@@ -31,6 +31,7 @@ class TextTowerEmbedder(BaseEmbedder, base=True):
     USE_FINAL_LAYER_NORM: bool = param(False, 'The final layer norm also on an inner activation; last and pooled always have it.')
 
     tokenizer: ClipTokenizer
+    forward_methods = ('encode_both',)    # which encode_text calls too
 
     @classmethod
     def check(cls, cfg: Config) -> Iterator[Fault]:
@@ -42,6 +43,9 @@ class TextTowerEmbedder(BaseEmbedder, base=True):
     def gives(self) -> Widths:
         """The width of the context, and whether it has a mask."""
         return Widths(context=self.tower.width, mask=self.MASK_PADDING and self.LAYER != 'pooled')
+
+    def main_blocks(self) -> list[nn.Module]:
+        return [*self.tower.blocks()]
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """int64 [B, n * MAX_LENGTH]. Tokenize what is guided together in one call: chunks then are as many for all."""
