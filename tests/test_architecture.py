@@ -5,9 +5,15 @@ import ast
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from scepter.run_train import main as run_train
+from tests.twins import three_images, twin
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'scepter'
@@ -161,3 +167,33 @@ print(light, scepter.we.world_size, 'LatentDiffusion' in scepter.MODELS)"""
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
 
     assert done.stdout.split() == ['True', '1', 'True'], done.stderr
+
+
+class Stacks(TorchFunctionMode):
+    """Notes the files of the package, outermost first, that are on the stack at each product of queries and keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[str]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            files = [Path(frame.filename) for frame in traceback.extract_stack()]
+            self.seen.append([f.relative_to(PACKAGE).as_posix() for f in files if f.is_relative_to(PACKAGE)])
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_way_from_the_command_to_the_attention_is_the_seven_stops_of_the_design(tmp_path: Path):
+    text = (ROOT / 'docs' / 'design.md').read_text(encoding='utf-8')
+    stops = re.findall(r'^ {4}\d  (\S+\.py) ', text[text.index('in seven stops'):], re.MULTILINE)
+    cfg = twin('sd15/sd15_512_full', tmp_path / 'tiny.yaml', images=three_images(tmp_path / 'images'), MAX_STEPS=1, TRAIN_HOOKS=[])
+
+    with Stacks() as stacks:
+        assert run_train(['--cfg', cfg.file]) == 0
+
+    assert len(stops) == 7
+    of_unet = [seen for seen in stacks.seen if 'models/unet.py' in seen]
+    for seen in of_unet:
+        way = iter(seen)
+        assert all(stop in way for stop in stops), seen    # in this order, with what else there is between them
+    assert len(of_unet) > 10
