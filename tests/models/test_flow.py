@@ -9,10 +9,14 @@ from torch import Tensor, nn
 
 import scepter.components  # noqa: F401
 from scepter.core import streams
+from scepter.core.config import Config
+from scepter.core.disk import checkpoints
 from scepter.core.faults import ConfigError
-from scepter.core.registry import BACKBONES, MODELS, SAMPLERS, SCHEDULES
+from scepter.core.registry import BACKBONES, DATASETS, MODELS, SAMPLERS, SCHEDULES
 from scepter.core.schema import param
+from scepter.data.datasets import BaseDataset
 from scepter.models.base import BaseModel
+from scepter.run_train import main as run_train
 from scepter.weights.export import scheduler_config
 
 FLOW = {'PARAMETERIZATION': 'flow', 'SCHEDULE_ARGS': {'NAME': 'flow', 'SHIFT': 3.0}, 'TIMESTEP_DENSITY': {'NAME': 'logit_normal'}}
@@ -155,3 +159,34 @@ def test_a_schedule_of_ones_own_may_tell_its_own_times(own_times):
 def test_a_schedule_with_times_is_not_exported_as_one_that_tells_the_index(own_times):
     with pytest.raises(ValueError, match='tell a network the index of a level, not the times of own_times'):
         scheduler_config(painter(SCHEDULE_ARGS={'NAME': 'own_times'}, PARAMETERIZATION='v'))
+
+
+# ---------------------------------------------------------------- a run
+@DATASETS.register_class()
+class Squares(BaseDataset):
+    """Eight small pictures.    image [3, 4, 4]"""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {'image': torch.full((3, 4, 4), index / 4 - 1)}
+
+
+def test_a_run_of_flow_matching_that_is_resumed_is_the_whole_run_to_the_bit(tmp_path):
+    model = {'NAME': 'LatentDiffusion', 'DIFFUSION_MODEL': {'NAME': 'Listener'}, 'SIZE_FACTOR': 1, 'SCALE_FACTOR': 1.0, 'IMAGE_SIZE': 4,
+             'MIN_SNR_GAMMA': 5.0, **FLOW}
+    cfg = {'SOLVER': {'NAME': 'LatentDiffusionSolver', 'MODEL': model, 'DTYPE': 'bfloat16', 'RESUME_FROM': 'auto',
+                      'OPTIMIZER': {'NAME': 'AdamW', 'LEARNING_RATE': 1e-2}, 'TRAIN_DATA': {'NAME': 'Squares', 'BATCH_SIZE': 4},
+                      'TRAIN_HOOKS': [{'NAME': 'ModelEmaHook', 'BETA': 0.5}, {'NAME': 'CheckpointHook', 'INTERVAL': 0}]}}
+    (tmp_path / 'flow.yaml').write_text(str(Config(cfg)))
+
+    def run(name: str, steps: int) -> dict[str, Tensor]:
+        words = [f'SOLVER.WORK_DIR={tmp_path / name}', f'SOLVER.MAX_STEPS={steps}', 'ENV.DEVICE=cpu']
+        assert run_train(['--cfg', str(tmp_path / 'flow.yaml'), *words]) == 0
+        saved = checkpoints.load(checkpoints.folder_of(tmp_path / name / 'checkpoints', steps))
+        return {f'{group}/{key}': value for group in saved.groups for key, value in saved.group(group).items()}
+
+    whole, first, second = run('whole', 4), run('halves', 2), run('halves', 4)
+    assert whole.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in whole.items())
+    assert not torch.equal(first['model/model.weight'], second['model/model.weight'])
