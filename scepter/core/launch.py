@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -162,15 +163,26 @@ def _disconnect() -> None:
 def _meet(place: Place, timeout: float) -> Store:
     """The store through which all processes find one another, once all are there; tells meanwhile whom it waits for.
 
-    Every wait is one of Python's, so that a stop signal ends it. Raises PeerError after `timeout` seconds.
+    Below torchrun the store outlives processes that were killed and holds what they had put there. So each rank calls with a word of its
+    own, rank 0 answers all with one of its own, and whoever has that answer signs below it: what is signed by all is an attempt whose
+    processes are alive. Every wait is one of Python's, so that a stop signal ends it. Raises PeerError after `timeout` seconds.
     """
-    waiting = _Waiting(place, timeout)
+    import torch.distributed as dist
+    waiting, mine = _Waiting(place, timeout), uuid.uuid4().hex
     store = _store(place, timeout, waiting)
-    store.set(f'scepter/{place.rank}', socket.gethostname())
-    missing = list(range(place.world_size))
-    while missing := [rank for rank in missing if not store.check([f'scepter/{rank}'])]:
+    store.set(f'scepter/{place.rank}', mine)
+    while True:
+        for rank in range(place.world_size) if place.rank == 0 else []:
+            if store.check([f'scepter/{rank}']):
+                store.set(f'scepter/{store.get(f"scepter/{rank}").decode()}', mine)
+        missing = [0]
+        if store.check([f'scepter/{mine}']):
+            attempt = store.get(f'scepter/{mine}').decode()
+            store.set(f'scepter/{attempt}/{place.rank}', socket.gethostname())
+            missing = [rank for rank in range(place.world_size) if not store.check([f'scepter/{attempt}/{rank}'])]
+            if not missing:
+                return dist.PrefixStore(attempt, store)
         waiting.go_on('rank ' + ', '.join(map(str, missing[:8])) + ' ...' * (len(missing) > 8))
-    return store
 
 
 def _store(place: Place, timeout: float, waiting: _Waiting) -> Store:

@@ -10,6 +10,7 @@ import tempfile
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -246,6 +247,21 @@ def test_a_rank_says_soon_for_whom_it_waits_and_gives_up_in_time(monkeypatch: py
     assert said.startswith('waiting for rank 1, 2, 3 of 4 at tcp://127.0.0.1:') and 'waited' in error and 'for rank 1, 2, 3' in error
     said, error = meet(2, 0.5, monkeypatch)
     assert said.startswith('waiting for machine 0 (MASTER_ADDR, MASTER_PORT) of 4') and 'firewall' in error
+
+
+def test_who_was_killed_is_not_taken_for_one_who_has_come_though_the_store_remembers(tmp_path: Path):
+    places = [Place(i, 2, i, 2, 'torchrun', f'file://{tmp_path}/store') for i in range(2)]
+    for _ in range(2):     # an attempt, and the next one on the same store
+        with ThreadPoolExecutor() as pool:
+            first, second = pool.map(lambda place: launching._meet(place, 20.0), places)
+        assert not first.check(['word'])      # of the attempt before
+        first.set('word', 'said')
+        assert second.get('word') == b'said'
+
+    with pytest.raises(PeerError, match='for rank 1 of 2'):
+        launching._meet(places[0], 0.3)
+    with pytest.raises(PeerError, match='for rank 0 of 2'):
+        launching._meet(places[1], 0.3)
 
 
 def test_a_stop_signal_ends_the_waiting_at_once(monkeypatch: pytest.MonkeyPatch):
