@@ -1,8 +1,16 @@
-"""One process or many: the same samples, the same noise, the same weights, and a checkpoint of one goes on in the other."""
+"""One run, however it is started: the same samples, the same losses, and a checkpoint that any launcher goes on from."""
 from __future__ import annotations
 
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,39 +18,251 @@ import torch
 from scepter import run_train
 from scepter.core.disk import checkpoints
 
-TINY = Path(__file__).parent / 'solvers' / 'tiny.py'
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / 'tests' / 'solvers' / 'tiny.py'
 sys.path.insert(0, str(TINY.parent))
 from tiny import config, groups, same  # noqa: E402
 
+STEPS, CUT = 50, 20
+SCRIPT = 'scepter/run_train.py'
+slow = pytest.mark.slow
+ENVIRONMENT = {**{k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')},
+               'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
 
-def train(work_dir: Path, processes: int, *words: str) -> None:
-    """Eight steps of twelve samples each, on so many processes."""
-    file = work_dir.with_suffix('.yaml')
-    cfg = config(work_dir, steps=8, GLOBAL_BATCH_SIZE=12)
-    cfg.update(IMPORTS=[str(TINY)], ENV={'NPROC': processes, 'DEVICE': 'cpu', 'SEED': 5, 'THREADS': 1})
-    file.write_text(str(cfg), encoding='utf-8')
-    assert run_train.main(['--cfg', str(file), *words]) == 0
+# the words of a command line before and after those of the run itself
+LAUNCHERS: dict[str, tuple[list[str], list[str]]] = {
+    'single': ([sys.executable, SCRIPT], ['ENV.NPROC=1']),
+    'spawn': ([sys.executable, SCRIPT], ['ENV.NPROC=2']),
+    'torchrun': (['torchrun', '--nproc_per_node', '2', SCRIPT], ['--launcher', 'torchrun']),
+    'lightning': ([sys.executable, SCRIPT], ['ENV.NPROC=1', 'ENV.USE_PL=true']),
+    'lightning-2': ([sys.executable, SCRIPT], ['ENV.NPROC=2', 'ENV.USE_PL=true']),
+    'torchrun-lightning': (['torchrun', '--nproc_per_node', '2', SCRIPT], ['--launcher', 'torchrun', 'ENV.USE_PL=true']),
+}
+ALONE = ('single', 'lightning')
+
+
+def command(folder: Path, launcher: str, *words: str) -> list[str]:
+    """A run of fifty steps of twelve samples, checkpoint and log included, in folder/work."""
+    folder.mkdir(exist_ok=True)
+    hooks = [{'NAME': 'ModelEmaHook', 'BETA': 0.9}, {'NAME': 'CheckpointHook', 'INTERVAL': CUT}, {'NAME': 'NoteSamples'},
+             {'NAME': 'LogHook', 'LOG_INTERVAL': 1, 'PROGRESS': False}]
+    cfg = config(folder / 'work', STEPS, GLOBAL_BATCH_SIZE=12, LR_SCHEDULER=None, RESUME_FROM='auto', TRAIN_HOOKS=hooks)
+    cfg.update(IMPORTS=[str(TINY)], ENV={'DEVICE': 'cpu', 'SEED': 5, 'THREADS': 1})
+    (folder / 'run.yaml').write_text(str(cfg), encoding='utf-8')
+    before, after = LAUNCHERS[launcher]
+    return [*before, '--cfg', str(folder / 'run.yaml'), *after, *words]
+
+
+def start(words: list[str], folder: Path, **environment: str) -> subprocess.Popen:
+    with open(folder / 'said.txt', 'a') as said:
+        return subprocess.Popen(words, cwd=ROOT, env={**ENVIRONMENT, **environment}, stdout=said, stderr=said, start_new_session=True)
+
+
+def end(process: subprocess.Popen, folder: Path, code: int = 0) -> None:
+    try:
+        assert process.wait(120) == code, (folder / 'said.txt').read_text()[-4000:]
+    finally:
+        if process.poll() is None:
+            process.kill()
+
+
+def train(folder: Path, launcher: str, *words: str) -> Path:
+    line = command(folder, launcher, *words)
+    if launcher in ALONE:     # what would be a process of its own is this one: a second less, and the same path from the door on
+        assert run_train.main(line[2:]) == 0
+    else:
+        end(start(line, folder), folder)
+    return folder / 'work'
+
+
+def losses(work_dir: Path) -> list[float]:
+    rows = [json.loads(line) for line in (work_dir / 'log.jsonl').read_text().splitlines()]
+    assert [row['step'] for row in rows] == list(range(1, STEPS + 1))
+    return [row['train/loss'] for row in rows]
+
+
+def samples(work_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (work_dir / 'samples.jsonl').read_text().splitlines()]
 
 
 @pytest.fixture(scope='module')
-def one(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp('one') / 'work'
-    train(folder, 1)
-    return folder
+def whole(tmp_path_factory):
+    """The run of a launcher, undisturbed; each once."""
+    folder, done = tmp_path_factory.mktemp('whole'), {}
+
+    def of(launcher: str) -> Path:
+        if launcher not in done:
+            done[launcher] = train(folder / launcher, launcher)
+        return done[launcher]
+
+    return of
 
 
-def test_two_processes_learn_what_one_learns(one, tmp_path):
-    train(tmp_path / 'two', 2)
-    alone, together = groups(one, 8)['model'], groups(tmp_path / 'two', 8)['model']
-    assert all(torch.allclose(alone[k], together[k], rtol=1e-4, atol=1e-6) for k in alone if k != 'seen')
-    assert checkpoints.load(tmp_path / 'two' / 'checkpoints' / 'step-00000008').state['world_size'] == 2
+# ------------------------------------------------------------------------------------------------ one curve
+@pytest.mark.parametrize('launcher', ['lightning', 'spawn', 'torchrun', *(pytest.param(n, marks=slow)
+                                                                        for n in ('lightning-2', 'torchrun-lightning'))])
+def test_every_launcher_sees_the_samples_and_the_losses_of_a_single_process(whole, launcher):
+    alone, this = whole('single'), whole(launcher)
+
+    assert samples(this) == samples(alone) and len(samples(this)) == STEPS
+    assert losses(this) == pytest.approx(losses(alone), rel=1e-5, abs=0)
+    a, b = groups(alone, STEPS)['model'], groups(this, STEPS)['model']
+    assert all(torch.allclose(a[key], b[key], rtol=1e-4, atol=1e-6) for key in a if key != 'seen')
+    assert checkpoints.load(checkpoints.folder_of(this / 'checkpoints', STEPS)).state['world_size'] == 1 + (launcher not in ALONE)
 
 
-def test_a_checkpoint_of_two_processes_goes_on_in_one_and_repeats_itself_to_the_bit(one, tmp_path):
-    train(tmp_path / 'a', 2, 'SOLVER.MAX_STEPS=4', 'SOLVER.LR_SCHEDULER=null')
-    train(tmp_path / 'b', 2, 'SOLVER.MAX_STEPS=4', 'SOLVER.LR_SCHEDULER=null')
-    assert same(groups(tmp_path / 'a', 4), groups(tmp_path / 'b', 4))
-    train(tmp_path / 'a', 1, 'SOLVER.LR_SCHEDULER=null', 'SOLVER.RESUME_FROM=latest')
-    train(tmp_path / 'c', 1, 'SOLVER.LR_SCHEDULER=null')
-    moved, alone = groups(tmp_path / 'a', 8)['model'], groups(tmp_path / 'c', 8)['model']
-    assert all(torch.allclose(moved[k], alone[k], rtol=1e-4, atol=1e-6) for k in alone if k != 'seen')
+@pytest.mark.parametrize(('first', 'then'), [
+    ('single', 'lightning'), ('lightning', 'single'), ('spawn', 'torchrun'),
+    *(pytest.param(*pair, marks=slow) for pair in (('torchrun', 'spawn'), ('torchrun', 'lightning-2'),
+                                                   ('lightning-2', 'torchrun-lightning')))])
+def test_what_one_launcher_saved_another_continues_to_the_bit(whole, tmp_path, first, then):
+    train(tmp_path, first, f'SOLVER.MAX_STEPS={CUT}')
+    work_dir = train(tmp_path, then)
+
+    assert same(groups(whole(first), STEPS), groups(work_dir, STEPS)) and losses(work_dir) == losses(whole(first))
+
+
+def test_a_run_may_change_the_number_of_its_processes_and_keeps_its_samples(whole, tmp_path):
+    train(tmp_path, 'single', f'SOLVER.MAX_STEPS={CUT}')
+    train(tmp_path, 'spawn', f'SOLVER.MAX_STEPS={2 * CUT}')
+    work_dir = train(tmp_path, 'single')
+
+    assert samples(work_dir) == samples(whole('single')) and losses(work_dir) == pytest.approx(losses(whole('single')), rel=1e-5, abs=0)
+
+
+# ------------------------------------------------------------------------------------------------ the ends
+LONG = 'SOLVER.MAX_STEPS=20000'
+
+
+def wait_for(step: int, folder: Path, process: subprocess.Popen) -> None:
+    log = folder / 'work' / 'log.jsonl'
+    while not (log.exists() and f'"step": {step},' in log.read_text()):
+        assert process.poll() is None, (folder / 'said.txt').read_text()[-4000:]
+        time.sleep(0.01)
+
+
+def ranks(process: subprocess.Popen) -> list[int]:
+    """The processes of a run that train, below the one that was started."""
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    return [int(pid) for pid in children if re.search(rb'spawn_main|run_train', Path(f'/proc/{pid}/cmdline').read_bytes())]
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='looks up processes in /proc')
+@pytest.mark.parametrize(('launcher', 'code'), [pytest.param('torchrun', 1), pytest.param('lightning-2', 143, marks=slow),
+                                                pytest.param('torchrun-lightning', 1, marks=slow)])
+def test_a_stop_signal_to_the_launcher_has_the_step_saved_and_nothing_is_left(tmp_path, launcher, code):
+    process = start(command(tmp_path, launcher, LONG), tmp_path)
+    wait_for(CUT + 1, tmp_path, process)
+    trained = ranks(process)
+    process.send_signal(signal.SIGTERM)
+    end(process, tmp_path, code)
+
+    saved, rows = checkpoints.resolve(tmp_path / 'work', 'latest'), samples(tmp_path / 'work')
+    assert len(trained) == 2 and saved is not None and saved.step == len(rows) > CUT
+    assert not any(Path(f'/proc/{pid}').exists() for pid in trained)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='looks up processes in /proc')
+@pytest.mark.parametrize(('launcher', 'code'), [pytest.param('torchrun', 1, marks=slow), pytest.param('lightning-2', 5, marks=slow)])
+def test_a_process_that_is_killed_takes_the_others_along(tmp_path, launcher, code):
+    process = start(command(tmp_path, launcher, LONG), tmp_path)
+    wait_for(1, tmp_path, process)
+    killed, begin = ranks(process), time.monotonic()
+    os.kill(killed[-1], signal.SIGKILL)
+    end(process, tmp_path, code)
+
+    assert time.monotonic() - begin < 15 and not any(Path(f'/proc/{pid}').exists() for pid in killed)
+
+
+# ------------------------------------------------------------------------------------------------ torchrun
+@pytest.mark.skipif(sys.platform != 'linux', reason='looks up processes in /proc')
+def test_torchrun_begins_a_run_again_whose_worker_was_killed_and_it_ends_as_if_nothing_had_happened(whole, tmp_path):
+    line = command(tmp_path, 'torchrun')
+    line[1:1] = ['--max-restarts', '1']
+    process = start(line, tmp_path)
+    wait_for(CUT + 3, tmp_path, process)
+    os.kill(ranks(process)[-1], signal.SIGKILL)
+    end(process, tmp_path)
+
+    assert 'continuing' in (tmp_path / 'said.txt').read_text()
+    assert same(groups(whole('spawn'), STEPS), groups(tmp_path / 'work', STEPS)) and losses(tmp_path / 'work') == losses(whole('spawn'))
+
+
+@slow
+@pytest.mark.skipif(sys.platform != 'linux', reason='only Linux answers at all of 127.0.0.0/8')
+@pytest.mark.parametrize('rendezvous', ['c10d', 'static'])
+def test_two_machines_of_torchrun_train_what_two_processes_of_one_do(whole, tmp_path, rendezvous):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    meet = {'c10d': ['--rdzv_backend', 'c10d', '--rdzv_endpoint', f'127.0.0.1:{port}', '--rdzv_id', 'two'],
+            'static': ['--master_addr', '127.0.0.1', '--master_port', port]}[rendezvous]
+    line = command(tmp_path, 'torchrun')[3:]
+    machines = [start(['torchrun', '--nnodes', '2', '--nproc_per_node', '1', '--node_rank', str(i), '--local_addr', f'127.0.0.{i + 1}',
+                       *meet, *line], tmp_path) for i in range(2)]
+    for machine in machines:
+        end(machine, tmp_path)
+
+    assert same(groups(whole('spawn'), STEPS), groups(tmp_path / 'work', STEPS))
+
+
+@slow
+def test_two_machines_of_spawn_find_each_other_by_the_variables_of_the_scheduler(whole, tmp_path):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        meeting = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free.getsockname()[1]), 'WORLD_SIZE': '2'}
+    machines = [start(command(tmp_path, 'single'), tmp_path, RANK=str(i), **meeting) for i in range(2)]
+    for machine in machines:
+        end(machine, tmp_path)
+
+    assert same(groups(whole('spawn'), STEPS), groups(tmp_path / 'work', STEPS))
+
+
+# ------------------------------------------------------------------------------------------------ the quick start's commands
+def commands_of_the_quick_start() -> list[Any]:
+    """(exports and command, words that its comment asks for, processes) of each line of section 6 that starts a run."""
+    section = (ROOT / 'docs' / 'quick_start.md').read_text(encoding='utf-8').split('# 6.')[1].split('# 7.')[0]
+    found, exports, comment = [], [], ''
+    for line in re.search(r'```shell\n(.*?)```', section, re.DOTALL).group(1).splitlines():
+        if line.startswith('#'):
+            comment = line
+        elif line.startswith('export'):
+            exports = [line] if 'CUDA' in line else [*exports, line]
+        else:
+            is_many = '0,1' in exports[0]
+            words = re.findall(r'ENV\.\w+=\w+', comment)
+            processes = int(re.search(r'nproc_per_node (\d+)', line + 'nproc_per_node 2').group(1)) if is_many else 1
+            found.append(pytest.param('\n'.join([*exports, line]), words, processes, id=f'{len(found)}', marks=[slow] if is_many else []))
+    return found
+
+
+def test_no_command_of_the_quick_start_is_forgotten():
+    section = (ROOT / 'docs' / 'quick_start.md').read_text(encoding='utf-8').split('# 6.')[1].split('# 7.')[0]
+    assert len(commands_of_the_quick_start()) == section.count('scepter/run_train.py') == 6
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory) -> Path:
+    from tests.twins import three_images
+    return three_images(tmp_path_factory.mktemp('pictures') / 'images')
+
+
+@pytest.mark.parametrize(('line', 'asked', 'processes'), commands_of_the_quick_start())
+def test_a_command_of_the_quick_start_trains_as_it_is_written(line, asked, processes, pictures, tmp_path):
+    unet = {'MODEL_CHANNELS': 32, 'CHANNEL_MULT': '[1, 1]', 'NUM_RES_BLOCKS': 1, 'ATTENTION_RESOLUTIONS': '[2]', 'NUM_HEADS': 2,
+            'CONTEXT_DIM': 32}
+    coder = {'CH': 32, 'CH_MULT': '[1, 1, 1, 1]', 'NUM_RES_BLOCKS': 1}
+    model = {**{f'DIFFUSION_MODEL.{key}': value for key, value in unet.items()}, 'PRETRAINED_MODEL': 'null', 'IMAGE_SIZE': 64,
+             **{f'FIRST_STAGE_MODEL.{side}.{key}': value for side in ('ENCODER', 'DECODER') for key, value in coder.items()},
+             'COND_STAGE_MODEL.WIDTH': 32, 'COND_STAGE_MODEL.DEPTH': 1, 'COND_STAGE_MODEL.HEADS': 2}
+    words = {'ENV.DEVICE': 'cpu', 'ENV.THREADS': 1, 'SOLVER.WORK_DIR': tmp_path / 'work', 'SOLVER.MAX_STEPS': 2, 'SOLVER.DTYPE': 'float32',
+             **{f'SOLVER.MODEL.{key}': value for key, value in model.items()}, 'SOLVER.SAMPLE_ARGS.IMAGE_SIZE': 64,
+             'SOLVER.TRAIN_DATA.DATA_FOLDER': pictures, 'SOLVER.TRAIN_DATA.BATCH_SIZE': 1, 'SOLVER.TRAIN_DATA.NUM_WORKERS': 0,
+             'SOLVER.TRAIN_DATA.TRANSFORMS': '[{NAME: RecordedCrop, SIZE: 64}]', 'SOLVER.ACCU_STEP': 1}
+    if processes > 1 and 'torchrun' not in line:
+        words['ENV.NPROC'] = processes     # the visible GPUs, where there are some
+    line += ' ' + ' '.join([*asked, *(f"'{key}={value}'" for key, value in words.items())])
+    end(start(['sh', '-e', '-c', line], tmp_path), tmp_path)
+
+    assert checkpoints.load(tmp_path / 'work' / 'checkpoints' / 'step-00000002').state['world_size'] == processes
+    assert 'done in' in (tmp_path / 'said.txt').read_text()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import scepter.components  # noqa: F401
-from scepter.core import streams
+from scepter.core import jsonl, streams
 from scepter.core.config import Config
 from scepter.core.env import we
 from scepter.core.registry import DATASETS, HOOKS, METRICS, MODELS, SOLVERS
@@ -121,6 +121,16 @@ class SaveOnMain(Hook):
     def after_iter(self, solver: Any) -> None:
         if we.is_main:
             solver.request_save()
+
+
+@HOOKS.register_class()
+class NoteSamples(Hook):
+    """Which samples each step saw, over all processes.    WORK_DIR/samples.jsonl"""
+
+    def before_iter(self, solver: Any) -> None:
+        seen = we.gather([int(n) for _, numbers in solver.batches for n in numbers])
+        if we.is_main:
+            jsonl.append(solver.work_dir / 'samples.jsonl', [{'step': solver.step, 'samples': sorted(n for rank in seen for n in rank)}])
 
 
 def config(work_dir: Path, steps: int = 10, **solver: Any) -> Config:
