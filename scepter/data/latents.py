@@ -5,6 +5,9 @@ import math
 import os
 import random
 import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,10 +15,13 @@ import torch
 from torch import Tensor
 
 from scepter.core.errors import DataError
+from scepter.core.logger import get_logger
 from scepter.core.registry import DATASETS
 from scepter.core.schema import param
 from scepter.core.stores import FS
-from scepter.data.datasets import BaseDataset, UnreadableError
+from scepter.data.datasets import BaseDataset
+from scepter.data.images import UnreadableError
+from scepter.data.order import Bucketed, Order
 from scepter.data.records import RecordReader
 
 
@@ -34,6 +40,7 @@ class LatentRecordDataset(BaseDataset):
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
+        self.logger = logger or get_logger()
         self.readers = [_opened(folder) for folder in (self.DATA_FOLDER, self.SECOND_FOLDER) if folder is not None]
         sizes = [len(reader) for reader in self.readers]
         if sizes[0] != sizes[-1]:
@@ -60,6 +67,30 @@ class LatentRecordDataset(BaseDataset):
             raise UnreadableError(str(error)) from error
         return sample
 
+    def order(self, seed: int, step: int) -> Order:
+        """Shuffled; where moments have several shapes, each step takes those of one shape alone."""
+        members = self._members
+        small = [f'{list(shape)} ({len(indices)})' for shape, indices in members.items() if len(indices) < step]
+        if len(members) > 1 and small:
+            self.logger.warning(f'{self.DATA_FOLDER}: shapes with fewer samples than a step of {step} takes: {", ".join(small)}. '
+                                'They come once in several epochs, and samples are then repeated')
+        return Bucketed(seed, list(members.values()), step) if len(members) > 1 else super().order(seed, step)
+
+    def batches(self, size: int) -> list[Sequence[int]]:
+        return [indices[first:first + size].tolist() for indices in self._members.values() for first in range(0, len(indices), size)]
+
+    @cached_property
+    def _members(self) -> dict[tuple[int, ...], np.ndarray]:
+        """The indices of the samples of each shape, the commonest first; what cannot be read is met, and replaced, among those."""
+        reader = next(reader for reader in reversed(self.readers) if 'shape' in reader.features)
+        shapes = reader.shapes()
+        counts = Counter(shape for shape in shapes if shape is not None)
+        common = counts.most_common(1)[0][0] if counts else ()
+        found: dict[tuple[int, ...], list[int]] = {common: []}
+        for index, shape in enumerate(shapes):
+            found.setdefault(common if shape is None else shape, []).append(index)
+        return {shape: np.array(indices, np.int64) for shape, indices in found.items()}
+
     def name_of(self, index: int) -> str:
         return self.readers[0].name_of(index)
 
@@ -69,7 +100,7 @@ class LatentRecordDataset(BaseDataset):
         shapes = {tuple(sample['moments'].shape): name for sample, name in zip(samples, names)}
         if len(shapes) > 1:
             found = ' and '.join(f'{list(shape)} in {name}' for shape, name in shapes.items())
-            raise DataError(f'a batch has moments of one shape, but there are {found}: keep them in folders of their own')
+            raise DataError(f'a batch has moments of one shape, but there are {found}')
         return {**super().collate(samples, names), **({'prompt': prompts} if prompts else {})}
 
     def _prompt(self, caption: Any, text: Any) -> str | Tensor:

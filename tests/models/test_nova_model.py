@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import scepter.components  # noqa: F401
+import scepter
+import scepter.components
 from scepter.core import streams
 from scepter.core.config import Config
 from scepter.core.registry import MODELS
@@ -192,3 +193,36 @@ def test_one_frame_is_an_image(autoencoder: dict):
     assert [list(r['image'].shape) for r in result] == [[3, 64, 64]] * 2 and [r['label'] for r in result] == [3, 4]
     with streams.current(1, torch.arange(2), step=1):
         assert model.forward_train(image=torch.rand(2, 3, 64, 64), label=torch.tensor([1, 2]))['loss'].isfinite()
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same():
+    def loss(is_compiled: bool) -> Tensor:
+        model = build(CLIP)
+        if is_compiled:
+            for part in (model.model.image_encoder, model.model.image_decoder):
+                part.compile(backend='aot_eager')
+        with streams.current(1, torch.arange(2), step=1):
+            return model.forward_train(**batch_of(CLIP, 2, 3))['loss']
+
+    torch.testing.assert_close(loss(True), loss(False), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_a_checkpoint_is_opened_and_drawn_from(tmp_path: Path, dtype: str):
+    data = tmp_path / 'data'
+    data.mkdir()
+    with RecordWriter(data, {'moments': 'bytes', 'shape': ['int64'], 'label': 'int64'}) as writer:
+        for i, x in enumerate(moments(4).numpy()):
+            writer.write({'moments': x.tobytes(), 'shape': x.shape, 'label': i})
+    train(experiment(tmp_path / 'run', data, MAX_STEPS=2, MODEL={
+        'NAME': 'NovaModel', 'NETWORK': NETWORK, 'SCALE_FACTOR': 1.0, 'FIRST_STAGE_MODEL': AUTOENCODER}))
+
+    pipe = scepter.load(tmp_path / 'run', dtype=dtype)
+    drawn = pipe(label=7, num_samples=2, sets=3, sample_steps=2, seed=1)
+    again = pipe(label=7, num_samples=2, sets=3, sample_steps=2, seed=1, batch_size=1)
+
+    assert [result['label'] for result in drawn.results] == [7, 7] and drawn.images[0].size == (64, 64)
+    for one, other in zip(drawn.results, again.results):
+        assert one['image'].isfinite().all()
+        torch.testing.assert_close(one['image'], other['image'], rtol=0, atol=1e-4 if dtype == 'float32' else 0.1)
