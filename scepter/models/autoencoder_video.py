@@ -42,6 +42,7 @@ class VideoAutoencoderKL(TrainModule):
     IGNORE_KEYS: list[str] = param([], 'Names or globs of weights that may be missing, left over or of another shape.')
 
     is_causal = True
+    forward_methods = ('encode', 'decode')
 
     @classmethod
     def check(cls, cfg: Config) -> Iterator[Fault]:

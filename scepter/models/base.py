@@ -1,11 +1,13 @@
 """What every network is built on."""
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from scepter.core.config import Config
@@ -41,6 +43,14 @@ class BaseModel(Component, nn.Module, base=True):
         Nobody else may touch their weights in a training step. Without any, the network's weights are gathered all at once.
         """
         return []
+
+    def to(self, *args: Any, memory_format: torch.memory_format | None = None, **kwargs: Any) -> BaseModel:
+        """As torch's own; but a layout of images passes by the weights of clips, which have an axis more and would refuse it."""
+        moved = super().to(*args, **kwargs) if args or kwargs else self
+        for value in itertools.chain(self.parameters(), self.buffers()) if memory_format is not None else ():
+            if value.ndim == 4:
+                value.data = value.data.contiguous(memory_format=memory_format)
+        return moved
 
     def same_weights(self) -> AbstractContextManager[None]:
         """Inside, parameters may be put in the place of others that hold the same: they go on remembering the file that they came from."""

@@ -143,7 +143,8 @@ def experiment(folder: Path, data: Path, **solver: Any) -> Config:
         'NAME': 'BaseSolver', 'WORK_DIR': str(folder), 'MAX_STEPS': STEPS, 'RESUME_FROM': 'auto', 'TRAIN_HOOKS': hooks,
         'MODEL': {'NAME': 'NovaModel', 'NETWORK': {**CLIP, 'CHECKPOINTING': 3}, 'SCALE_FACTOR': 1.0, **DDPM},
         'OPTIMIZER': {'NAME': 'AdamW', 'LEARNING_RATE': 1e-3, 'WEIGHT_DECAY': 0.02},
-        'TRAIN_DATA': {'NAME': 'LatentRecordDataset', 'DATA_FOLDER': str(data), 'BATCH_SIZE': 2}, **solver}})
+        'TRAIN_DATA': {'NAME': 'LatentRecordDataset', 'DATA_FOLDER': str(data), 'BATCH_SIZE': 2},
+        'EVAL_DATA': {'NAME': 'LatentRecordDataset', 'DATA_FOLDER': str(data), 'BATCH_SIZE': 2}, **solver}})
 
 
 @pytest.fixture(scope='module')
@@ -157,7 +158,8 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize('settings', [{}, {'DTYPE': 'bfloat16', 'ACCU_STEP': 2}, {'PARAM_DTYPE': 'bfloat16'}],
+@pytest.mark.parametrize('settings', [{}, {'DTYPE': 'bfloat16', 'ACCU_STEP': 2}, {'PARAM_DTYPE': 'bfloat16'},
+                                      {'CHANNELS_LAST': True, 'EVAL_INTERVAL': 4}],
                          ids=lambda settings: '-'.join(settings) or 'plain')
 def test_five_steps_and_five_more_are_ten_to_the_bit(tmp_path: Path, clips: Path, settings: dict):
     train(experiment(tmp_path / 'whole', clips, **settings))

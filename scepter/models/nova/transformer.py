@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scepter.core.config import Config
 from scepter.core.faults import Fault
@@ -98,6 +98,9 @@ class NovaTransformer(BaseModel):
                     module.is_checkpointed = self.CHECKPOINTING >= level
         if self.PRETRAINED_MODEL is not None:
             self.load_pretrained(self.PRETRAINED_MODEL, self.IGNORE_KEYS)
+
+    def main_blocks(self) -> list[nn.Module]:
+        return [*self.video_encoder.blocks, *self.image_encoder.blocks]
 
     @property
     def is_told_motion(self) -> bool:
