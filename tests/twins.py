@@ -44,7 +44,7 @@ def twin(recipe: str, file: Path, weights: Path | None = None, images: Path | No
         text = {'EMBEDDERS': [{**theirs, **ours} for theirs, ours in zip(shipped.MODEL.COND_STAGE_MODEL.EMBEDDERS, text['EMBEDDERS'])]}
     data: dict[str, Any] = {'DATA_FOLDER': str(images), 'BATCH_SIZE': 2, 'NUM_WORKERS': 0}
     if shipped.TRAIN_DATA.get('BUCKETS') is not None:
-        data |= {'BUCKETS': 64, 'BUCKET_STEP': 32}
+        data |= {'BUCKETS': 64, 'BUCKET_STEP': 16}
     else:
         data['TRANSFORMS'] = [{**t, 'SIZE': 64} for t in shipped.TRAIN_DATA.TRANSFORMS]
     file.write_text(str(Config({
