@@ -36,7 +36,7 @@ from scepter.core.env import we
 from scepter.core.errors import DataError
 from scepter.core.experiment import carry_out_imports, not_carried_out
 from scepter.core.faults import NOWHERE, ConfigError, check, did_you_mean
-from scepter.core.images import free_path, grid, png_text, save_new, save_png, to_uint8
+from scepter.core.images import PICTURES, free_path, grid, png_text, save_new, save_png, to_uint8
 from scepter.core.logger import get_logger
 from scepter.core.registry import MODELS
 from scepter.core.schema import default, schema_of
@@ -54,7 +54,7 @@ Picture = str | os.PathLike | Image.Image | Tensor
 
 
 class Drawn(NamedTuple):
-    """What a call of a pipeline gives: results, one dict each (prompt, image [3, H, W] in 0..1, seed, settings, ...)."""
+    """What a call of a pipeline gives: results, one dict each (prompt, image [3, H, W] or video [3, T, H, W] in 0..1, settings, ...)."""
     results: list[dict[str, Any]]
 
     @property
@@ -63,10 +63,10 @@ class Drawn(NamedTuple):
         return [Told.of(result) for result in self.results if 'image' in result]
 
     def save(self, folder: str | os.PathLike = 'outputs/inference') -> list[Path]:
-        """Write the pictures, each under the next free number of the folder: none is ever overwritten. Answers the files."""
+        """Write pictures, and clips as animated PNG, each under the next free number of the folder. Answers the files."""
         files = []
         for result in self.results:
-            pictures = {suffix: result[key] for key, suffix in (('image', '.png'), ('train_n_image', '-train_n.png')) if key in result}
+            pictures = {suffix: result[key] for key, suffix in PICTURES.items() if key in result}
             files += save_new(pictures, Path(folder), result.get('prompt', ''), result['settings'])
         return files
 
@@ -105,7 +105,8 @@ def load(path: str | os.PathLike | None = None, cfg: str | os.PathLike | Mapping
     with refused:
         model, digest = open_model(path, experiment, is_theirs, ema)
     device = we.device if device is None else torch.device(device)
-    model.eval().requires_grad_(False).to(device=device, dtype=_dtype(dtype, device)).to(memory_format=torch.channels_last)
+    model.eval().requires_grad_(False).to(device=device, dtype=_dtype(dtype, device))
+    model.lay_channels_last()
     return Pipeline(model, experiment, source or str(experiment.file), digest)
 
 
@@ -280,7 +281,8 @@ class Pipeline:
                     **arguments, **own, 'seed': seed + rows.start, 'row_seeds': row_seeds[rows]}))
             for number, result in enumerate(results, rows.start):
                 words = {k: v for k, v in result.items() if not isinstance(v, Tensor)}
-                size = {'size': list(result['image'].shape[-2:])} if 'image' in result else {}
+                shown = result.get('image', result.get('video'))
+                size = {} if shown is None else {'size': list(shown.shape[-2:])}
                 key = {'row_seed': words.pop('seed')} if 'seed' in words else {}
                 yield {**result, 'number': number, 'settings': {'number': number, **size, **told, **words, **key, 'seed': seed}}
 

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 OPTIONS = ('n_prompt', 'sampler', 'sample_steps', 'discretization', 'seed', 'guide_scale', 'guide_rescale', 'image_size',
-           'denoising_strength', 'image', 'mask')    # flags that are arguments of forward_test
+           'num_frames', 'denoising_strength', 'image', 'mask')    # flags that are arguments of forward_test
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,6 +58,7 @@ def command_line() -> argparse.ArgumentParser:
     add('--guide_scale', type=float, help='strength of guidance; 1 for none')
     add('--guide_rescale', type=float, help='share by which guided outputs get back the contrast of unguided ones')
     add('--image_size', type=_size, metavar='N or H,W', help='pixels')
+    add('--num_frames', type=int, help='frames of a clip, which is written as an animated PNG')
     add('--image', metavar='FILE', help='a picture to begin with; scaled and cut in the middle where a size is asked for')
     add('--denoising_strength', type=float, help='how much of --image is made anew, 0..1 (default 0.75 with --image, 1 with --mask)')
     add('--mask', metavar='FILE', help='white where --image is made anew; the rest of it stays as it is')

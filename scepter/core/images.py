@@ -26,6 +26,11 @@ SAMPLERS = {
     'dpmpp_2m_sde': 'DPM++ 2M SDE', 'dpmpp_3m_sde': 'DPM++ 3M SDE', 'unipc': 'UniPC', 'lms': 'LMS', 'ddpm': 'DDPM'}
 
 
+# what a result shows -> the end of its file's name
+PICTURES = {'image': '.png', 'video': '.png', 'train_n_image': '-train_n.png', 'train_n_video': '-train_n.png'}
+FRAME_RATE = 12    # of a clip, per second
+
+
 def is_figure(value: Any) -> bool:
     """Whether this is a number, or a tensor or array of one element."""
     return isinstance(value, (int, float, np.number)) or (isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) == 1)
@@ -46,12 +51,17 @@ def to_uint8(image: Tensor) -> np.ndarray:
 
 
 def save_png(image: Tensor | np.ndarray, path: str | Path, settings: dict[str, Any] | None = None) -> Path:
-    """Write an image ([C, H, W] in 0..1, or [H, W, 3] uint8), in place of any that is there; settings go into its text (`png_text`)."""
+    """Write an image ([C, H, W] in 0..1, or [H, W, 3] uint8), in place of any that is there; settings go into its text (`png_text`).
+
+    A clip [C, T, H, W] is an animated PNG, which loses nothing and shows its first frame where a program knows pictures alone.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = to_uint8(image) if isinstance(image, Tensor) else image
+    pictures = image.unbind(1) if isinstance(image, Tensor) and image.ndim == 4 else [image]
+    first, *rest = [Image.fromarray(to_uint8(frame) if isinstance(frame, Tensor) else frame) for frame in pictures]
+    clip = {'save_all': True, 'append_images': rest, 'duration': 1000 // FRAME_RATE, 'loop': 0} if rest else {}
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    Image.fromarray(pixels).save(temporary, format='PNG', pnginfo=png_text(settings or {}))
+    first.save(temporary, format='PNG', pnginfo=png_text(settings or {}), **clip)
     os.replace(temporary, path)
     return path
 
@@ -192,15 +202,14 @@ def _lines(text: str, font: Any, width: int) -> list[str]:
 
 def save_results(results: list[dict[str, Any]], numbers: list[int], folder: str | Path,
                  told: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """One PNG per result that has an image: inside are its number, its words and what is `told` of all. Answers the rows of the others."""
+    """One PNG per result that has an image or a video, with its number, its words and what is `told` of all. Answers the others' rows."""
     rows = []
     for result, number in zip(results, numbers):
         words = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in result.items()
                  if not isinstance(value, Tensor) or (value.numel() <= 4096 and value.ndim < 3)}
         if 'seed' in words:
             words['row_seed'] = words.pop('seed')
-        pictures = {suffix: result[key] for key, suffix in (('image', '.png'), ('train_n_image', '-train_n.png'))
-                    if isinstance(result.get(key), Tensor)}
+        pictures = {suffix: result[key] for key, suffix in PICTURES.items() if isinstance(result.get(key), Tensor)}
         for suffix, picture in pictures.items():
             save_png(picture, Path(folder) / file_name(number, str(result.get('prompt', '')), suffix),
                      {'number': number, **(told or {}), **words})

@@ -74,6 +74,11 @@ class BaseModel(Component, nn.Module, base=True):
 class TrainModule(BaseModel, base=True):
     """What a solver trains: it owns its loss (forward_train) and what it draws (forward_test)."""
 
+    def lay_channels_last(self) -> None:
+        """Let weights of four axes, and of five, have their channels last in memory, in place."""
+        layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+        self._apply(lambda tensor: tensor.to(memory_format=layouts.get(tensor.ndim, torch.preserve_format)))
+
     @classmethod
     def side_multiple(cls, cfg: Config) -> int | None:
         """What the sides of its pictures are multiples of, where its config, filled, tells; None where it does not."""

@@ -5,7 +5,6 @@ import contextlib
 import time
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from scepter.core import streams
@@ -90,7 +89,7 @@ class BaseSolver(Run, base=True):
         if self.SYNC_BATCH_NORM and we.is_distributed and 'train' in self._mode_set:
             self.model = parallel.with_shared_statistics(self.model)
         if self.CHANNELS_LAST and not is_sharded:    # a share of a weight has no layout; pictures have it
-            self.model.to(memory_format=torch.channels_last)
+            self.model.lay_channels_last()
         if self.COMPILE:
             streams.hide_from_compilers()
             parallel.compile_blocks(self.model) if is_sharded else self.model.compile_network()

@@ -22,6 +22,7 @@ class SampleArgs(Component):
         None, 'Share by which guided outputs get back the contrast of unguided ones (2305.08891).', least=0, most=1)
     DISCRETIZATION: Literal['trailing', 'leading', 'linspace', 'karras'] | None = param(None, 'How the steps are spread over the levels.')
     IMAGE_SIZE: int | tuple[int, int] | None = param(None, 'Pixels, or [height, width].', least=1)
+    NUM_FRAMES: int | None = param(None, 'Frames of a clip, where the autoencoder makes clips.', least=1)
     DENOISING_STRENGTH: float | None = param(None, 'How much of a given image is made anew, 0..1.', least=0, most=1)
     RUN_TRAIN_N: bool | None = param(None, "Draw once more with the network's TRAIN_N_PROMPT as the negative prompt.")
     SAMPLER_ARGS: dict | None = param(None, "The sampler's own options, e.g. {eta: 1.0}, and clamp, percentile, t_max, ...")

@@ -230,7 +230,8 @@ class Run(Component, base=True):
         def move(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            layout = torch.channels_last if self.CHANNELS_LAST and value.ndim == 4 else torch.preserve_format
+            layouts = {4: torch.channels_last, 5: torch.channels_last_3d} if self.CHANNELS_LAST else {}
+            layout = layouts.get(value.ndim, torch.preserve_format)
             kind = DTYPES[self.PARAM_DTYPE] if self.PARAM_DTYPE != 'float32' and value.is_floating_point() else value.dtype
             return value.to(we.device, kind, non_blocking=True, memory_format=layout)
 
