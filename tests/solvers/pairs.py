@@ -43,6 +43,8 @@ FACTORS: dict[str, list[Any]] = {
     'GRADIENT_CLIP': [None, 0.05],
     'LENGTH': ['MAX_STEPS', 'MAX_EPOCHS'],
     'EVAL_INTERVAL': [0, 3],
+    'EVALS': [{}, {'often': {'INTERVAL': 2, 'DATA': {'NAME': 'Waves', 'BATCH_SIZE': 4, 'COUNT': 7}, 'METRICS': [{'NAME': 'MeanValue'}]},
+                   'seldom': {'INTERVAL': 5, 'DATA': {'NAME': 'Waves', 'BATCH_SIZE': 5}}}],
     'CHECKPOINTING': [False, True],
     'REPEATS': [1, 3],
     'NUM_WORKERS': [0, 2],
@@ -126,7 +128,7 @@ class Painter(TrainModule):
         return {'loss': losses.mean(), 'other': losses.float().square().mean(), 'probe_data': {'number': number}}
 
     def forward_test(self, image: Tensor, number: Tensor, **batch: Any) -> list[dict[str, Any]]:
-        return [{'prompt': f'wave {n}'} for n in number.tolist()]
+        return [{'prompt': f'wave {n}', 'value': n} for n in number.tolist()]
 
     def compile_network(self) -> None:
         # all of torch.compile but the C++ compiler, which takes a minute; on two processes at once even that takes too long
@@ -150,7 +152,7 @@ def config(work_dir: Path, row: Row, steps: int = STEPS) -> Config:
     size = micro * row['PROCESSES'] * row['ACCU_STEP']
     hooks = [{'NAME': 'LogHook', 'LOG_INTERVAL': 3, 'PROGRESS': False}, {'NAME': 'CheckpointHook', 'INTERVAL': SAVED}, *row['EMA']]
     same_name = {name: row[name] for name in ('DTYPE', 'PARAM_DTYPE', 'CHANNELS_LAST', 'COMPILE', 'ACCU_STEP', 'GRADIENT_CLIP',
-                                              'EVAL_INTERVAL', 'OPTIMIZER', 'PARALLEL')}
+                                              'EVAL_INTERVAL', 'EVALS', 'OPTIMIZER', 'PARALLEL')}
     length = {'MAX_STEPS': steps} if row['LENGTH'] == 'MAX_STEPS' else {'MAX_EPOCHS': steps * size / 24}
     return Config({'SOLVER': {
         'NAME': 'BaseSolver', 'WORK_DIR': str(work_dir), 'RESUME_FROM': 'auto', **length, **same_name,

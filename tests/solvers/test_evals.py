@@ -151,6 +151,27 @@ def test_a_second_stop_in_what_the_first_had_left_doubles_nothing_either(tmp_pat
     assert figures(tmp_path / 'cut') == figures(tmp_path / 'whole')
 
 
+@HOOKS.register_class()
+class FailAt(Hook):
+    """Ends the run as a crash would."""
+
+    STEP: int = param(5)
+
+    def after_iter(self, solver: Any) -> None:
+        if solver.step == self.STEP:
+            raise RuntimeError('crashed')
+
+
+def test_what_was_made_up_for_is_not_made_again_after_a_crash(tmp_path):
+    with pytest.raises(Stopped):
+        run(settings(tmp_path / 'cut', TRAIN_HOOKS=[LOG], EVAL_HOOKS=[{'NAME': 'StopIn', 'EVALUATION': 'full'}]))
+    with pytest.raises(RuntimeError, match='crashed'):
+        run(settings(tmp_path / 'cut', RESUME_FROM='auto', TRAIN_HOOKS=[LOG, {'NAME': 'FailAt'}]))
+    run(settings(tmp_path / 'cut', RESUME_FROM='auto', TRAIN_HOOKS=[LOG]))
+    run(settings(tmp_path / 'whole', TRAIN_HOOKS=[LOG]))
+    assert figures(tmp_path / 'cut') == figures(tmp_path / 'whole')
+
+
 def test_a_resumed_run_may_have_lost_the_evaluation_that_is_due_and_gained_another(tmp_path):
     with pytest.raises(Stopped):
         run(settings(tmp_path, EVAL_HOOKS=[{'NAME': 'StopIn', 'EVALUATION': 'full'}]))
