@@ -185,7 +185,8 @@ def networks(recipe: str) -> tuple[Any, Any, Callable[..., tuple]]:
     from scepter.core.config import Config
     from scepter.core.env import we
     from scepter.core.registry import BACKBONES
-    from scepter.weights.names import unet_to_diffusers
+    from scepter.weights import Weights
+    from scepter.weights.families.unet import UNET
     node = Config.load(recipe).SOLVER.MODEL.DIFFUSION_MODEL
     is_xl = 'xl' in recipe
     settings = {'block_out_channels': (320, 640, 1280), 'down_block_types': ('DownBlock2D', *['CrossAttnDownBlock2D'] * 2),
@@ -205,10 +206,9 @@ def networks(recipe: str) -> tuple[Any, Any, Callable[..., tuple]]:
     for p in ours.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.01)
-    weights = ours.state_dict()
-    names = unet_to_diffusers(weights)
     shapes = {name: value.shape for name, value in peer.state_dict().items()}
-    peer.load_state_dict({names.get(n, n): w.reshape(shapes[names.get(n, n)]).clone() for n, w in weights.items()}, assign=True)
+    weights = UNET.to_theirs(Weights.of(ours.state_dict()))
+    peer.load_state_dict({name: value.reshape(shapes[name]).clone() for name, value in weights.items()}, assign=True)
     move = {'device': we.device, 'memory_format': torch.channels_last}
     ours, peer = ours.to(**move), peer.to(**move)
 

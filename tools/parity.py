@@ -10,15 +10,11 @@ from torch import Tensor, nn
 
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import need
-from scepter.weights.export import (
-    export_diffusers,
-    export_single,
-    is_sdxl,
-    note_parity,
-    unet_config,
-    vae_config,
-    write_json,
-)
+from scepter.weights.export import export_diffusers, export_single, note_parity
+from scepter.weights.families import autoencoder, unet
+from scepter.weights.families.sd import write_json
+from scepter.weights.families.sdxl import StableDiffusionXL
+from scepter.weights.family import family_of_network
 
 PROMPTS = ['a photo of a cat', '']
 
@@ -78,10 +74,14 @@ def open_with_diffusers(model: nn.Module, path: Path) -> dict[str, Any]:
         return {part: kind.from_pretrained(path / part, torch_dtype=torch.float32).eval() for part, kind in classes.items()
                 if (path / part / 'config.json').is_file()}
     with tempfile.TemporaryDirectory() as folder:
-        for part, config in (('unet', unet_config(model)), ('vae', vae_config(model))):
+        for part, config in (('unet', unet.write_config(model)), ('vae', autoencoder.write_config(model))):
             write_json(Path(folder) / part / 'config.json', config)
         return {part: classes[part].from_single_file(str(path), config=folder, subfolder=part, torch_dtype=torch.float32).eval()
                 for part in ('unet', 'vae')}
+
+
+def is_sdxl(model: nn.Module) -> bool:
+    return isinstance(family_of_network(model.state_dict()), StableDiffusionXL)
 
 
 def inputs(model: nn.Module) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

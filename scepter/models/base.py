@@ -54,8 +54,7 @@ class BaseModel(Component, nn.Module, base=True):
 
     def same_weights(self) -> AbstractContextManager[None]:
         """Inside, parameters may be put in the place of others that hold the same: they go on remembering the file that they came from."""
-        from scepter.weights.marks import carried
-        return carried(self)
+        return marks.carried(self)
 
     def freeze(self) -> None:
         """Evaluation mode for good, no gradients; what is trained is decided by a network's own FREEZE."""

@@ -16,12 +16,10 @@ from scepter.core.config import Config
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import BACKBONES, EMBEDDERS, MODELS, SCHEDULES, Registry
 from scepter.core.schema import Component, schema_of
-from scepter.weights import configs
-from scepter.weights.configs import Node
-from scepter.weights.describe import said_of, short, taken_of, values_of
+from scepter.weights.families import autoencoder, process, text, unet
+from scepter.weights.family import FAMILIES, may_be
 from scepter.weights.files import Weights
-from scepter.weights.names import ARCHITECTURES
-from scepter.weights.shapes import process
+from scepter.weights.said import Node, short, taken_of, values_of
 
 # section of a LatentDiffusion -> (its registry, keys that a component like ours has): what a user wrote in its place is not looked at
 SECTIONS: dict[str, tuple[Registry, set[str]]] = {
@@ -59,7 +57,7 @@ def refuse_contradictions(model: nn.Module, weights: Weights, ignore_keys: Colle
 def latent_beside(weights: Weights) -> dict[str, float]:
     """SCALE_FACTOR and SHIFT_FACTOR as they stand beside weights, of an autoencoder or of a whole; empty where nothing does."""
     values = weights.settings.get('vae', weights.settings.get('', {}))
-    said = configs.latent(values, weights.source) if 'scaling_factor' in values else {}
+    said = autoencoder.latent(values, weights.source) if 'scaling_factor' in values else {}
     return {key: value.value for key, value in said.items()}
 
 
@@ -74,17 +72,18 @@ def said_beside(model: nn.Module, weights: Weights, ignore_keys: Collection[str]
         if not has_unet or _is_named('SCHEDULE_ARGS', ignore_keys):    # the process is that of the network's file
             own.add('SCHEDULE_ARGS')
         if settings.keys() & {'unet', 'vae'}:
-            return said_of(settings, name, own), cfg
+            family = next((family for family in FAMILIES if may_be(family, settings)), None)
+            return (family.said(settings, name, own) if family is not None else {}), cfg
         gone = {'SCALE_FACTOR', 'SHIFT_FACTOR'} if 'FIRST_STAGE_MODEL' in own else set()
-        said = process(weights)
+        said = process.read_markers(weights)
         return {key: said[key] for key in said if key not in gone and (key == 'SCALE_FACTOR' or 'SCHEDULE_ARGS' not in own)}, cfg
     alone = settings.get('', {})
     if 'NUM_HEADS_CHANNELS' in cfg and (values := settings.get('unet', alone)):
-        return {'DIFFUSION_MODEL': configs.unet(values, name)}, {'DIFFUSION_MODEL': cfg}
+        return {'DIFFUSION_MODEL': unet.read_config(values, name)}, {'DIFFUSION_MODEL': cfg}
     if {'ENCODER', 'DECODER'} <= cfg.keys() and (values := settings.get('vae', alone)):
-        return {'FIRST_STAGE_MODEL': configs.vae(values, name)}, {'FIRST_STAGE_MODEL': cfg}
+        return {'FIRST_STAGE_MODEL': autoencoder.read_config(values, name)}, {'FIRST_STAGE_MODEL': cfg}
     if 'HEADS' in cfg and alone:    # which state is handed on is for the embedder to say
-        sizes = {key: value for key, value in configs.text_tower(alone, name).items() if not key.startswith('LAYER')}
+        sizes = {key: value for key, value in text.read_config(alone, name).items() if not key.startswith('LAYER')}
         return {'COND_STAGE_MODEL': sizes}, {'COND_STAGE_MODEL': {**cfg, 'PRETRAINED_MODEL': None}}
     return {}, {}
 
@@ -122,25 +121,25 @@ def facts(model: Mapping[str, Any]) -> dict[str, Fact]:
         found['SCHEDULE_ARGS'] = Fact(torch.stack([alphas, told / len(alphas)], 1), short(model['SCHEDULE_ARGS']), ('SCHEDULE_ARGS.NAME',))
     if (heads := _heads(_filled(BACKBONES, model.get('DIFFUSION_MODEL')))) is not None:
         found['DIFFUSION_MODEL.NUM_HEADS'] = heads
-    text = model.get('COND_STAGE_MODEL') or {}
-    text = _filled(EMBEDDERS, text) if 'EMBEDDERS' in text else text
+    words = model.get('COND_STAGE_MODEL') or {}
+    words = _filled(EMBEDDERS, words) if 'EMBEDDERS' in words else words
     for key in ('SIZES', 'SIZE_DIM', 'ZERO_EMPTY'):
-        if key in text:
-            found[f'COND_STAGE_MODEL.{key}'] = Fact(text[key], repr(text[key]))
-    towers = {f'COND_STAGE_MODEL.EMBEDDERS[{i}]': tower for i, tower in enumerate(text['EMBEDDERS'])} if 'EMBEDDERS' in text \
-        else {'COND_STAGE_MODEL': text}
+        if key in words:
+            found[f'COND_STAGE_MODEL.{key}'] = Fact(words[key], repr(words[key]))
+    towers = {f'COND_STAGE_MODEL.EMBEDDERS[{i}]': tower for i, tower in enumerate(words['EMBEDDERS'])} if 'EMBEDDERS' in words \
+        else {'COND_STAGE_MODEL': words}
     for key, tower in towers.items():
         found |= {f'{key}.{name}': fact for name, fact in _tower(tower).items()}
     return found
 
 
-def _heads(unet: Mapping[str, Any]) -> Fact | None:
+def _heads(network: Mapping[str, Any]) -> Fact | None:
     """The attention heads of every level that has some, and of the middle; None for a network of another kind."""
-    if not {'NUM_HEADS', 'NUM_HEADS_CHANNELS', 'CHANNEL_MULT', 'ATTENTION_RESOLUTIONS'} <= unet.keys():
+    if not {'NUM_HEADS', 'NUM_HEADS_CHANNELS', 'CHANNEL_MULT', 'ATTENTION_RESOLUTIONS'} <= network.keys():
         return None
-    widths = [m * unet['MODEL_CHANNELS'] for m in unet['CHANNEL_MULT']]
-    used = [w for i, w in enumerate(widths) if 2 ** i in unet['ATTENTION_RESOLUTIONS'] or i == len(widths) - 1]
-    heads = [unet['NUM_HEADS'] or w // unet['NUM_HEADS_CHANNELS'] for w in used]
+    widths = [m * network['MODEL_CHANNELS'] for m in network['CHANNEL_MULT']]
+    used = [w for i, w in enumerate(widths) if 2 ** i in network['ATTENTION_RESOLUTIONS'] or i == len(widths) - 1]
+    heads = [network['NUM_HEADS'] or w // network['NUM_HEADS_CHANNELS'] for w in used]
     return Fact(heads, f'{", ".join(map(str, heads))} heads', ('DIFFUSION_MODEL.NUM_HEADS', 'DIFFUSION_MODEL.NUM_HEADS_CHANNELS'))
 
 
@@ -149,7 +148,7 @@ def _tower(tower: Mapping[str, Any]) -> dict[str, Fact]:
     if tower.get('NAME') not in ('FrozenCLIPEmbedder', 'FrozenOpenCLIPEmbedder') or tower.get('PRETRAINED_MODEL') is not None:
         return {}
     tower = _filled(EMBEDDERS, tower)
-    sizes = ARCHITECTURES.get(tower.get('ARCH', 'custom'))
+    sizes = text.ARCHITECTURES.get(tower.get('ARCH', 'custom'))
     depth, heads = (tower['DEPTH'], tower['HEADS']) if sizes is None else sizes[1:3]
     state = {'last': depth, 'penultimate': depth - 1, 'pooled': depth}.get(tower['LAYER'])
     if state is None:

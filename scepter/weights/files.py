@@ -27,7 +27,7 @@ STEMS = ('diffusion_pytorch_model', 'model', 'pytorch_model', 'open_clip_model',
 INERT = 'pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint'    # see _Inert
 INVERSION = ('a textual inversion: vectors for a new word. It is no model, and no text tower here takes new words: give the model that it '
              'was made for')
-PIPELINE_PARTS = ('unet', 'vae', 'text_encoder', 'text_encoder_2')
+Configs = Mapping[str, Mapping[str, Any]]    # of read_configs
 
 
 class Entry(NamedTuple):
@@ -42,7 +42,7 @@ class Entry(NamedTuple):
 class Weights(Mapping[str, Tensor]):
     """Names and shapes at once, each tensor when it is asked for, so a model never stands twice in memory.
 
-    `source` says where they come from, for messages; `settings` holds the JSON files of a diffusers folder (read_settings), or that of one
+    `source` says where they come from, for messages; `settings` holds the JSON files of a diffusers folder (read_configs), or that of one
     model's folder as '', or the metadata of a .safetensors.
     """
 
@@ -109,10 +109,10 @@ def local_copy(path: str | Path) -> Iterator[Path]:
             yield Path(local)
 
 
-def read_settings(folder: Path) -> dict[str, dict]:
+def read_configs(folder: Path, parts: Iterable[str]) -> dict[str, dict[str, Any]]:
     """The configs of a pipeline's folder that are there: model_index, scheduler, and those of its parts."""
     files = {'model_index': 'model_index.json', 'scheduler': 'scheduler/scheduler_config.json',
-             **{part: f'{part}/config.json' for part in PIPELINE_PARTS}}
+             **{part: f'{part}/config.json' for part in parts}}
     return {part: read_json(folder / file) for part, file in files.items() if (folder / file).is_file()}
 
 
@@ -274,13 +274,3 @@ def unwrap(found: Any, path: Path) -> dict[str, Tensor]:
     if odd:
         raise CheckpointError(f'{path}: {odd[0]} is a sparse, quantized or empty tensor; expected plain ones')
     return {n: t.detach() for n, t in tensors.items()}
-
-
-def with_compvis_ema(weights: Weights) -> Weights:
-    """CompVis files keep averages as model_ema.* under names without dots: put each in the place of its weight."""
-    return weights.with_entries({n: weights.entries.get(ema_name(n), e) for n, e in weights.entries.items()})
-
-
-def ema_name(name: str) -> str:
-    """model.diffusion_model.out.2.bias -> model_ema.diffusion_modelout2bias"""
-    return 'model_ema.' + name.removeprefix('model.').replace('.', '')

@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
+from scepter.weights.family import Part, parts
 from scepter.weights.files import INVERSION, Weights
 
 
@@ -56,29 +57,22 @@ def is_inversion(weights: Weights) -> bool:
 
 
 # ---------------------------------------------------------------- parts
-# part of a LatentDiffusion -> (what it is, the section of its config, names that only it has: ours, CompVis', diffusers')
-PARTS = {
-    'model': ('UNet', 'DIFFUSION_MODEL', r'^(unet\.|model\.(diffusion_model\.)?)?((input|output)_blocks\.\d|middle_block\.|time_embed\.\d'
-                                         r'|(down|up)_blocks\.\d+\.attentions|time_embedding\.linear)'),
-    'first_stage_model': ('autoencoder', 'FIRST_STAGE_MODEL',
-                          r'^(vae\.|first_stage_model\.)?((encoder|decoder)\.(conv_in|mid|down|up)|(post_)?quant_conv)'),
-    'cond_stage_model': ('text tower', 'COND_STAGE_MODEL', r'^(cond_stage_model|conditioner|text_encoder(_2)?)\.|token_embedding')}
+def sections() -> dict[str, Part]:
+    """Section of a config -> the part of a model that it is, for what may have a PRETRAINED_MODEL of its own."""
+    found: dict[str, Part] = {}
+    for part in parts():
+        found.setdefault(part.key, part)
+    return {key: part for key, part in found.items() if key}
 
 
-def parts_in(names: Iterable[str]) -> list[str]:
-    """Which parts of a LatentDiffusion a file has, in any naming."""
-    names = list(names)
-    return [part for part, (_, _, pattern) in PARTS.items() if any(re.search(pattern, name) for name in names)]
-
-
-def lone_parts(names: Iterable[str], wanted: Collection[str] = tuple(PARTS)) -> str | None:
-    """A sentence about a file that has some parts of a LatentDiffusion and lacks others of those wanted; None where it lacks none."""
-    here = parts_in(names)
-    lacking = [part for part in wanted if part not in here]
+def lone_parts(names: Iterable[str], wanted: Collection[str] | None = None) -> str | None:
+    """A sentence about a file that has some parts of a model and lacks others of those wanted (sections); None where it lacks none."""
+    known, names = sections(), list(names)
+    here = [part for part in known.values() if any(re.search(part.pattern, name) for name in names)]
+    lacking = [part for key, part in known.items() if part not in here and (wanted is None or key in wanted)]
     if not here or not lacking:
         return None
-    has = ' and '.join(PARTS[part][0] for part in here)
-    keys = ', '.join(f'SOLVER.MODEL.{PARTS[part][1]}.PRETRAINED_MODEL' for part in here)
-    article = 'an' if has[0] in 'aeio' else 'a'
-    return (f'is {article} {has} alone, without {" and ".join(PARTS[part][0] for part in lacking)}. Give a whole model as '
+    has, lacks = (' and '.join(part.what for part in some) for some in (here, lacking))
+    keys = ', '.join(f'SOLVER.MODEL.{part.key}.PRETRAINED_MODEL' for part in here)
+    return (f'is {"an" if has[0] in "aeio" else "a"} {has} alone, without {lacks}. Give a whole model as '
             f'SOLVER.MODEL.PRETRAINED_MODEL, and this one as {keys}')

@@ -1,7 +1,7 @@
 """Weights into networks: which names a network of ours wants, and an error for each that does not fit."""
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -9,12 +9,10 @@ from torch import Tensor, nn
 
 from scepter.core.errors import CheckpointError
 from scepter.core.shards import fill
+from scepter.weights.family import family_of, matches, nearest
 from scepter.weights.files import Entry, Weights
-from scepter.weights.foreign import PARTS, foreign_kind, lone_parts
+from scepter.weights.foreign import foreign_kind, lone_parts, sections
 from scepter.weights.hugging_face import in_layout_of
-
-# width of the UNet's text context -> whose it is
-KINDS = {768: 'Stable Diffusion 1', 1024: 'Stable Diffusion 2', 2048: 'Stable Diffusion XL', 1280: "Stable Diffusion XL's refiner"}
 
 
 def load_into(model: nn.Module, weights: Mapping[str, Tensor], ignore_keys: Sequence[str] = (), source: str | None = None,
@@ -53,15 +51,16 @@ def _misfit(model: nn.Module, targets: Collection[str], weights: Weights, missin
     """Why weights do not fit a model: what the file is, where it is something else, or names and shapes, and what to do."""
     if kind := foreign_kind(weights):
         return kind
-    lost, parts = set(missing), PARTS if any(n.startswith('first_stage_model.') for n in targets) else ()
-    lacking = [part for part in parts if any(n.startswith(f'{part}.') for n in targets)
-               and lost.issuperset(n for n in targets if n.startswith(f'{part}.'))]
+    lost = set(missing)
+    owned = {key: names for key, part in sections().items() if (names := {n for n in targets if n.startswith(part.ours)})}
+    lacking = [key for key, names in owned.items() if lost.issuperset(names)] if len(owned) > 1 else []
     if lacking and (lone := lone_parts(weights, lacking)):
         return lone
     rows = [f'{len(names)} {kind}:{some(names)}' for kind, names in
             (('missing', missing), ('unexpected', unexpected), ('of another shape', misshaped)) if names]
     if lacking or lost.issuperset(targets):
-        rows.append('Nothing in it is of this network: give another file.')
+        near = nearest(matches(weights))
+        rows.append('Nothing in it is of this network: give another file.' + (f' What it is nearest to:{near}' if near else ''))
     else:
         rows.append('Name in IGNORE_KEYS what may be left as it is.')
     return (f'does not fit {type(model).__name__}, which has {len(targets)} tensors; the file has {len(weights)}{_kind_of(weights)}\n'
@@ -81,14 +80,6 @@ def put(model: nn.Module, name: str, target: Tensor, value: Tensor) -> None:
         setattr(owner, leaf, nn.Parameter(value.clone() if value._is_view() else value, requires_grad=target.requires_grad))
     else:
         setattr(owner, leaf, value)
-
-
-def family_of(weights: Iterable[str] | Weights) -> str | None:
-    """What a published model these weights are of, by the width of the UNet's context and its label embedding; None where unknown."""
-    for name in weights:
-        if name.endswith('attn2.to_k.weight') and isinstance(weights, Weights):
-            return KINDS.get(weights.shape(name)[-1])
-    return None
 
 
 def _kind_of(weights: Weights) -> str:

@@ -15,17 +15,15 @@ from scepter.core.disk.checkpoints import MANIFEST, Checkpoint
 from scepter.core.disk.tensors import TensorFile
 from scepter.core.errors import CheckpointError, DataError
 from scepter.core.stores.local import local_path
+from scepter.weights.family import FAMILIES, parts, weights_for
 from scepter.weights.files import (
-    PIPELINE_PARTS,
     Entry,
     Weights,
     local_copy,
+    read_configs,
     read_file,
     read_model_folder,
-    read_settings,
-    with_compvis_ema,
 )
-from scepter.weights.layouts import weights_for
 from scepter.weights.marks import Source, digest
 
 
@@ -33,25 +31,34 @@ def read_weights(path: str | Path, use_ema: bool = False) -> Weights:
     """The weights of a local file or folder, under the names that it uses.
 
     A file is a .safetensors, or a .ckpt, .pth, .pt, .bin of torch.save. A folder is a checkpoint of ours, one model of diffusers or
-    transformers (sharded or not, also a .fp16 variant), or a whole pipeline, whose parts come as unet.*, vae.*, text_encoder.*.
+    transformers (sharded or not, also a .fp16 variant), or a whole pipeline, whose parts come as unet.*, vae.*, text_encoder.*, ...
     use_ema: take averaged weights where there are any. Raises CheckpointError that names the file.
     """
     path = Path(path)
     if path.is_file():
         weights = read_file(path)
-        return with_compvis_ema(weights) if use_ema else weights
+        return with_averages(weights) if use_ema else weights
     if not path.is_dir():
         raise CheckpointError(f'{path}: no such file or folder of weights')
     if checkpoints.is_checkpoint(path):
         return weights_of(checkpoints.load(path), use_ema)
-    parts = [part for part in PIPELINE_PARTS if (path / part).is_dir()]
-    if not parts:
+    known = dict.fromkeys(part.folder for part in parts())
+    folders = [part for part in known if (path / part).is_dir()]
+    if not folders:
         return read_model_folder(path)
     entries = {}
-    for part in parts:
+    for part in folders:
         folder = path / f'{part}_ema' if use_ema and (path / f'{part}_ema').is_dir() else path / part
         entries |= read_model_folder(folder).under(f'{part}.').entries
-    return Weights(entries, str(path), read_settings(path))
+    return Weights(entries, str(path), read_configs(path, known))
+
+
+def with_averages(weights: Weights) -> Weights:
+    """Some single files keep averages beside their weights, under names of their own: each in the place of its weight."""
+    def best(name: str) -> Entry:
+        called = (family.average_of(name) for family in FAMILIES)
+        return next((weights.entries[other] for other in called if other in weights), weights.entries[name])
+    return weights.with_entries({name: best(name) for name in weights})
 
 
 def records(checkpoint: Checkpoint) -> list[Record]:

@@ -14,9 +14,9 @@ from scepter.core.logger import get_logger
 from scepter.core.stores import FS
 from scepter.core.stores.client import shown
 from scepter.weights.compare import latent_beside, refuse_contradictions
+from scepter.weights.family import weights_for
 from scepter.weights.files import local_copy
 from scepter.weights.hugging_face import in_layout_of
-from scepter.weights.layouts import weights_for
 from scepter.weights.loading import load_into, put
 from scepter.weights.marks import Loaded, Mark, mark, marks_of, parts_with_a_file, word_of
 from scepter.weights.records import Record, read_weights, weights_of

@@ -36,7 +36,7 @@ def openclip(**keys):
 def hf_tower(embedder, kind='CLIPTextModel', act='quick_gelu'):
     """transformers' own tower with the weights of ours."""
     from scepter.weights import Weights
-    from scepter.weights.names import openclip_to_hf
+    from scepter.weights.families.text import openclip
     width = embedder.tower.width
     config = transformers.CLIPTextConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=embedder.tower.depth,
                                          num_attention_heads=embedder.tower.heads, vocab_size=49408, hidden_act=act, projection_dim=width,
@@ -45,7 +45,7 @@ def hf_tower(embedder, kind='CLIPTextModel', act='quick_gelu'):
     if act == 'quick_gelu':
         weights = Weights.of(embedder.state_dict()).section('transformer.')
     else:
-        weights = openclip_to_hf(Weights.of(embedder.state_dict()).section('model.'))
+        weights = openclip().to_theirs(Weights.of(embedder.state_dict()))
     load_into(tower, weights)
     return tower
 

@@ -17,7 +17,7 @@ from scepter.core.schema import param
 from scepter.data.datasets import BaseDataset
 from scepter.models.base import BaseModel
 from scepter.run_train import main as run_train
-from scepter.weights.export import scheduler_config
+from scepter.weights.families.process import write_config
 
 FLOW = {'PARAMETERIZATION': 'flow', 'SCHEDULE_ARGS': {'NAME': 'flow', 'SHIFT': 3.0}, 'TIMESTEP_DENSITY': {'NAME': 'logit_normal'}}
 
@@ -158,7 +158,7 @@ def test_a_schedule_of_ones_own_may_tell_its_own_times(own_times):
 
 def test_a_schedule_with_times_is_not_exported_as_one_that_tells_the_index(own_times):
     with pytest.raises(ValueError, match='tell a network the index of a level, not the times of own_times'):
-        scheduler_config(painter(SCHEDULE_ARGS={'NAME': 'own_times'}, PARAMETERIZATION='v'))
+        write_config(painter(SCHEDULE_ARGS={'NAME': 'own_times'}, PARAMETERIZATION='v'))
 
 
 # ---------------------------------------------------------------- a run

@@ -18,9 +18,11 @@ from scepter.run_inference import main as run_inference
 from scepter.run_train import main as run_train
 from scepter.solvers.diffusion import SampleArgs
 from scepter.weights import describe, export_diffusers, load_pretrained
-from scepter.weights.configs import sampling
-from scepter.weights.describe import said_of, values_of
-from scepter.weights.files import read_settings
+from scepter.weights.families.process import sampling
+from scepter.weights.families.sd import StableDiffusion1
+from scepter.weights.family import parts
+from scepter.weights.files import read_configs
+from scepter.weights.said import values_of
 from tests.twins import three_images
 from tests.weights.strangers import pipeline, rewrite
 
@@ -279,12 +281,12 @@ STRANGE = [None, -1, 'x', [], {}, [None], [[1]], 1e308, True, ['a', 'b'], [1, 2,
 
 
 def test_whatever_stands_in_a_config_is_described_or_refused(folder):
-    whole, refused = read_settings(folder), 0
+    whole, refused = read_configs(folder, [part.folder for part in parts()]), 0
     for part, values in whole.items():
         for key, value in itertools.product(values, STRANGE):
             settings = {**whole, part: {**values, key: value}}
             try:
-                assert values_of([said_of(settings, 'FOLDER'), sampling(settings['scheduler'], 'FOLDER')])
+                assert values_of([StableDiffusion1().said(settings, 'FOLDER'), sampling(settings['scheduler'], 'FOLDER')])
             except CheckpointError as error:
                 refused += 1
                 assert 'FOLDER' in str(error)

@@ -8,8 +8,9 @@ import scepter.components  # noqa: F401  (registers)
 from scepter.core.disk.tensors import write_tensors
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import MODELS
-from scepter.weights import export_diffusers, load_pretrained, read_weights
-from scepter.weights.names import unet_to_diffusers, vae_to_diffusers
+from scepter.weights import Weights, export_diffusers, load_pretrained, read_weights
+from scepter.weights.families.autoencoder import VAE
+from scepter.weights.families.unet import UNET
 from tests.weights.test_weights import build, compvis
 
 KOHYA = 'lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q'
@@ -89,9 +90,7 @@ def section(model, prefix):
 
 
 def unet_of_diffusers(model):
-    state = model.model.state_dict()
-    names = unet_to_diffusers(state)
-    return {names[name]: value for name, value in state.items()}
+    return dict(UNET.to_theirs(Weights.of(model.model.state_dict())))
 
 
 PARTS = {
@@ -101,7 +100,7 @@ PARTS = {
     "an autoencoder with CompVis' names": (lambda m: section(m, 'first_stage_model.'), ['an autoencoder alone', 'FIRST_STAGE_MODEL']),
     'an autoencoder under bare names': (lambda m: m.first_stage_model.state_dict(),
                                         ['an autoencoder alone', 'without UNet and text tower']),
-    "an autoencoder with diffusers' names": (lambda m: dict(vae_to_diffusers(read(m.first_stage_model))), ['an autoencoder alone']),
+    "an autoencoder with diffusers' names": (lambda m: dict(VAE.to_theirs(read(m.first_stage_model))), ['an autoencoder alone']),
     'a text tower': (lambda m: {f'text_model.{n}': t for n, t in m.cond_stage_model.tower.state_dict().items()},
                      ['a text tower alone', 'COND_STAGE_MODEL.PRETRAINED_MODEL']),
     'a model without its text tower': (lambda m: section(m, ('model.', 'first_stage_model.')),

@@ -11,8 +11,8 @@ from scepter.core.errors import CheckpointError
 from scepter.core.registry import MODELS
 from scepter.weights import Weights, describe, load_pretrained
 from scepter.weights.compare import facts
-from scepter.weights.describe import values_of
-from scepter.weights.shapes import describe_single
+from scepter.weights.describe import describe_single
+from scepter.weights.said import values_of
 from tests.models.oracles import randomize
 from tests.twins import publish
 

@@ -22,9 +22,11 @@ from scepter.weights import (
     read_weights,
     whole_model,
 )
-from scepter.weights.files import ema_name
-from scepter.weights.layouts import BUFFERS
-from scepter.weights.names import unet_from_diffusers, unet_to_diffusers, vae_from_diffusers, vae_to_diffusers
+from scepter.weights.families.autoencoder import VAE as VAE_PART
+from scepter.weights.families.process import write_config
+from scepter.weights.families.sd import BUFFERS, StableDiffusion1
+from scepter.weights.families.unet import UNET as UNET_PART
+from scepter.weights.tables import OURS, THEIRS
 
 VAE = {'NAME': 'AutoencoderKL', 'EMBED_DIM': 4,
        'ENCODER': {'NAME': 'Encoder', 'CH': 32, 'CH_MULT': [1, 2], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 4},
@@ -86,27 +88,31 @@ def compvis(model):
     return {('model.diffusion_model.' + n[6:] if n.startswith('model.') else n): t for n, t in model.state_dict().items()}
 
 
+average_of = StableDiffusion1().average_of
+
+
 # ---------------------------------------------------------------- names
 @pytest.mark.parametrize('shape', SHAPES)
 def test_unet_names_go_to_diffusers_and_back(models, shape):
-    names = list(models[shape].model.state_dict())
-    theirs = unet_to_diffusers(names)
-    assert len(set(theirs.values())) == len(theirs) == len(names)
-    assert unet_from_diffusers(theirs.values()) == {b: a for a, b in theirs.items()}
+    ours = Weights.of(models[shape].model.state_dict())
+    theirs = UNET_PART.to_theirs(ours)
+    assert not UNET_PART.table(ours).unknown(ours, OURS) and not UNET_PART.table(theirs).unknown(theirs, THEIRS)
+    assert len(theirs) == len(ours)
+    assert {n: e.shape for n, e in UNET_PART.to_ours(theirs).entries.items()} == {n: e.shape for n, e in ours.entries.items()}
 
 
 def test_autoencoder_names_go_to_diffusers_and_back(models):
     ours = Weights.of(models['sd15'].first_stage_model.state_dict())
-    back = vae_from_diffusers(vae_to_diffusers(ours))
+    back = VAE_PART.to_ours(VAE_PART.to_theirs(ours))
     assert {n: back.shape(n) for n in back} == {n: ours.shape(n) for n in ours}
 
 
 def test_attention_names_of_old_diffusers_are_known(models):
     model = models['sd15'].first_stage_model
-    theirs = dict(vae_to_diffusers(Weights.of(model.state_dict())))
+    theirs = dict(VAE_PART.to_theirs(Weights.of(model.state_dict())))
     for new, old in (('to_q', 'query'), ('to_k', 'key'), ('to_v', 'value'), ('to_out.0', 'proj_attn')):
         theirs = {n.replace(f'attentions.0.{new}.', f'attentions.0.{old}.'): t for n, t in theirs.items()}
-    back = vae_from_diffusers(Weights.of(theirs))
+    back = VAE_PART.to_ours(Weights.of(theirs))
     assert all(torch.equal(back[n], t) for n, t in model.state_dict().items())
 
 
@@ -132,7 +138,7 @@ def test_every_tensor_of_a_published_unet_has_its_place(shape):
         mine = BACKBONES.build({**UNET, 'MODEL_CHANNELS': 320, 'NUM_RES_BLOCKS': 2, **ours})
         other = diffusers.UNet2DConditionModel(**theirs)
     weights = Weights.of(mine.state_dict())
-    renamed = weights.renamed(unet_to_diffusers(weights))
+    renamed = UNET_PART.to_theirs(weights)
     assert {n: renamed.shape(n) for n in renamed} == {n: tuple(t.shape) for n, t in other.state_dict().items()}
 
 
@@ -208,10 +214,9 @@ def test_the_pipelines_of_diffusers_open_a_folder_and_draw(models, shape, pipeli
 @pytest.mark.parametrize('zero_snr', [False, True])
 def test_the_scheduler_of_a_folder_has_our_levels(models, schedule, zero_snr):
     diffusers = pytest.importorskip('diffusers')
-    from scepter.weights.export import scheduler_config
     cfg = {**models['sd21'].cfg, 'SCHEDULE_ARGS': {'NAME': schedule}, 'ZERO_TERMINAL_SNR': zero_snr}
     model = MODELS.build(cfg)
-    theirs = diffusers.DDIMScheduler.from_config(scheduler_config(model))
+    theirs = diffusers.DDIMScheduler.from_config(write_config(model))
     ours = model.diffusion.alphas ** 2
     assert torch.allclose(theirs.alphas_cumprod.double(), torch.as_tensor(ours), atol=2e-6)
     assert theirs.final_alpha_cumprod == 1
@@ -231,7 +236,8 @@ def test_half_precision_halves_the_file(models, tmp_path):
 def test_what_published_files_carry_beside_weights_is_known(models, shape, tmp_path):
     export_single(models[shape], tmp_path / 'plain.safetensors')
     tensors = dict(TensorFile(tmp_path / 'plain.safetensors'))
-    tensors |= {name: torch.zeros(3) for name in BUFFERS} | {ema_name(n): t for n, t in tensors.items() if n.startswith('model.')}
+    tensors |= {name: torch.zeros(3) for name in BUFFERS}
+    tensors |= {average_of(n): t for n, t in tensors.items() if n.startswith('model.')}
     for tower in ['conditioner.embedders.0.', 'conditioner.embedders.1.'] if shape == 'sdxl' else ['cond_stage_model.']:
         if f'{tower}transformer.text_model.final_layer_norm.weight' in tensors:
             tensors[f'{tower}transformer.text_model.embeddings.position_ids'] = torch.arange(77)[None]
@@ -256,7 +262,7 @@ def test_what_is_not_known_is_an_error_even_if_it_looks_alike(models, tmp_path):
 
 def test_averages_of_a_single_file_are_taken_on_request(models, tmp_path):
     plain = compvis(models['sd15'])
-    averages = {ema_name(n): t + 1 for n, t in plain.items() if n.startswith('model.')}
+    averages = {average_of(n): t + 1 for n, t in plain.items() if n.startswith('model.')}
     write_tensors(tmp_path / 'm.safetensors', plain | averages)
     name = 'model.out.2.bias'
     assert torch.equal(whole_model(read_weights(tmp_path / 'm.safetensors'))[name], models['sd15'].state_dict()[name])

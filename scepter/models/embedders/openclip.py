@@ -15,8 +15,8 @@ from scepter.core.schema import param
 from scepter.models.embedders.text_tower import TextTowerEmbedder, Tower, causal_attention, init_block_std, shape_faults, table
 from scepter.models.embedders.tokenizer import ClipTokenizer
 from scepter.weights import load_pretrained, local_copy
+from scepter.weights.families.text import ARCHITECTURES
 from scepter.weights.marks import Loaded
-from scepter.weights.names import ARCHITECTURES
 from scepter.weights.vocabulary import Vocabulary
 
 
