@@ -6,19 +6,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
+import tiny
 from tiny import LATENT_DIFFUSION
 
 from scepter.core.config import Config
 from scepter.core.disk import checkpoints
-from scepter.core.env import seed_everything, we
+from scepter.core.disk.tensors import write_tensors
+from scepter.core.env import Stopped, seed_everything, we
+from scepter.core.errors import CheckpointError
+from scepter.core.faults import ConfigError
 from scepter.core.registry import DATASETS, SOLVERS
 from scepter.core.schema import param
 from scepter.core.shards import is_share, local
 from scepter.data.datasets import BaseDataset
+from scepter.solvers.state import save
 
 COLOURS = ('red', 'green', 'blue', 'white', 'black')
 TRAINED_TEXT = {'NAME': 'FrozenCLIPEmbedder', 'WIDTH': 32, 'DEPTH': 2, 'HEADS': 2, 'MAX_LENGTH': 8, 'FREEZE': False, 'USE_GRAD': True}
@@ -74,6 +80,36 @@ def runs(cfg: Config) -> None:
     """What each process of two does: the runs in cfg.RUNS, one after the other."""
     for run in cfg.RUNS:
         train(Config({'SOLVER': run}))
+
+
+def trials(cfg: Config) -> None:
+    """What each process of two finds: refusals, a refused step, a stop signal, and shares that hold what they must not."""
+    folder = Path(cfg.FOLDER)
+    for kind in ({'NAME': 'Adafactor'}, {'NAME': 'Rprop'}, {'NAME': 'SGD', 'FUSED': True}):
+        with pytest.raises(ConfigError, match=rf'PARALLEL is fsdp, but .*{kind["NAME"]}'):
+            train(tiny.config(folder / kind['NAME'], steps=1, PARALLEL='fsdp', OPTIMIZER=kind))
+    solver = train(tiny.config(folder / 'run', steps=2, PARALLEL='fsdp', GLOBAL_BATCH_SIZE=4, DTYPE='float16'))
+    _one_process_alone_has_a_loss_that_is_not_finite(solver)
+    with pytest.raises(CheckpointError, match='holds a share of it only'):
+        write_tensors(folder / f'{we.rank}.safetensors', solver.model.state_dict())
+    assert not list(folder.glob('*.safetensors'))
+    if we.rank == 1:
+        local(next(solver.model.parameters())).view(-1)[0] = float('nan')
+    with pytest.raises(CheckpointError, match=r'not saved.* hold NaN or infinity: model: net\.0\.weight'):
+        save(solver, folder / 'damaged')
+    with pytest.raises(Stopped):
+        train(tiny.config(folder / 'stopped', steps=9, PARALLEL='fsdp', GLOBAL_BATCH_SIZE=4,
+                          TRAIN_HOOKS=[{'NAME': 'StopAfter', 'BATCHES': 3, 'RANK': 1}]))
+    assert checkpoints.load(folder / 'stopped').step == 3
+
+
+def _one_process_alone_has_a_loss_that_is_not_finite(solver: Any) -> None:
+    before = [local(p).clone() for p in solver.model.parameters()]
+    solver.train_mode()
+    image = torch.full((2, 2), float('inf') if we.rank == 1 else 0.5)
+    solver.run_step_train([({'image': image, 'number': torch.arange(2)}, torch.arange(2))])
+    assert not solver.is_last_step_finite and solver.train_step.scale.value == 2.0 ** 15
+    assert all(torch.equal(b, local(p)) for b, p in zip(before, solver.model.parameters()))
 
 
 def read(work_dir: Path, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -23,12 +23,14 @@ TWO = {'NPROC': 2, 'DEVICE': 'cpu', 'THREADS': 1}
 FSDP = {'PARALLEL': 'fsdp'}
 ONE_BY_ONE = {'NAME': 'Walls', 'BATCH_SIZE': 1, 'NUM_WORKERS': 0}
 TURNS = {'down': {**SGD, 'PARAMS': ['model.input_blocks.*']}, 'rest': {**SGD, 'EVERY': 2}}
-# name -> (what the run sets, what its network sets)
+# name -> (what the run sets, what its network sets); those of every day, and the others
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     'plain': ({}, {}), 'average on the cpu': ({'average_on': 'cpu'}, {}), 'accumulated': ({'TRAIN_DATA': ONE_BY_ONE}, {}),
     'taking turns': ({'OPTIMIZER': TURNS}, {}), 'text tower too': ({}, {'COND_STAGE_MODEL': TRAINED_TEXT}),
     'recomputed': ({}, {'DIFFUSION_MODEL': {**LATENT_DIFFUSION['DIFFUSION_MODEL'], 'CHECKPOINTING': 2}}),
 }
+
+DAILY = ('plain', 'text tower too')
 
 
 def variant(folder: Path, name: str, **solver: Any) -> Config:
@@ -42,26 +44,30 @@ def on_two(*cfgs: Config) -> None:
     launch(Config({'RUNS': [cfg.SOLVER for cfg in cfgs], 'ENV': TWO}), shares.runs)
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory) -> Path:
-    """alone/NAME and shared/NAME: each variant on one process, and shared out among two."""
-    folder = tmp_path_factory.mktemp('shares')
+def alone_and_shared(folder: Path, *names: str) -> Path:
+    """alone/NAME and shared/NAME: each variant on one process, and shared out among two. In moved/plain two steps of a longer run."""
     torch.manual_seed(3)
     vae = MODELS.build(LATENT_DIFFUSION['FIRST_STAGE_MODEL'])
     write_tensors(folder / 'vae.safetensors', vae.state_dict())
-    for name in VARIANTS:
+    for name in names:
         train(variant(folder / 'alone', name))
-    moved = variant(folder / 'moved', 'plain', MAX_STEPS=2)
-    on_two(*(variant(folder / 'shared', name, **FSDP) for name in VARIANTS), variant(folder / 'moved', 'plain', MAX_STEPS=2, **FSDP))
-    train(moved)
-    moved.SOLVER.MAX_STEPS = 3
-    train(moved)
-    on_two(variant(folder / 'moved', 'plain', **FSDP))
+    on_two(variant(folder / 'moved', 'plain', MAX_STEPS=2, **FSDP), *(variant(folder / 'shared', name, **FSDP) for name in names))
     return folder
 
 
-@pytest.mark.parametrize('name', VARIANTS)
-def test_shares_learn_and_save_what_one_process_does(folder, name):
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+    return alone_and_shared(tmp_path_factory.mktemp('shares'), *DAILY)
+
+
+@pytest.fixture(scope='module')
+def others(tmp_path_factory) -> Path:
+    return alone_and_shared(tmp_path_factory.mktemp('others'), *(name for name in VARIANTS if name not in DAILY))
+
+
+@pytest.mark.parametrize('name', [pytest.param(name, marks=[] if name in DAILY else [pytest.mark.slow]) for name in VARIANTS])
+def test_shares_learn_and_save_what_one_process_does(name, request):
+    folder = request.getfixturevalue('folder' if name in DAILY else 'others')
     alone, shared = folder / 'alone' / name, folder / 'shared' / name
     assert figures(shared, 'train/loss') == pytest.approx(figures(alone, 'train/loss'), rel=1e-5)
     assert figures(shared, 'val/loss') == pytest.approx(figures(alone, 'val/loss'), rel=1e-5)
@@ -71,8 +77,13 @@ def test_shares_learn_and_save_what_one_process_does(folder, name):
     assert told['left_out'] == state['left_out'] != [] and not any('first_stage' in name for name in own['model'])
 
 
-def test_a_run_goes_from_shares_to_one_process_and_back(folder):
+@pytest.mark.slow
+def test_a_run_goes_from_shares_to_one_process_and_back(others):
     """Two steps in shares, one alone, one in shares again."""
+    folder = others
+    train(variant(folder / 'alone', 'plain'))
+    train(variant(folder / 'moved', 'plain', MAX_STEPS=3))
+    on_two(variant(folder / 'moved', 'plain', **FSDP))
     told, (moved, state) = read(folder / 'alone' / 'plain', 4)[0], read(folder / 'moved' / 'plain', 4)
     assert differences(told, moved, rtol=1e-4, atol=1e-6) == []
     assert [read(folder / 'moved' / 'plain', step)[1]['world_size'] for step in (2, 3, 4)] == [2, 1, 2] and state['samples'] == 16
@@ -87,3 +98,13 @@ def test_a_checkpoint_of_shares_draws_what_one_of_a_single_process_does(folder):
 def test_probes_of_shares_draw_with_averages_gathered_whole(folder):
     pictures = [sorted(p.name for p in (folder / kind / 'plain').rglob('*.png')) for kind in ('alone', 'shared')]
     assert pictures[0] == pictures[1] != []
+
+
+def test_a_checkpoint_of_shares_goes_on_in_one_process(folder):
+    train(variant(folder / 'moved', 'plain'))
+    told, (moved, state) = read(folder / 'alone' / 'plain', 4)[0], read(folder / 'moved' / 'plain', 4)
+    assert differences(told, moved, rtol=1e-4, atol=1e-6) == [] and state['world_size'] == 1
+
+
+def test_what_cannot_be_done_in_shares_is_refused_and_damage_is_not_saved(tmp_path):
+    launch(Config({'FOLDER': str(tmp_path), 'ENV': TWO}), shares.trials)
