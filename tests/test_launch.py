@@ -36,6 +36,9 @@ LAUNCHERS: dict[str, tuple[list[str], list[str]]] = {
     'torchrun': (['torchrun', '--nproc_per_node', '2', SCRIPT], ['--launcher', 'torchrun']),
     'lightning': ([sys.executable, SCRIPT], ['ENV.NPROC=1', 'ENV.USE_PL=true']),
     'lightning-2': ([sys.executable, SCRIPT], ['ENV.NPROC=2', 'ENV.USE_PL=true']),
+    'fsdp': ([sys.executable, SCRIPT], ['ENV.NPROC=2', 'SOLVER.PARALLEL=fsdp']),
+    'torchrun-fsdp': (['torchrun', '--nproc_per_node', '2', SCRIPT], ['--launcher', 'torchrun', 'SOLVER.PARALLEL=fsdp']),
+    'lightning-fsdp': ([sys.executable, SCRIPT], ['ENV.NPROC=2', 'ENV.USE_PL=true', 'SOLVER.PARALLEL=fsdp']),
     'torchrun-lightning': (['torchrun', '--nproc_per_node', '2', SCRIPT], ['--launcher', 'torchrun', 'ENV.USE_PL=true']),
 }
 ALONE = ('single', 'lightning')
@@ -99,8 +102,8 @@ def whole(tmp_path_factory):
 
 
 # ------------------------------------------------------------------------------------------------ one curve
-@pytest.mark.parametrize('launcher', ['lightning', 'spawn', 'torchrun', *(pytest.param(n, marks=slow)
-                                                                        for n in ('lightning-2', 'torchrun-lightning'))])
+@pytest.mark.parametrize('launcher', ['lightning', 'spawn', 'torchrun', 'fsdp', *(
+    pytest.param(n, marks=slow) for n in ('lightning-2', 'torchrun-lightning', 'torchrun-fsdp', 'lightning-fsdp'))])
 def test_every_launcher_sees_the_samples_and_the_losses_of_a_single_process(whole, launcher):
     alone, this = whole('single'), whole(launcher)
 
@@ -114,7 +117,7 @@ def test_every_launcher_sees_the_samples_and_the_losses_of_a_single_process(whol
 @pytest.mark.parametrize(('first', 'then'), [
     ('single', 'lightning'), ('lightning', 'single'), ('spawn', 'torchrun'),
     *(pytest.param(*pair, marks=slow) for pair in (('torchrun', 'spawn'), ('torchrun', 'lightning-2'),
-                                                   ('lightning-2', 'torchrun-lightning')))])
+                                                   ('lightning-2', 'torchrun-lightning'), ('fsdp', 'torchrun-fsdp')))])
 def test_what_one_launcher_saved_another_continues_to_the_bit(whole, tmp_path, first, then):
     train(tmp_path, first, f'SOLVER.MAX_STEPS={CUT}')
     work_dir = train(tmp_path, then)

@@ -1,6 +1,8 @@
 """Several processes, one network: whole on each of them (PARALLEL: ddp), or each holding a share of every weight (fsdp).
 
-Whole networks: gradients are averaged here, once per step. Shares: PyTorch's FSDP2 gathers the weights of one block after the other for
+Whole networks: gradients are averaged here, once per step, and not by PyTorch's DistributedDataParallel: that averages within one backward
+pass which must reach every weight, and after one that does not (EVERY, two losses) leaves gradients as they are without a word
+(docs/benchmarks.md). Shares: PyTorch's FSDP2 gathers the weights of one block after the other for
 its forward and backward pass, and hands each process the averaged gradient of its shares; what an optimizer, an average and a checkpoint
 see are DTensors (core/shards.py).
 """
@@ -60,8 +62,7 @@ def _in_buckets(tensors: Sequence[Tensor], exchange: Callable[[Tensor], Any]) ->
         if following is None or following.dtype != tensor.dtype or held > BUCKET:
             flat = torch.cat([t.flatten() for t in bucket])
             exchange(flat)
-            for t, values in zip(bucket, flat.split([t.numel() for t in bucket])):
-                t.copy_(values.view_as(t))
+            torch._foreach_copy_(bucket, [v.view_as(t) for t, v in zip(bucket, flat.split([t.numel() for t in bucket]))])
             bucket, held = [], 0
 
 
