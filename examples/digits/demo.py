@@ -48,11 +48,13 @@ def main() -> None:
     train_seconds = time.monotonic() - begin
 
     begin = time.monotonic()
-    prompts = [wording.format(word) for word in WORDS for wording in WORDINGS]
+    wordings = WORDINGS[1:2] if args.recipe == 'classes' else WORDINGS    # a class has one name
+    prompts = [wording.format(word) for word in WORDS for wording in wordings]
+    each = 600 // len(prompts)
     (out / 'prompts.txt').write_text('\n'.join(prompts) + '\n', encoding='utf-8')
-    draw(out / args.recipe, out / 'drawn', args.seed, 15 * len(prompts), '--prompt_file', str(out / 'prompts.txt'), '--num_samples', '15')
+    draw(out / args.recipe, out / 'drawn', args.seed, 600, '--prompt_file', str(out / 'prompts.txt'), '--num_samples', str(each))
     sample_seconds = time.monotonic() - begin
-    (out / 'ten.txt').write_text('\n'.join(WORDINGS[0].format(word) for word in WORDS) + '\n', encoding='utf-8')
+    (out / 'ten.txt').write_text('\n'.join(wordings[0].format(word) for word in WORDS) + '\n', encoding='utf-8')
     draw(out / args.recipe, out / 'drawn' / 'grid', args.seed, 100, '--prompt_file', str(out / 'ten.txt'), '--num_samples', '10', '--grid')
     shutil.copyfile(out / 'drawn' / 'grid' / 'grid.png', out / 'samples.png')
 
@@ -112,7 +114,7 @@ def judge(folder: Path) -> dict:
             'samples': len(wanted),
             'reader_accuracy': float((reader.predict(flat(test_images)) == test_labels.numpy()).mean()),
             'accuracy_of_digit': {word: float(right[wanted == i].mean()) for i, word in enumerate(WORDS)},
-            'accuracy_of_wording': {w.format('...'): float(right[wording == i].mean()) for i, w in enumerate(WORDINGS)}}
+            'accuracy_of_wording': {WORDINGS[i].format('...'): float(right[wording == i].mean()) for i in sorted(set(wording))}}
 
 
 def load_drawn(folder: Path, size: int) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
