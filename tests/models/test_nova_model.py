@@ -13,25 +13,17 @@ import scepter
 import scepter.components
 from scepter.core import streams
 from scepter.core.config import Config
+from scepter.core.launch import launch
 from scepter.core.registry import MODELS
 from scepter.data.records import RecordWriter
 from scepter.models.nova.model import NovaModel
-from tests.solvers.pairs import SAVED, STEPS, Crash, Stop, differences, outcome, train
-
-NETWORK: dict[str, Any] = {'NAME': 'NovaTransformer', 'IMAGE_DIM': 2, 'IMAGE_SIZE': 64, 'IMAGE_STRIDE': 8,
-                           'ARCH': ['vit_d2w32h2', 'vit_d2w32h2', 'mlp_d1w16'], 'NUM_CLASSES': 10}
-TEXT = {**NETWORK, 'TEXT_TOKEN_DIM': 12, 'TEXT_TOKEN_LEN': 5}
-CLIP = {**TEXT, 'VIDEO_BASE_SIZE': [3, 2, 2], 'VIDEO_MIXER_RANK': 2}
-DDPM = {'PARAMETERIZATION': 'eps', 'SCHEDULE_ARGS': {'NAME': 'cosine'}, 'SPACING': 'leading', 'TIMESTEP_DENSITY': {'NAME': 'uniform'}}
+from tests.models.nova_runs import CLIP, DDPM, NETWORK, TEXT, experiment, moments, run, write_clips
+from tests.solvers.pairs import Crash, Stop, differences, outcome, train
 
 
 def build(network: dict = NETWORK, **keys: Any) -> NovaModel:
     torch.manual_seed(0)
     return MODELS.build(Config({'NAME': 'NovaModel', 'NETWORK': network, 'SCALE_FACTOR': 1.0, **keys}))
-
-
-def moments(count: int, frames: int = 0) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(0).normal(size=(count, 4, *([frames] if frames else []), 8, 8))).half()
 
 
 def batch_of(network: dict, count: int, frames: int = 0) -> dict[str, Any]:
@@ -136,26 +128,9 @@ def test_what_a_network_cannot_be_told_is_refused():
         build(NETWORK, **DDPM).forward_test(label=1, flow_shift=2.0)
 
 
-def experiment(folder: Path, data: Path, **solver: Any) -> Config:
-    hooks = [{'NAME': 'LogHook', 'LOG_INTERVAL': 3, 'PROGRESS': False}, {'NAME': 'CheckpointHook', 'INTERVAL': SAVED},
-             {'NAME': 'ModelEmaHook', 'BETA': 0.9, 'EVERY': 2}]
-    return Config({'SOLVER': {
-        'NAME': 'BaseSolver', 'WORK_DIR': str(folder), 'MAX_STEPS': STEPS, 'RESUME_FROM': 'auto', 'TRAIN_HOOKS': hooks,
-        'MODEL': {'NAME': 'NovaModel', 'NETWORK': {**CLIP, 'CHECKPOINTING': 3}, 'SCALE_FACTOR': 1.0, **DDPM},
-        'OPTIMIZER': {'NAME': 'AdamW', 'LEARNING_RATE': 1e-3, 'WEIGHT_DECAY': 0.02},
-        'TRAIN_DATA': {'NAME': 'LatentRecordDataset', 'DATA_FOLDER': str(data), 'BATCH_SIZE': 2},
-        'EVAL_DATA': {'NAME': 'LatentRecordDataset', 'DATA_FOLDER': str(data), 'BATCH_SIZE': 2}, **solver}})
-
-
 @pytest.fixture(scope='module')
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five clips of three frames, with features of text."""
-    folder, text = tmp_path_factory.mktemp('clips'), {'data': 'bytes', 'shape': ['int64']}
-    with RecordWriter(folder, {'moments': 'bytes', 'shape': ['int64'], 'caption': text, 'text': text, 'flow': 'float64'}) as writer:
-        for i, x in enumerate(moments(5, 3).numpy()):
-            words = {'data': np.full((i, 12), i, np.float16).tobytes(), 'shape': [i, 12]}
-            writer.write({'moments': x.tobytes(), 'shape': x.shape, 'flow': i + 0.5, 'caption': words})
-    return folder
+    return write_clips(tmp_path_factory.mktemp('clips'), [3] * 5)
 
 
 @pytest.mark.parametrize('settings', [{}, {'DTYPE': 'bfloat16', 'ACCU_STEP': 2}, {'PARAM_DTYPE': 'bfloat16'},
@@ -195,6 +170,18 @@ def test_one_frame_is_an_image(autoencoder: dict):
     assert [list(r['image'].shape) for r in result] == [[3, 64, 64]] * 2 and [r['label'] for r in result] == [3, 4]
     with streams.current(1, torch.arange(2), step=1):
         assert model.forward_train(image=torch.rand(2, 3, 64, 64), label=torch.tensor([1, 2]))['loss'].isfinite()
+
+
+def test_two_processes_learn_what_one_does_from_clips_of_several_lengths(tmp_path: Path):
+    (tmp_path / 'data').mkdir()
+    data = write_clips(tmp_path / 'data', [3, 2, 3, 3, 2, 1])
+    train(experiment(tmp_path / 'one', data))
+    launch(Config({**experiment(tmp_path / 'two', data, GLOBAL_BATCH_SIZE=2),
+                   'ENV': {'NPROC': 2, 'DEVICE': 'cpu', 'THREADS': 1}}), run)
+
+    one, two = (outcome(tmp_path / name)['log'] for name in ('one', 'two'))
+    losses = [[row['train/loss'] for row in log if 'train/loss' in row] for log in (one, two)]
+    assert len(losses[0]) == len(losses[1]) > 2 and np.allclose(losses[0], losses[1], rtol=1e-4), losses
 
 
 @pytest.mark.slow
