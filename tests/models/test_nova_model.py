@@ -172,11 +172,12 @@ def test_one_frame_is_an_image(autoencoder: dict):
         assert model.forward_train(image=torch.rand(2, 3, 64, 64), label=torch.tensor([1, 2]))['loss'].isfinite()
 
 
-def test_two_processes_learn_what_one_does_from_clips_of_several_lengths(tmp_path: Path):
+@pytest.mark.parametrize('how', [{}, pytest.param({'PARALLEL': 'fsdp'}, marks=pytest.mark.slow)], ids=['plain', 'fsdp'])
+def test_two_processes_learn_what_one_does_from_clips_of_several_lengths(tmp_path: Path, how: dict):
     (tmp_path / 'data').mkdir()
     data = write_clips(tmp_path / 'data', [3, 2, 3, 3, 2, 1])
     train(experiment(tmp_path / 'one', data))
-    launch(Config({**experiment(tmp_path / 'two', data, GLOBAL_BATCH_SIZE=2),
+    launch(Config({**experiment(tmp_path / 'two', data, GLOBAL_BATCH_SIZE=2, **how),
                    'ENV': {'NPROC': 2, 'DEVICE': 'cpu', 'THREADS': 1}}), run)
 
     one, two = (outcome(tmp_path / name)['log'] for name in ('one', 'two'))

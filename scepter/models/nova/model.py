@@ -250,7 +250,7 @@ def weighed(losses: Tensor) -> dict[str, Any]:
     """The shares of frames [T] as losses: of a clip the first frame weighs as much as all later ones together, and both are logged."""
     count = len(losses)
     if count == 1:
-        return {'loss': losses[0]}
+        return {'loss': losses.sum()}    # not a view, whose backward hooks FSDP2 would lose
     first, later = count * losses[0], count / (count - 1) * losses[1:].sum()
     return {'loss': first + later, 'loss_t2i': first.detach(), 'loss_i2i': later.detach()}
 
