@@ -156,19 +156,14 @@ class Mixed:
 
     def _groups(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int64 [G], numbers of groups -> the part of each, and the number of the group within its part."""
-        part, number = np.empty_like(groups), np.empty_like(groups)
         blocks, which = np.unique(groups // MIXED_WITHIN, return_inverse=True)
-        for i, block in enumerate(blocks.tolist()):
-            before, after = self._given(block * MIXED_WITHIN), self._given((block + 1) * MIXED_WITHIN)
-            quotas = [b - a for a, b in zip(before, after)]
-            places = np.arange(block * MIXED_WITHIN, (block + 1) * MIXED_WITHIN)
-            shuffled = np.repeat(np.arange(len(quotas)), quotas)[streams.permuted(self.seed, places, MIXED_WITHIN)]
-            numbers = np.empty(MIXED_WITHIN, np.int64)
-            for p, first in enumerate(before):
-                numbers[shuffled == p] = first + np.arange(quotas[p])
-            rows = which == i
-            part[rows], number[rows] = shuffled[groups[rows] % MIXED_WITHIN], numbers[groups[rows] % MIXED_WITHIN]
-        return part, number
+        before, after = (np.array([self._given((block + more) * MIXED_WITHIN) for block in blocks.tolist()]) for more in (0, 1))  # [K, P]
+        places = blocks[:, None] * MIXED_WITHIN + np.arange(MIXED_WITHIN)
+        shuffled = streams.permuted(self.seed, places.ravel(), MIXED_WITHIN).reshape(places.shape)                    # [K, MIXED_WITHIN]
+        part = (shuffled[..., None] >= np.cumsum(after - before, 1)[:, None]).sum(-1)
+        earlier = np.cumsum(part[..., None] == np.arange(before.shape[1]), 1) - 1      # of each part, before and with this place
+        number = np.take_along_axis(before, part, 1) + np.take_along_axis(earlier, part[..., None], 2)[..., 0]
+        return part[which, groups % MIXED_WITHIN], number[which, groups % MIXED_WITHIN]
 
     def _given(self, groups: int) -> list[int]:
         """How many of the first so many groups are each part's. Never falls as `groups` grows, and adds up to it."""
