@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from scepter import run_train
 from scepter.core.disk import checkpoints
@@ -250,22 +252,78 @@ def pictures(tmp_path_factory) -> Path:
     return three_images(tmp_path_factory.mktemp('pictures') / 'images')
 
 
-@pytest.mark.parametrize(('line', 'asked', 'processes'), commands_of_the_quick_start())
-def test_a_command_of_the_quick_start_trains_as_it_is_written(line, asked, processes, pictures, tmp_path):
+def small(folder: Path, pictures: Path, **more: Any) -> str:
+    """Words that make the shipped recipe so small that two steps of it take a second."""
     unet = {'MODEL_CHANNELS': 32, 'CHANNEL_MULT': '[1, 1]', 'NUM_RES_BLOCKS': 1, 'ATTENTION_RESOLUTIONS': '[2]', 'NUM_HEADS': 2,
             'CONTEXT_DIM': 32}
     coder = {'CH': 32, 'CH_MULT': '[1, 1, 1, 1]', 'NUM_RES_BLOCKS': 1}
     model = {**{f'DIFFUSION_MODEL.{key}': value for key, value in unet.items()}, 'PRETRAINED_MODEL': 'null', 'IMAGE_SIZE': 64,
              **{f'FIRST_STAGE_MODEL.{side}.{key}': value for side in ('ENCODER', 'DECODER') for key, value in coder.items()},
              'COND_STAGE_MODEL.WIDTH': 32, 'COND_STAGE_MODEL.DEPTH': 1, 'COND_STAGE_MODEL.HEADS': 2}
-    words = {'ENV.DEVICE': 'cpu', 'ENV.THREADS': 1, 'SOLVER.WORK_DIR': tmp_path / 'work', 'SOLVER.MAX_STEPS': 2, 'SOLVER.DTYPE': 'float32',
+    words = {'ENV.DEVICE': 'cpu', 'ENV.THREADS': 1, 'SOLVER.WORK_DIR': folder / 'work', 'SOLVER.MAX_STEPS': 2, 'SOLVER.DTYPE': 'float32',
              **{f'SOLVER.MODEL.{key}': value for key, value in model.items()}, 'SOLVER.SAMPLE_ARGS.IMAGE_SIZE': 64,
              'SOLVER.TRAIN_DATA.DATA_FOLDER': pictures, 'SOLVER.TRAIN_DATA.BATCH_SIZE': 1, 'SOLVER.TRAIN_DATA.NUM_WORKERS': 0,
-             'SOLVER.TRAIN_DATA.TRANSFORMS': '[{NAME: RecordedCrop, SIZE: 64}]', 'SOLVER.ACCU_STEP': 1}
-    if processes > 1 and 'torchrun' not in line:
-        words['ENV.NPROC'] = processes     # the visible GPUs, where there are some
-    line += ' ' + ' '.join([*asked, *(f"'{key}={value}'" for key, value in words.items())])
-    end(start(['sh', '-e', '-c', line], tmp_path), tmp_path)
+             'SOLVER.TRAIN_DATA.TRANSFORMS': '[{NAME: RecordedCrop, SIZE: 64}]', 'SOLVER.ACCU_STEP': 1, **more}
+    return ' '.join(f"'{key}={value}'" for key, value in words.items())
 
-    assert checkpoints.load(tmp_path / 'work' / 'checkpoints' / 'step-00000002').state['world_size'] == processes
-    assert 'done in' in (tmp_path / 'said.txt').read_text()
+
+def processes_of(folder: Path) -> int:
+    return checkpoints.load(folder / 'work' / 'checkpoints' / 'step-00000002').state['world_size']
+
+
+@pytest.mark.parametrize(('line', 'asked', 'processes'), commands_of_the_quick_start())
+def test_a_command_of_the_quick_start_trains_as_it_is_written(line, asked, processes, pictures, tmp_path):
+    # the visible GPUs, where there are some
+    more = {'ENV.NPROC': processes} if processes > 1 and 'torchrun' not in line else {}
+    end(start(['sh', '-e', '-c', ' '.join([line, *asked, small(tmp_path, pictures, **more)])], tmp_path), tmp_path)
+
+    assert processes_of(tmp_path) == processes and 'done in' in (tmp_path / 'said.txt').read_text()
+
+
+# ------------------------------------------------------------------------------------------------ schedulers
+SLURM, KUBERNETES = ROOT / 'tools' / 'launch' / 'slurm.sh', ROOT / 'tools' / 'launch' / 'pytorchjob.yaml'
+
+
+def test_the_script_and_the_manifest_are_well_formed():
+    assert subprocess.run(['bash', '-n', str(SLURM)]).returncode == 0
+    kinds = yaml.safe_load(KUBERNETES.read_text())['spec']['pytorchReplicaSpecs']
+
+    assert kinds['Master']['replicas'] == 1 and kinds['Master']['template'] == kinds['Worker']['template']
+
+
+@pytest.mark.parametrize('is_stopped', [False, pytest.param(True, marks=slow)])
+def test_the_script_for_slurm_trains_and_when_its_time_ends_it_is_saved_and_queued_again(pictures, tmp_path, is_stopped):
+    for name, does in {'srun': 'shift; exec "$@"', 'scontrol': 'echo "$@" >> "$SLURM_TMP/asked"; echo 127.0.0.1'}.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\n{does}\n')
+        (tmp_path / name).chmod(0o755)
+    scheduler = {'SLURM_SUBMIT_DIR': str(ROOT), 'SLURM_JOB_NODELIST': 'n1', 'SLURM_NNODES': '1', 'SLURM_CPUS_PER_TASK': '2',
+                 'SLURM_JOB_ID': str(os.getpid()), 'SLURM_TMP': str(tmp_path), 'PATH': f'{tmp_path}{os.pathsep}{ENVIRONMENT["PATH"]}'}
+    if is_stopped:
+        words = command(tmp_path, 'single', LONG)[2:]
+    else:
+        words = ['--cfg', 'sd15.yaml', *shlex.split(small(tmp_path, pictures))]
+    process = start(['bash', str(SLURM), *words], tmp_path, **scheduler)
+    if is_stopped:
+        wait_for(CUT + 1, tmp_path, process)
+        process.send_signal(signal.SIGTERM)
+    end(process, tmp_path)
+
+    assert ('requeue' in (tmp_path / 'asked').read_text()) == is_stopped
+    if is_stopped:
+        assert checkpoints.resolve(tmp_path / 'work', 'latest').step == len(samples(tmp_path / 'work'))
+    else:
+        assert processes_of(tmp_path) == 2
+
+
+@slow
+def test_the_pods_of_the_manifest_find_each_other_by_the_variables_of_the_operator(pictures, tmp_path):
+    pod = yaml.safe_load(KUBERNETES.read_text())['spec']['pytorchReplicaSpecs']['Worker']['template']['spec']['containers'][0]
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        operator = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free.getsockname()[1]), 'WORLD_SIZE': '2', 'PYTHONUNBUFFERED': '1'}
+    line = f'{pod["args"][0]} {small(tmp_path, pictures)}'
+    pods = [start([*pod['command'], line], tmp_path, RANK=str(i), **operator) for i in range(2)]
+    for one in pods:
+        end(one, tmp_path)
+
+    assert processes_of(tmp_path) == 2
