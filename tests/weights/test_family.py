@@ -123,6 +123,8 @@ def test_a_single_file_has_the_published_names_and_comes_back_bit_for_bit(toy, t
     assert set(file) == {'net.embed.weight', 'net.embed.bias', 'net.head.weight',
                          *(f'net.layers.{i}.{m}.{leaf}' for i in range(3) for m in ('qkv', 'proj_out') for leaf in ('weight', 'bias'))}
     assert file.slots['net.layers.2.qkv.weight'].shape == (48, 16) and file.slots['net.head.weight'].shape == (5, 16)
+    assert torch.equal(file['net.head.weight'], toy.proj.T)
+    assert torch.equal(file['net.layers.1.qkv.weight'], torch.cat([toy.blocks[1][c].weight for c in 'qkv']))
     save_file(dict(file), tmp_path / 'bare.safetensors')    # as a stranger publishes it: without the config that ours carries
     for path in (tmp_path / 'm.safetensors', tmp_path / 'bare.safetensors'):
         other = blank(toy)
