@@ -35,7 +35,7 @@ DAILY = ('plain', 'text tower too')
 
 def variant(folder: Path, name: str, **solver: Any) -> Config:
     given, network = VARIANTS[name]
-    cfg = config(folder / name, vae=folder.parent / 'vae.safetensors', **{**given, **solver})
+    cfg = config(folder / name, **{'vae': folder.parent / 'vae.safetensors', **given, **solver})
     cfg.SOLVER.MODEL.update(network)
     return cfg
 
@@ -104,6 +104,17 @@ def test_a_checkpoint_of_shares_goes_on_in_one_process(folder):
     train(variant(folder / 'moved', 'plain'))
     told, (moved, state) = read(folder / 'alone' / 'plain', 4)[0], read(folder / 'moved' / 'plain', 4)
     assert differences(told, moved, rtol=1e-4, atol=1e-6) == [] and state['world_size'] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_blocks_travel_in_the_type_of_the_arithmetic_and_text_towers_in_their_own(tmp_path, dtype):
+    both = [variant(tmp_path / kind, 'text tower too', vae=None, DTYPE=dtype, **how) for kind, how in (('alone', {}), ('shared', FSDP))]
+    train(both[0])
+    on_two(both[1])
+    alone, shared = (tmp_path / kind / 'text tower too' for kind in ('alone', 'shared'))
+    assert figures(shared, 'train/loss') == pytest.approx(figures(alone, 'train/loss'), rel=2e-2)
+    assert all(value.dtype == torch.float32 for value in read(shared, 4)[0]['model'].values())
 
 
 def test_what_cannot_be_done_in_shares_is_refused_and_damage_is_not_saved(tmp_path):
