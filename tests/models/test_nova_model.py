@@ -1,6 +1,7 @@
 """NovaModel as a solver sees it: what is keyed, what meets in a run, and what is refused."""
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,17 @@ import scepter
 import scepter.components
 from scepter.core import streams
 from scepter.core.config import Config
+from scepter.core.faults import ConfigError
 from scepter.core.launch import launch
 from scepter.core.registry import MODELS
 from scepter.data.records import RecordWriter
 from scepter.models.nova.model import NovaModel
 from tests.models.nova_runs import CLIP, DDPM, NETWORK, TEXT, experiment, moments, run, write_clips
 from tests.solvers.pairs import Crash, Stop, differences, outcome, train
+
+AUTOENCODER = {'NAME': 'VideoAutoencoderKL', 'BLOCK_OUT_CHANNELS': [32] * 4, 'LAYERS_PER_BLOCK': 1, 'LATENT_CHANNELS': 2}
+CODER = {'CH': 32, 'CH_MULT': [1, 1, 1, 1], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 2}
+IMAGES = {'NAME': 'AutoencoderKL', 'ENCODER': {'NAME': 'Encoder', **CODER}, 'DECODER': {'NAME': 'Decoder', **CODER}, 'EMBED_DIM': 2}
 
 
 def build(network: dict = NETWORK, **keys: Any) -> NovaModel:
@@ -115,6 +121,24 @@ def test_dropped_captions_are_a_tenth():
     assert set(told.tolist()) == {0, 10} and 320 < (told == 10).sum().item() < 480
 
 
+@pytest.mark.parametrize('changes, words', [
+    ({'LATENT_CHANNELS': 4}, '4 channels, but the network draws 2'),
+    ({'BLOCK_OUT_CHANNELS': [32] * 2, 'DOWN_BLOCK_TYPES': ['DownEncoderBlock2D'] * 2}, '2 times smaller')])
+def test_an_autoencoder_of_other_latents_is_refused(changes: dict, words: str):
+    with pytest.raises(ConfigError, match=words):
+        build(CLIP, FIRST_STAGE_MODEL={**AUTOENCODER, **changes})
+
+
+def test_a_text_that_is_too_long_is_cut_and_of_another_width_refused(caplog: pytest.LogCaptureFixture):
+    model, text = build(TEXT), torch.randn(7, 12)
+    model.logger = logging.getLogger('a run')
+
+    assert torch.equal(model.features([text])[0], text[:5]) and torch.equal(model.features([text, ''])[0], text[:5])
+    assert caplog.text.count('a text has 7 tokens, and those beyond 5') == 1
+    with pytest.raises(ValueError, match=r'\[3, 1\], expected \[L, 12\]'):
+        model.features([torch.randn(3, 1)])
+
+
 def test_what_a_network_cannot_be_told_is_refused():
     with pytest.raises(ValueError, match='no label'):
         build(NETWORK).forward_train(moments=moments(1), prompt=['a'])
@@ -143,11 +167,6 @@ def test_five_steps_and_five_more_are_ten_to_the_bit(tmp_path: Path, clips: Path
     train(experiment(tmp_path / 'halves', clips, **settings))
 
     assert not differences(outcome(tmp_path / 'whole'), outcome(tmp_path / 'halves'))
-
-
-AUTOENCODER = {'NAME': 'VideoAutoencoderKL', 'BLOCK_OUT_CHANNELS': [32] * 4, 'LAYERS_PER_BLOCK': 1, 'LATENT_CHANNELS': 2}
-CODER = {'CH': 32, 'CH_MULT': [1, 1, 1, 1], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 2}
-IMAGES = {'NAME': 'AutoencoderKL', 'ENCODER': {'NAME': 'Encoder', **CODER}, 'DECODER': {'NAME': 'Decoder', **CODER}, 'EMBED_DIM': 2}
 
 
 def test_a_clip_begins_with_the_picture_that_is_given():

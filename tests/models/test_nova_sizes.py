@@ -38,6 +38,8 @@ def test_the_published_sizes_have_the_published_parameters(config: dict, arch: s
 def test_a_size_says_depth_width_and_heads():
     assert Size.of('vit_d16w768', 'vit') == (16, 768, 12) and Size.of('vit_d16w1536', 'vit') == (16, 1536, 16)
     assert Size.of('vit_d3w192', 'vit') == (3, 192, 3) and Size.of('vit_d3w192h6', 'vit').heads == 6
+    with pytest.raises(ValueError, match='expected mlp_d<depth>w<width>'):
+        Size.of('mlp_d2w64h2', 'mlp')
     for name in ('vit_d16', 'mlp_d6w768', 'vit_d0w64', 'vit_d2w64h3'):
         with pytest.raises(ValueError, match=name):
             Size.of(name, 'vit')

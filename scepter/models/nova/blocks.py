@@ -24,7 +24,7 @@ class Size(NamedTuple):
     def of(cls, name: str, kind: str) -> Size:
         """Raises ValueError for a name that is none, and where the width has no such heads."""
         found = re.fullmatch(rf'{kind}_d([1-9]\d*)w([1-9]\d*)(?:h([1-9]\d*))?', name)
-        if not found:
+        if not found or (kind == 'mlp' and found[3]):
             raise ValueError(f'{name!r} is no size: expected {kind}_d<depth>w<width>, e.g. {kind}_d6w1024'
                              + (', with h<heads> behind it for other heads than those of 64' if kind == 'vit' else ''))
         depth, width, heads = int(found[1]), int(found[2]), int(found[3] or HEADS.get(int(found[2]), max(1, int(found[2]) // 64)))

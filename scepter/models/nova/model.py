@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from scepter.core import streams
 from scepter.core.config import Config
-from scepter.core.faults import Fault
+from scepter.core.faults import ConfigError, Fault
+from scepter.core.logger import get_logger
 from scepter.core.registry import BACKBONES, EMBEDDERS, LEVELS, MODELS, SAMPLERS, SCHEDULES, sampler_named
 from scepter.core.schema import default, param, part
 from scepter.diffusion.process import Diffusion
@@ -63,6 +64,8 @@ class NovaModel(TrainModule):
     PRETRAINED_MODEL: str | None = param(None, 'Weights of the whole: a checkpoint of ours.')
     IGNORE_KEYS: list[str] = param([], 'Names or globs of weights that may be missing, left over or of another shape.')
 
+    _has_warned_of_cut = False
+
     @classmethod
     def check(cls, cfg: Config) -> Iterator[Fault]:
         yield from super().check(cfg)
@@ -82,6 +85,7 @@ class NovaModel(TrainModule):
             self.model = BACKBONES.build(self.NETWORK, logger=logger)
             self.first_stage_model = MODELS.build(self.FIRST_STAGE_MODEL, logger=logger) if self.FIRST_STAGE_MODEL is not None else None
             self.cond_stage_model = EMBEDDERS.build(self.COND_STAGE_MODEL, logger=logger) if self.COND_STAGE_MODEL is not None else None
+        self._check_parts()
         self.diffusion = process_of(self.cfg)
         self.density = LEVELS.function(self.TIMESTEP_DENSITY)
         if self.PRETRAINED_MODEL is not None:
@@ -93,6 +97,19 @@ class NovaModel(TrainModule):
         for name, parameter in self.named_parameters():
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in default(self.FREEZE, FROZEN[kind])):
                 parameter.requires_grad_(False)
+
+    def _check_parts(self) -> None:
+        """Refuse an autoencoder of other latents than the network's before anything is computed."""
+        autoencoder, network = self.first_stage_model, self.model
+        if autoencoder is None:
+            return
+        channels, factor = getattr(autoencoder, 'EMBED_DIM', network.IMAGE_DIM), getattr(autoencoder, 'size_factor', network.IMAGE_STRIDE)
+        if channels != network.IMAGE_DIM:
+            raise ConfigError(f'the autoencoder gives {channels} channels, but the network draws {network.IMAGE_DIM} (IMAGE_DIM)')
+        if factor != network.IMAGE_STRIDE:
+            raise ConfigError(f'the autoencoder makes pictures {factor} times smaller, but IMAGE_STRIDE is {network.IMAGE_STRIDE}')
+        if problem := self.space.misfit(self.IGNORE_KEYS):
+            raise ConfigError(problem)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Norms take no weight decay."""
@@ -162,8 +179,19 @@ class NovaModel(TrainModule):
             with torch.no_grad():
                 context = self.cond_stage_model.encode_text(tokens, tokenizer=getattr(self.cond_stage_model, 'tokenizer', None))
             for i, row in zip(words, context):
-                told[i] = row[:self.model.TEXT_TOKEN_LEN]
-        return [text.to(self.device, self.model.text_embed.weight.dtype) for text in told]
+                told[i] = row
+        return [self._fitting(text.to(self.device, self.model.text_embed.weight.dtype)) for text in told]
+
+    def _fitting(self, text: Tensor) -> Tensor:
+        """Features [L, F] with L up to TEXT_TOKEN_LEN; what is longer is cut, with one warning. Raises ValueError for another F."""
+        width, limit = self.model.TEXT_TOKEN_DIM, self.model.TEXT_TOKEN_LEN
+        if len(text) and text.shape[1:] != (width,):
+            raise ValueError(f'features of a text are {list(text.shape)}, expected [L, {width}] (TEXT_TOKEN_DIM)')
+        if len(text) > limit and not self._has_warned_of_cut:
+            self._has_warned_of_cut = True
+            (self.logger or get_logger()).warning(f'a text has {len(text)} tokens, and those beyond {limit} (TEXT_TOKEN_LEN) are cut '
+                                                  '(further ones without a word)')
+        return text[:limit]
 
     @property
     def space(self) -> LatentSpace:
