@@ -8,12 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from scepter.core.config import Config
+from scepter.core.registry import BACKBONES
+from scepter.diffusion.process import Diffusion
+from scepter.diffusion.samplers import euler
+from scepter.diffusion.schedules import flow
 from scepter.models.nova.blocks import patchify
-from scepter.models.nova.drawing import Painter, set_sizes
+from scepter.models.nova.drawing import KeyedDraws, Painter, set_sizes
 from scepter.models.nova.guidance import Guidance
 from scepter.models.nova.model import NovaModel
 from scepter.models.nova.steps import chains
 from tests.models.nova_cases import Case, close, label, with_file
+from tests.models.nova_runs import CLIP
 
 SAMPLES = with_file('sample_*.safetensors')
 
@@ -98,3 +104,21 @@ def chains_of(model: NovaModel, told: dict[str, Any]) -> list:
 def near(ours: Tensor, theirs: Tensor, what: str) -> None:
     """Within 2e-5 of the largest."""
     close(ours, theirs, 2e-5 * theirs.abs().max().item(), what)
+
+
+@pytest.mark.parametrize('changes', [{}, {'ROTARY_POS_EMBED': True, 'ARCH': ['vit_d2w32h1', 'vit_d2w32h1', 'mlp_d1w16']}],
+                         ids=['sines', 'rotary'])
+@torch.no_grad()
+def test_frames_one_by_one_are_told_what_all_at_once_are(changes: dict):
+    torch.manual_seed(0)
+    network = BACKBONES.build(Config({**CLIP, **changes}))
+    latents, condition = torch.randn(2, 2, 3, 8, 8), network.condition([torch.randn(3, 12), torch.randn(5, 12)])
+    draws = KeyedDraws([1, 2], 16, 8, latents.device)
+    painter = Painter(network, Diffusion(*flow(10), prediction='flow'), [], euler, Guidance(scale=1.0), draws)
+
+    caches, found = network.caches(3, condition.shape[1]), []
+    for number in range(3):
+        told = painter._indicator(latents[:, :, number - 1] if number else None, number, 3, condition, caches, 2)
+        found.append(network.video_encoder.mix(found[0], told) if found else told)
+
+    close(torch.stack(found, 1), network.indicators(latents, condition), 1e-5, 'indicators')
