@@ -52,12 +52,12 @@ def config(work_dir: Path, model: dict[str, Any] | None = None, **solver: Any) -
     return cfg
 
 
-def run(cfg: Config) -> Any:
+def run(cfg: Config, force: bool = False) -> Any:
     """The solver after its run, in this process."""
     we.seed, we.stop_signal = 7, 0
     seed_everything(7, 'start')
     solver = SOLVERS.build(cfg.SOLVER)
-    solver.experiment = cfg
+    solver.experiment, solver.is_forced = cfg, force
     solver.set_up()
     solver.solve()
     return solver
@@ -380,7 +380,7 @@ def test_other_types_and_layouts_of_the_weights_are_left_out_and_restored_alike(
 def test_what_was_trained_is_held_though_it_is_frozen_now(base):
     cfg = {'PRETRAINED_MODEL': base, 'FREEZE': '[model.out.*]'}
     run(config(Path('run'), {'PRETRAINED_MODEL': base}))
-    resumed = run(config(Path('run'), cfg, RESUME_FROM='auto', MAX_STEPS=2, OPTIMIZER={'NAME': 'AdamW', 'LEARNING_RATE': 1e-2}))
+    resumed = run(config(Path('run'), cfg, RESUME_FROM='auto', MAX_STEPS=2, OPTIMIZER={'NAME': 'AdamW', 'LEARNING_RATE': 1e-2}), force=True)
     assert 'model.out.2.weight' in held(Path('run')) and same(restore('run'), resumed.model.state_dict())
     model = built({'PRETRAINED_MODEL': base})
     model.left_out()
