@@ -12,12 +12,10 @@ from typing import Any
 
 import pytest
 
+from pairs import FACTORS, Row, config, differences, outcome
 from scepter.core.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / 'tests' / 'solvers'))
-from pairs import FACTORS, Row, config, differences, outcome  # noqa: E402
-
 STEPS = 100
 ROW: Row = {name: values[-1] for name, values in FACTORS.items()} | {
     'DTYPE': 'bfloat16', 'PARAM_DTYPE': 'float32', 'COMPILE': False, 'ACCU_STEP': 1, 'REPEATS': 1}
@@ -28,7 +26,7 @@ def start(folder: Path, **env: Any) -> subprocess.Popen:
     cfg = config(folder, {**ROW, 'PROCESSES': env['NPROC'], 'EVAL_INTERVAL': 30}, STEPS)
     cfg.SOLVER.TRAIN_HOOKS[1].INTERVAL = 20
     file = folder.with_suffix('.yaml')
-    file.write_text(str(Config({**cfg, 'IMPORTS': [str(ROOT / 'tests/solvers/pairs.py')], 'ENV': {'DEVICE': 'cpu', 'THREADS': 1, **env}})))
+    file.write_text(str(Config({**cfg, 'IMPORTS': [str(ROOT / 'tests/pairs.py')], 'ENV': {'DEVICE': 'cpu', 'THREADS': 1, **env}})))
     words = [sys.executable, 'scepter/run_train.py', '--cfg', str(file)]
     return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=open(folder.with_suffix('.err'), 'w'))
 

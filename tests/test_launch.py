@@ -19,11 +19,10 @@ import yaml
 
 from scepter import run_train
 from scepter.core.disk import checkpoints
+from tiny import config, groups, same
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ROOT / 'tests' / 'solvers' / 'tiny.py'
-sys.path.insert(0, str(TINY.parent))
-from tiny import config, groups, same  # noqa: E402
+TINY = ROOT / 'tests' / 'tiny.py'
 
 STEPS, CUT = 50, 20
 SCRIPT = 'scepter/run_train.py'

@@ -9,20 +9,18 @@ from typing import Any
 
 import pytest
 
+from pairs import FACTORS, Crash, Row, config, differences, outcome, train
+from scepter.core.config import Config
+from scepter.core.env import guarded, we
+from scepter.core.launch import launch
+from scepter.hooks.base import Hook
+from scepter.hooks.ema import ModelEmaHook
+from scepter.models.base import TrainModule
+from scepter.solvers import state
+from scepter.solvers.optim import NamedOptimizer
+from scepter.solvers.step import LossScale
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / 'tests' / 'solvers'))
-from pairs import FACTORS, Crash, Row, config, differences, outcome, train  # noqa: E402
-
-from scepter.core.config import Config  # noqa: E402
-from scepter.core.env import guarded, we  # noqa: E402
-from scepter.core.launch import launch  # noqa: E402
-from scepter.hooks.base import Hook  # noqa: E402
-from scepter.hooks.ema import ModelEmaHook  # noqa: E402
-from scepter.models.base import TrainModule  # noqa: E402
-from scepter.solvers import state  # noqa: E402
-from scepter.solvers.optim import NamedOptimizer  # noqa: E402
-from scepter.solvers.step import LossScale  # noqa: E402
-
 EPOCH, STEPS = 6, 14                    # steps: 24 samples, 4 of them in a step
 CUTS = {'first': 1, 'mid-epoch': 3, 'before the epoch ends': EPOCH - 1, 'epoch end': EPOCH, 'after the epoch': EPOCH + 1,
         'before the last': STEPS - 1}

@@ -18,12 +18,10 @@ import scepter.components
 from scepter.core.config import Config
 from scepter.core.images import read_settings
 from scepter.core.registry import EMBEDDERS, MODELS, SOLVERS
+from tiny import autoencoder, unet
 
 ROOT = Path(__file__).resolve().parents[1]
-UNET = {'NAME': 'DiffusionUNet', 'IN_CHANNELS': 4, 'OUT_CHANNELS': 4, 'MODEL_CHANNELS': 32, 'CHANNEL_MULT': [1, 1], 'NUM_RES_BLOCKS': 1,
-        'ATTENTION_RESOLUTIONS': [2], 'NUM_HEADS': 2, 'CONTEXT_DIM': 32}
-CODER = {'CH': 32, 'CH_MULT': [1, 1, 1, 1], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 4}
-VAE = {'NAME': 'AutoencoderKL', 'EMBED_DIM': 4, 'ENCODER': {'NAME': 'Encoder', **CODER}, 'DECODER': {'NAME': 'Decoder', **CODER}}
+UNET, VAE = unet(1, 1, NUM_HEADS=2, CONTEXT_DIM=32), autoencoder(1, 1, 1, 1)
 
 
 @pytest.fixture(scope='module')

@@ -13,12 +13,11 @@ import scepter.components  # noqa: F401  (registers)
 from scepter.core.config import Config
 from scepter.core.registry import MODELS
 from tests.models.oracles import randomize
+from tiny import CLIP, OPENCLIP
 
 EXAMPLES = Path(__file__).resolve().parents[1] / 'examples'
 CODER = {'CH': 32, 'CH_MULT': [1, 1, 1, 1], 'NUM_RES_BLOCKS': 1}
 UNET = {'MODEL_CHANNELS': 32, 'NUM_RES_BLOCKS': 1}
-CLIP = {'NAME': 'FrozenCLIPEmbedder', 'WIDTH': 32, 'DEPTH': 2, 'HEADS': 2}
-OPENCLIP = {'NAME': 'FrozenOpenCLIPEmbedder', 'ARCH': 'custom', 'WIDTH': 48, 'DEPTH': 3, 'HEADS': 3}
 
 # recipe -> (sizes of its UNet, sizes of its text towers)
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

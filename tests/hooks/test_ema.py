@@ -1,16 +1,11 @@
 """The average of the weights: what is averaged, what is copied, and that nothing is lost when it is looked at."""
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / 'solvers'))
 import tiny
-
 from scepter.core.errors import CheckpointError
 from scepter.hooks.ema import ModelEmaHook
 

@@ -12,14 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / 'solvers'))
-from tiny import LATENT_DIFFUSION, config, run
-
 from scepter import run_inference, run_train
 from scepter.core.config import Config
 from scepter.core.experiment import import_user_code
 from scepter.core.registry import HOOKS
 from scepter.hooks.base import Hook
+from tiny import LATENT_DIFFUSION, config, run
 
 POINTS = {'NAME': 'TinyPoints', 'BATCH_SIZE': 16}
 

@@ -2,20 +2,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / 'solvers'))
 import tiny
-from tiny import LATENT_DIFFUSION
-
 from scepter import SOLVERS, Config
 from scepter.core.env import we
 from scepter.core.faults import ConfigError
 from scepter.core.images import read_settings, sheet
+from tiny import LATENT_DIFFUSION
 
 
 def run(work_dir: Path, images: Path, **settings) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ import torch
 
 import scepter
 import scepter.components
+import tiny
 from scepter.core import streams
 from scepter.core.config import Config
 from scepter.core.errors import DataError
@@ -18,12 +19,9 @@ from scepter.models.autoencoder import DiagonalGaussian, EncoderOutput
 from scepter.models.base import BaseModel, TrainModule
 from scepter.run_inference import main as run_inference
 from scepter.run_train import main as run_train
+from tiny import autoencoder, unet
 
-CODER = {'CH': 32, 'CH_MULT': [1, 1], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 4}
-VAE = {'NAME': 'AutoencoderKL', 'EMBED_DIM': 4, 'ENCODER': {'NAME': 'Encoder', **CODER}, 'DECODER': {'NAME': 'Decoder', **CODER}}
-UNET = {'NAME': 'DiffusionUNet', 'IN_CHANNELS': 4, 'OUT_CHANNELS': 4, 'MODEL_CHANNELS': 32, 'CHANNEL_MULT': [1, 1], 'NUM_RES_BLOCKS': 1,
-        'ATTENTION_RESOLUTIONS': [2], 'NUM_HEADS': 2, 'CONTEXT_DIM': 32}
-CLIP = {'NAME': 'FrozenCLIPEmbedder', 'WIDTH': 32, 'DEPTH': 1, 'HEADS': 2, 'MAX_LENGTH': 12}
+VAE, UNET, CLIP = autoencoder(1, 1), unet(1, 1, NUM_HEADS=2, CONTEXT_DIM=32), {**tiny.CLIP, 'DEPTH': 1, 'MAX_LENGTH': 12}
 
 
 def network(**settings):

@@ -4,20 +4,16 @@ from __future__ import annotations
 import json
 import math
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import TinyDenoiser, config, groups, run, same
 
 from scepter.core.env import Stopped, we
 from scepter.core.errors import CheckpointError, NonFiniteError
 from scepter.core.faults import ConfigError
 from scepter.core.registry import MODELS, SOLVERS
 from scepter.hooks.base import Hook
+from tiny import TinyDenoiser, config, groups, run, same
 
 
 @pytest.mark.parametrize('dropout', [0.0, 0.5])

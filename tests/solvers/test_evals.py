@@ -4,15 +4,11 @@ from __future__ import annotations
 import json
 import math
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import TinyPoints, config, run
 
 from scepter import run_train
 from scepter.core.config import Config
@@ -26,6 +22,7 @@ from scepter.core.schema import param
 from scepter.data.datasets import UnreadableError
 from scepter.hooks.base import Hook
 from scepter.solvers.metrics import Totals
+from tiny import TinyPoints, config, run
 
 POINTS = {'NAME': 'TinyPoints', 'BATCH_SIZE': 3}
 LOG = {'NAME': 'LogHook', 'LOG_INTERVAL': 1, 'PROGRESS': False}

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import LATENT_DIFFUSION, TinyDenoiser, config, run
-
 from scepter import run_train
 from scepter.core.config import Config
 from scepter.core.disk import checkpoints
 from scepter.core.env import Stopped, we
 from scepter.core.images import read_settings
 from scepter.core.registry import MODELS
+from tiny import LATENT_DIFFUSION, TinyDenoiser, config, run
 
 POINTS = {'NAME': 'TinyPoints', 'BATCH_SIZE': 4}
 

@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
 from pairs import FACTORS, STEPS, Row, config, differences, outcome, train, whole_and_halves
-from tiny import config as tiny
-
 from scepter import run_train
 from scepter.core import signals
 from scepter.core.disk import checkpoints
@@ -19,6 +16,7 @@ from scepter.core.env import Stopped, we
 from scepter.core.errors import NonFiniteError
 from scepter.core.signals import listening
 from scepter.hooks.base import Hook
+from tiny import config as tiny
 
 ROW: Row = {name: values[-1] for name, values in FACTORS.items()} | {
     'DTYPE': 'bfloat16', 'PARAM_DTYPE': 'float32', 'COMPILE': False, 'ACCU_STEP': 2, 'REPEATS': 1, 'PROCESSES': 1, 'NUM_WORKERS': 0}

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))
 from pairs import Crash, Stop, differences, outcome, train
-
 from scepter.core import streams
 from scepter.core.config import Config
 from scepter.core.env import we

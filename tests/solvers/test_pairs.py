@@ -3,15 +3,12 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
 from pairs import FACTORS, REFUSED, Crash, Stop, all_rows, config, differences, outcome, table, train, whole_and_halves
-
 from scepter.core.config import Config
 from scepter.core.experiment import check_experiment
 from scepter.core.faults import ConfigError

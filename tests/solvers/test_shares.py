@@ -1,23 +1,20 @@
 """PARALLEL: fsdp learns, averages, evaluates, saves and draws what a single process does, though no process holds the whole network."""
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import shares
-from shares import SGD, TRAINED_TEXT, config, differences, figures, read, train
-from tiny import LATENT_DIFFUSION
-
 import scepter
+import shares
 from scepter.core.config import Config
 from scepter.core.disk.tensors import write_tensors
 from scepter.core.launch import launch
 from scepter.core.registry import MODELS
+from shares import SGD, TRAINED_TEXT, config, differences, figures, read, train
+from tiny import LATENT_DIFFUSION
 
 TWO = {'NPROC': 2, 'DEVICE': 'cpu', 'THREADS': 1}
 FSDP = {'PARALLEL': 'fsdp'}

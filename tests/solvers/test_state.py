@@ -1,16 +1,12 @@
 """How a run goes on: the state of optimizers, the clock, several optimizers, float16."""
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import config, groups, run, same
 
 from scepter.core.config import Config
 from scepter.core.errors import CheckpointError, NonFiniteError
@@ -19,6 +15,7 @@ from scepter.core.registry import MODELS, OPTIMIZERS
 from scepter.core.schema import param
 from scepter.models.base import TrainModule
 from scepter.solvers.plan import Plan
+from tiny import config, groups, run, same
 
 
 @MODELS.register_class()

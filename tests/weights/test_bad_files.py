@@ -17,10 +17,12 @@ import pytest
 import torch
 
 import scepter.components  # noqa: F401  (registers)
+import tiny
 from scepter.core.disk.tensors import write_tensors
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import EMBEDDERS, MODELS
 from scepter.weights import load_pretrained, read_weights
+from tiny import autoencoder
 
 CANARY = 'SCEPTER_TEST_CANARY'
 
@@ -381,10 +383,7 @@ def test_sound_files_of_every_kind_still_load(tmp_path):
 
 
 # ---------------------------------------------------------------- weights of something else
-VAE = {'NAME': 'AutoencoderKL', 'EMBED_DIM': 4,
-       'ENCODER': {'NAME': 'Encoder', 'CH': 32, 'CH_MULT': [1, 2], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 4},
-       'DECODER': {'NAME': 'Decoder', 'CH': 32, 'CH_MULT': [1, 2], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 4}}
-CLIP = {'NAME': 'FrozenCLIPEmbedder', 'WIDTH': 32, 'DEPTH': 1, 'HEADS': 2}
+VAE, CLIP = autoencoder(1, 2), {**tiny.CLIP, 'DEPTH': 1}
 
 
 def refusal(model, path):

@@ -29,15 +29,10 @@ from scepter.models.restore import restore
 from scepter.weights import export_diffusers, marks
 from tests.models.oracles import randomize
 from tests.twins import three_images
+from tiny import CLIP, autoencoder, unet
 
-CODER = {'CH': 32, 'CH_MULT': [1, 1], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 4}
-MODEL = {
-    'NAME': 'LatentDiffusion', 'IMAGE_SIZE': 8, 'SIZE_FACTOR': 2,
-    'DIFFUSION_MODEL': {'NAME': 'DiffusionUNet', 'IN_CHANNELS': 4, 'OUT_CHANNELS': 4, 'MODEL_CHANNELS': 32, 'CHANNEL_MULT': [1],
-                        'NUM_RES_BLOCKS': 1, 'ATTENTION_RESOLUTIONS': [1], 'NUM_HEADS': 1, 'CONTEXT_DIM': 32},
-    'FIRST_STAGE_MODEL': {'NAME': 'AutoencoderKL', 'EMBED_DIM': 4, 'ENCODER': {'NAME': 'Encoder', **CODER},
-                          'DECODER': {'NAME': 'Decoder', **CODER}},
-    'COND_STAGE_MODEL': {'NAME': 'FrozenCLIPEmbedder', 'WIDTH': 32, 'DEPTH': 1, 'HEADS': 1}}
+MODEL = {'NAME': 'LatentDiffusion', 'IMAGE_SIZE': 8, 'SIZE_FACTOR': 2, 'DIFFUSION_MODEL': unet(1, NUM_HEADS=1, CONTEXT_DIM=32),
+         'FIRST_STAGE_MODEL': autoencoder(1, 1), 'COND_STAGE_MODEL': {**CLIP, 'DEPTH': 1, 'HEADS': 1}}
 
 
 def config(work_dir: Path, model: dict[str, Any] | None = None, **solver: Any) -> Config:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny
 from scepter.core.config import Config
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import MODELS
@@ -15,12 +16,10 @@ from scepter.weights.describe import describe_single
 from scepter.weights.said import values_of
 from tests.models.oracles import randomize
 from tests.twins import publish
+from tiny import autoencoder, unet
 
-CODER = {'CH': 32, 'CH_MULT': [1, 2], 'NUM_RES_BLOCKS': 1}
-VAE = {'NAME': 'AutoencoderKL', 'ENCODER': {'NAME': 'Encoder', **CODER}, 'DECODER': {'NAME': 'Decoder', **CODER}}
-UNET = {'NAME': 'DiffusionUNet', 'IN_CHANNELS': 4, 'OUT_CHANNELS': 4, 'NUM_RES_BLOCKS': 1, 'CHANNEL_MULT': [1, 2]}
-CLIP = {'NAME': 'FrozenCLIPEmbedder', 'WIDTH': 64, 'DEPTH': 2, 'HEADS': 1}
-OPENCLIP = {'NAME': 'FrozenOpenCLIPEmbedder', 'ARCH': 'custom', 'WIDTH': 128, 'DEPTH': 3, 'HEADS': 2}
+VAE, UNET = autoencoder(1, 2), unet(1, 2)
+CLIP, OPENCLIP = {**tiny.CLIP, 'WIDTH': 64, 'HEADS': 1}, {**tiny.OPENCLIP, 'WIDTH': 128, 'HEADS': 2}    # heads of 64, as published
 XL = {'MODEL_CHANNELS': 64, 'NUM_HEADS_CHANNELS': 64, 'USE_LINEAR_IN_TRANSFORMER': True, 'ATTENTION_RESOLUTIONS': [2],
       'TRANSFORMER_DEPTH': [0, 2], 'NUM_CLASSES': 'sequential'}
 BESIDE = {**OPENCLIP, 'USE_FINAL_LAYER_NORM': False, 'RETURN_POOLED': True}

@@ -27,14 +27,10 @@ from scepter.weights.families.process import write_config
 from scepter.weights.families.sd import BUFFERS, StableDiffusion1
 from scepter.weights.families.unet import UNET as UNET_PART
 from scepter.weights.tables import OURS, THEIRS
+from tiny import CLIP, OPENCLIP, autoencoder, unet
 
-VAE = {'NAME': 'AutoencoderKL', 'EMBED_DIM': 4,
-       'ENCODER': {'NAME': 'Encoder', 'CH': 32, 'CH_MULT': [1, 2], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 4},
-       'DECODER': {'NAME': 'Decoder', 'CH': 32, 'CH_MULT': [1, 2], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 4}}
-UNET = {'NAME': 'DiffusionUNet', 'IN_CHANNELS': 4, 'OUT_CHANNELS': 4, 'MODEL_CHANNELS': 32, 'NUM_RES_BLOCKS': 1, 'CHANNEL_MULT': [1, 2, 2],
-        'ATTENTION_RESOLUTIONS': [1, 2]}
-CLIP = {'NAME': 'FrozenCLIPEmbedder', 'WIDTH': 32, 'DEPTH': 2, 'HEADS': 2}
-OPENCLIP = {'NAME': 'FrozenOpenCLIPEmbedder', 'ARCH': 'custom', 'WIDTH': 48, 'DEPTH': 3, 'HEADS': 3}
+VAE = autoencoder(1, 2)
+UNET = unet(1, 2, 2, ATTENTION_RESOLUTIONS=[1, 2])
 XL = {'NUM_CLASSES': 'sequential', 'USE_LINEAR_IN_TRANSFORMER': True, 'NUM_HEADS_CHANNELS': 16, 'ATTENTION_RESOLUTIONS': [2, 4],
       'TRANSFORMER_DEPTH': [0, 1, 2]}
 POOLED = {'RETURN_POOLED': True, 'USE_FINAL_LAYER_NORM': False}

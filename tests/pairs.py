@@ -3,15 +3,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import groups
 
 from scepter.core import streams
 from scepter.core.config import Config
@@ -25,6 +21,7 @@ from scepter.diffusion.schedules import cosine
 from scepter.hooks.base import Hook
 from scepter.models.base import TrainModule
 from scepter.models.layers import checkpoint
+from tiny import groups
 
 STEPS, SAVED, STOPPED = 10, 5, 7     # a run; its checkpoint; how far it came beyond it before it was stopped
 ADAM, MOMENTUM = {'NAME': 'AdamW', 'LEARNING_RATE': 1e-2}, {'NAME': 'SGD', 'LEARNING_RATE': 1e-2, 'MOMENTUM': 0.9, 'NESTEROV': True}

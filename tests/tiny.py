@@ -1,4 +1,4 @@
-"""The smallest real experiment: a few weights, sixteen samples, every part registered as a user would."""
+"""All that is tiny: the networks of Stable Diffusion, and the smallest real experiment, its parts registered as a user would."""
 from __future__ import annotations
 
 import signal
@@ -21,14 +21,27 @@ from scepter.hooks.base import Hook
 from scepter.models.base import TrainModule
 from scepter.solvers.metrics import Metric
 
-# the smallest latent diffusion
-CODER = {'CH': 32, 'CH_MULT': [1, 1], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 4}
+CLIP = {'NAME': 'FrozenCLIPEmbedder', 'WIDTH': 32, 'DEPTH': 2, 'HEADS': 2}
+OPENCLIP = {'NAME': 'FrozenOpenCLIPEmbedder', 'ARCH': 'custom', 'WIDTH': 48, 'DEPTH': 3, 'HEADS': 3}
+
+
+def unet(*levels: int, **more: Any) -> dict[str, Any]:
+    """The config of Stable Diffusion's UNet of so many levels, each in multiples of 32 channels; attention is in the last one."""
+    sizes = {'MODEL_CHANNELS': 32, 'CHANNEL_MULT': [*levels], 'NUM_RES_BLOCKS': 1, 'ATTENTION_RESOLUTIONS': [2 ** (len(levels) - 1)]}
+    return {'NAME': 'DiffusionUNet', 'IN_CHANNELS': 4, 'OUT_CHANNELS': 4, **sizes, **more}
+
+
+def autoencoder(*levels: int, channels: int = 4, **more: Any) -> dict[str, Any]:
+    """The config of its autoencoder; every level but the last halves the size."""
+    coder = {'CH': 32, 'CH_MULT': [*levels], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': channels}
+    return {'NAME': 'AutoencoderKL', 'EMBED_DIM': channels, 'ENCODER': {'NAME': 'Encoder', **coder},
+            'DECODER': {'NAME': 'Decoder', **coder}, **more}
+
+
+# the smallest Stable Diffusion
 LATENT_DIFFUSION = {
-    'NAME': 'LatentDiffusion', 'SIZE_FACTOR': 2, 'IMAGE_SIZE': 16,
-    'FIRST_STAGE_MODEL': {'NAME': 'AutoencoderKL', 'ENCODER': {'NAME': 'Encoder', **CODER}, 'DECODER': {'NAME': 'Decoder', **CODER}},
-    'DIFFUSION_MODEL': {'NAME': 'DiffusionUNet', 'IN_CHANNELS': 4, 'OUT_CHANNELS': 4, 'MODEL_CHANNELS': 32, 'CHANNEL_MULT': [1],
-                        'NUM_RES_BLOCKS': 1, 'ATTENTION_RESOLUTIONS': [1], 'NUM_HEADS': 2, 'CONTEXT_DIM': 32},
-    'COND_STAGE_MODEL': {'NAME': 'FrozenCLIPEmbedder', 'WIDTH': 32, 'DEPTH': 1, 'HEADS': 2, 'MAX_LENGTH': 8}}
+    'NAME': 'LatentDiffusion', 'SIZE_FACTOR': 2, 'IMAGE_SIZE': 16, 'FIRST_STAGE_MODEL': autoencoder(1, 1),
+    'DIFFUSION_MODEL': unet(1, NUM_HEADS=2, CONTEXT_DIM=32), 'COND_STAGE_MODEL': {**CLIP, 'DEPTH': 1, 'MAX_LENGTH': 8}}
 
 
 @DATASETS.register_class()

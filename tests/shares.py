@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
 import tiny
-from tiny import LATENT_DIFFUSION
-
 from scepter.core.config import Config
 from scepter.core.disk import checkpoints
 from scepter.core.disk.tensors import write_tensors
@@ -25,6 +21,7 @@ from scepter.core.schema import param
 from scepter.core.shards import is_share, local
 from scepter.data.datasets import BaseDataset
 from scepter.solvers.state import save
+from tiny import LATENT_DIFFUSION
 
 COLOURS = ('red', 'green', 'blue', 'white', 'black')
 TRAINED_TEXT = {'NAME': 'FrozenCLIPEmbedder', 'WIDTH': 32, 'DEPTH': 2, 'HEADS': 2, 'MAX_LENGTH': 8, 'FREEZE': False, 'USE_GRAD': True}
