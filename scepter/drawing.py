@@ -391,9 +391,11 @@ class Told(Image.Image):
 
     @classmethod
     def of(cls, result: Mapping[str, Any]) -> Told:
+        """The picture of a result, with its settings beside it."""
         image: Any = Image.fromarray(to_uint8(result['image']))
         image.__class__, image.settings = cls, result['settings']    # Pillow has no other way to one of a subclass
         return image
 
     def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
+        """As in Pillow; a PNG carries the settings inside."""
         super().save(fp, format, **{'pnginfo': png_text(dict(self.settings)), **params})

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -167,6 +169,37 @@ print(light, scepter.we.world_size, 'LatentDiffusion' in scepter.MODELS)"""
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
 
     assert done.stdout.split() == ['True', '1', 'True'], done.stderr
+
+
+def without_words(name: str) -> list[str]:
+    """Public names of a module, and of its classes, that nothing explains: neither a docstring of their own nor that of what they override.
+
+    A brick's forward is explained by the shapes in its class's docstring.
+    """
+    module = importlib.import_module(name)
+    members = [(f'{name}.{key}', None, value) for key, value in vars(module).items() if getattr(value, '__module__', None) == name]
+    for path, _, owner in [*members]:
+        if inspect.isclass(owner):
+            members += [(f'{path}.{key}', owner, value) for key, value in vars(owner).items()]
+    return [path for path, owner, value in members
+            if '._' not in path and is_ours(value) and not is_explained(owner, path.rpartition('.')[2], value)]
+
+
+def is_ours(value: object) -> bool:
+    return inspect.isclass(value) or inspect.isfunction(inspect.unwrap(getattr(value, 'fget', getattr(value, '__func__', value))))
+
+
+def is_explained(owner: type | None, name: str, value: object) -> bool:
+    if owner is None:
+        return bool(value.__doc__) and not value.__doc__.startswith(f'{value.__name__}(')    # what a dataclass writes by itself
+    if name == 'forward' and issubclass(owner, torch.nn.Module):
+        return '->' in (value.__doc__ or '') + (owner.__doc__ or '')
+    return any(getattr(vars(base).get(name), '__doc__', None) for base in owner.__mro__)
+
+
+@pytest.mark.parametrize('module', MODULES, ids=lambda m: str(m.relative_to(PACKAGE)))
+def test_whatever_is_public_is_explained(module: Path):
+    assert without_words('.'.join(('scepter', *module.relative_to(PACKAGE).with_suffix('').parts)).removesuffix('.__init__')) == []
 
 
 class Stacks(TorchFunctionMode):

@@ -32,7 +32,7 @@ class Order(Protocol):
         """Indices for draw n, whose own cannot be read: of the same shape and part, the same ones after a resume."""
 
 
-class Sequential:
+class Sequential(Order):
     """The dataset's own order, again and again."""
     together = 1
 
@@ -46,7 +46,7 @@ class Sequential:
         yield from ((index + i) % self.size for i in range(1, self.size))
 
 
-class Shuffled:
+class Shuffled(Order):
     """Each sample once per epoch, in an order of the epoch's own: a keyed bijection, so nothing is stored."""
     together = 1
 
@@ -61,7 +61,7 @@ class Shuffled:
         yield from (streams.permute(key, n, place, self.size) for place in range(self.size))
 
 
-class Bucketed:
+class Bucketed(Order):
     """Groups of `together` samples of one bucket each; the groups of an epoch are shuffled among themselves.
 
     A bucket of c samples hands out shuffled epochs of its own. By the end of epoch e it has given floor(c * e / together) whole groups;
@@ -122,7 +122,7 @@ class Bucketed:
         return epoch
 
 
-class Mixed:
+class Mixed(Order):
     """Several orders, each with a weight, as one. Each goes through shuffled epochs of its own, whatever the others' lengths.
 
     In any window of w groups a part with share p has p * w of them, to within 2 * (parts + MIXED_WITHIN / 4): after each MIXED_WITHIN

@@ -35,6 +35,8 @@ class Member(NamedTuple):
 
 
 class Record(NamedTuple):
+    """Where a sample lies in the shards."""
+
     name: str                # shard/key.suffix, for messages
     caption: Member | None
     image: Member

@@ -66,6 +66,7 @@ class VideoAutoencoderKL(TrainModule):
 
     @property
     def EMBED_DIM(self) -> int:
+        """Channels of the latent, as LatentSpace asks for them."""
         return self.LATENT_CHANNELS
 
     def encode(self, x: Tensor) -> EncoderOutput:
@@ -149,7 +150,7 @@ def together(x: Tensor, frames: int) -> Tensor:
 
 
 class CausalConv3d(nn.Conv3d):
-    """A convolution that sees no later frame: before the first one stand copies of it.    [B, C, T, H, W]
+    """A convolution that sees no later frame: before the first one stand copies of it.    [B, C, T, H, W] -> [B, D, T', H', W']
 
     With a stride, a row and a column of zeros at the bottom and the right are its only padding in space, as published.
     """
@@ -164,7 +165,7 @@ class CausalConv3d(nn.Conv3d):
 
 
 class Level(nn.Module):
-    """Residual blocks of one size, then a change of size. Frames one by one [B*T, ...], or together [B, C, T, ...]."""
+    """Residual blocks of one size, then a change of size. Frames one by one, [B*T, C, H, W] -> [B*T, D, H', W'], or together, with T."""
 
     def __init__(self, widths: list[int], is_together: bool, name: str, resample: nn.Module | None):
         super().__init__()
@@ -183,7 +184,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention within each frame, residual block.    [B, C, T, H, W]"""
+    """Residual block, attention within each frame, residual block.    [B, C, T, H, W] -> the same"""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -195,7 +196,7 @@ class Middle(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(act(norm(conv(act(norm(x)))))), over frames one by one or together."""
+    """x + conv(act(norm(conv(act(norm(x)))))), frames one by one or together.    [B, C, ..., H, W] -> [B, D, ..., H, W]"""
 
     def __init__(self, channels: int, out: int, is_together: bool):
         super().__init__()
@@ -213,7 +214,7 @@ class ResnetBlock(nn.Module):
 
 
 class FrameAttention(nn.Module):
-    """x + attention of the pixels of a frame to each other, with one head; the norm is of all frames.    [B, C, T, H, W]"""
+    """x + attention of the pixels of a frame to each other, with one head; the norm is of all frames.    [B, C, T, H, W] -> the same"""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -230,7 +231,7 @@ class FrameAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size, and half the time where frames are together.    [B*T, C, H, W] or [B, C, T, H, W]"""
+    """Half the size, and half the time where frames are together.    [B*T, C, H, W] -> [B*T, C, H/2, W/2], or with T"""
 
     def __init__(self, channels: int, is_together: bool):
         super().__init__()
@@ -242,7 +243,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size, and of all frames but the first twice the time; or the size alone.    [B, C, T, H, W]"""
+    """Twice the size, and of all frames but the first twice the time; or the size alone.    [B, C, T, H, W] -> [B, C, 2T-1, 2H, 2W]"""
     is_together = True
 
     def __init__(self, channels: int, doubles_time: bool):

@@ -84,8 +84,9 @@ class TrainModule(BaseModel, base=True):
         return None
 
     def forward(self, task: Literal['train', 'test'] | None = None, /, **batch: Any) -> Any:
-        """forward_train or forward_test; by default the one that the mode says. The one way in for solvers: DDP, FSDP2 and
-        torch.compile act on a module's call, not on its methods."""
+        """A batch -> what forward_train or forward_test gives; by default the one that the mode says.
+
+        The one way in for solvers: DDP, FSDP2 and torch.compile act on a module's call, not on its methods."""
         is_training = self.training if task is None else task == 'train'
         return self.forward_train(**batch) if is_training else self.forward_test(**batch)
 

@@ -290,6 +290,7 @@ class LatentDiffusion(TrainModule):
 
     @property
     def device(self) -> torch.device:
+        """Where the network is."""
         return next((p.device for p in self.model.parameters()), we.device)
 
     def compile_network(self) -> None:

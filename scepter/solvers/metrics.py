@@ -47,6 +47,7 @@ class Totals(dict):
     """
 
     def add(self, sums: dict[str, Any]) -> None:
+        """Add the sums of one batch. Raises TypeError for what cannot be added."""
         for name, value in sums.items():
             value = _addable(name, value)
             self[name] = self[name] + value if name in self else value
@@ -141,6 +142,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, features: np.ndarray) -> Moments:
+        """Those of features [N, D]."""
         centred = features - (mean := features.mean(0))
         return cls(len(features), mean, centred.T @ centred)
 
@@ -154,6 +156,7 @@ class Moments(NamedTuple):
 
     @property
     def cov(self) -> np.ndarray:
+        """The covariance [D, D], unbiased."""
         return self.products / (self.count - 1)
 
 

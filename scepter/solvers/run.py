@@ -213,6 +213,7 @@ class Run(Component, base=True):
         self.set_mode('test')
 
     def set_mode(self, mode: str) -> None:
+        """train, eval or test: the figures that are logged, and whether the network learns."""
         self.mode = mode
         self.model.train(mode == 'train')
 

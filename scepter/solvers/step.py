@@ -148,6 +148,7 @@ class LossScale:
         self.steps = 0      # since it changed
 
     def put_on(self, loss: Tensor) -> Tensor:
+        """The loss times the scale, in float32."""
         return loss.float() * self.value if self.is_used else loss    # which float16 could not hold
 
     def take_off(self, parameters: list[Tensor]) -> None:
@@ -162,9 +163,11 @@ class LossScale:
             self.value, self.steps = self.value * (2.0 if is_finite else 0.5), 0
 
     def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
         return {'scale': self.value, '_growth_tracker': self.steps} if self.is_used else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what state_dict gave, in this version or by a GradScaler of torch."""
         if self.is_used and state:
             self.value, self.steps = float(state['scale']), int(state['_growth_tracker'])
 

@@ -106,6 +106,7 @@ class Fact(NamedTuple):
     read_from: tuple[str, ...] = ()
 
     def equals(self, other: Fact) -> bool:
+        """Whether both say the same; tables to 1e-5."""
         if isinstance(self.value, torch.Tensor):    # of another length: TIMESTEPS says it
             return len(self.value) != len(other.value) or torch.allclose(self.value, other.value, atol=1e-5)
         return bool(self.value == other.value)

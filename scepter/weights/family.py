@@ -36,6 +36,7 @@ class Part:
     stem: str = 'diffusion_pytorch_model'
 
     def table(self, names: Iterable[str]) -> Table:
+        """The rows that these names need, since some depend on how many blocks there are."""
         return Table(self.rows(list(names)) if callable(self.rows) else self.rows)
 
     def to_ours(self, weights: Weights) -> Weights:
@@ -105,6 +106,7 @@ class Family:
 
     @cached_property
     def table(self) -> Table:
+        """The rows of its single files."""
         return Table(self.single)
 
     def kept(self, weights: Weights) -> Weights:
@@ -170,6 +172,7 @@ class Match(NamedTuple):
 
     @property
     def distance(self) -> tuple[float, int]:
+        """How far the weights are from the family: the share of its tells that they lack, then the names that it does not know."""
         return len(self.missing) / len(self.family.tells), len(self.left_over)
 
     def __str__(self) -> str:

@@ -73,9 +73,11 @@ class Weights(Mapping[str, Tensor]):
         return name in self.entries
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Of the tensor of this name, which is not read for it."""
         return self.entries[name].shape
 
     def with_entries(self, entries: Mapping[str, Entry]) -> Weights:
+        """Other entries of the same source."""
         return Weights(entries, self.source, self.settings)
 
     def renamed(self, names: Mapping[str, str]) -> Weights:
@@ -91,6 +93,7 @@ class Weights(Mapping[str, Tensor]):
         return self.with_entries({prefix + n: e for n, e in self.entries.items()})
 
     def without(self, names: Iterable[str]) -> Weights:
+        """The same tensors but these."""
         gone = set(names)
         return self.with_entries({n: e for n, e in self.entries.items() if n not in gone})
 

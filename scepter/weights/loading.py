@@ -94,4 +94,5 @@ def _same_shape(ours: Sequence[int], theirs: Sequence[int]) -> bool:
 
 
 def some(names: list[str], limit: int = 12) -> str:
+    """Names, each on a line of its own, and how many more there are."""
     return ''.join(f'\n  {n}' for n in names[:limit]) + (f'\n  ... and {len(names) - limit} more' if len(names) > limit else '')

@@ -140,6 +140,7 @@ def as_written(word: str | Path) -> str:
 
 
 def word_of(module: nn.Module) -> str | None:
+    """The PRETRAINED_MODEL of a part, as its config has it."""
     cfg = module.__dict__.get('cfg')
     return cfg.get('PRETRAINED_MODEL') or None if isinstance(cfg, dict) else None
 
@@ -160,6 +161,7 @@ class Loaded:
 
     @cached_property
     def source(self) -> Source | None:
+        """The file and its digest; None, with a warning, where it was changed after it was read."""
         if not self.stamps or any(then is None or stamp(file) != then for file, then in self.stamps.items()):
             get_logger().warning(f'{shown(self.given)} has changed since it was loaded: checkpoints of this run hold what it gave')
             return None

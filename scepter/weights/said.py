@@ -40,6 +40,7 @@ class Settings:
         return Said(value, f'{self.file}: {words}')
 
     def refusal(self, key: str, expected: str) -> CheckpointError:
+        """The error for a key whose value a network of ours cannot have."""
         return CheckpointError(f'{self.folder}: {self.file} has {key} {self.get(key)!r}, but {expected}')
 
     def only(self, known: Mapping[str, tuple[Any, ...]], what: str) -> None:
@@ -123,6 +124,7 @@ class Shapes:
         return Said(self.weights.shape(name)[side], f'the shape of {name}')
 
     def refusal(self, name: str, problem: str) -> CheckpointError:
+        """The error for a tensor whose shape a network of ours cannot have."""
         return CheckpointError(f'{self.file}: {name} {problem}')
 
     def count(self, prefix: str) -> int:
@@ -130,6 +132,7 @@ class Shapes:
         return len({n[len(prefix) + 1:].split('.')[0] for n in self.weights if n.startswith(f'{prefix}.')})
 
     def below(self, prefix: str) -> Iterator[str]:
+        """The names below a prefix."""
         return (n for n in self.weights if n.startswith(f'{prefix}.'))
 
     def multiples(self, channels: list[int], first: Said, what: str) -> list[int]:
@@ -162,5 +165,6 @@ def taken_of(node: Any, key: str = '') -> Iterator[Taken]:
 
 
 def short(value: Any) -> str:
+    """A value as JSON, cut where it is long."""
     text = json.dumps(value)
     return text if len(text) < 80 else f'{text[:60]} ...'

@@ -23,6 +23,7 @@ class Row(NamedTuple):
     how: Literal['', 'transposed', 'conv'] = ''
 
     def names(self, side: int) -> tuple[str, ...]:
+        """Its names on one side: one, or those of a stack."""
         found = self[side]
         return (found,) if isinstance(found, str) else found
 
@@ -35,6 +36,7 @@ class Found(NamedTuple):
     rest: str
 
     def on(self, side: int) -> list[str]:
+        """The full names on one side."""
         return [_filled(name, self.numbers) + self.rest for name in self.row.names(side)]
 
 
@@ -76,6 +78,7 @@ class Table:
         return self._turn(weights, THEIRS)
 
     def unknown(self, names: Iterable[str], side: int) -> list[str]:
+        """Names that no row has on this side."""
         return [name for name in names if self.find(name, side) is None]
 
     def _turn(self, weights: Weights, side: int) -> Weights:

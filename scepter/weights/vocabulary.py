@@ -26,6 +26,7 @@ class Vocabulary(NamedTuple):
     def of(cls, tokens: dict[str, int], merges: Iterable[tuple[str, str]], pad: int | None = None,
            added: Mapping[str, int] = {}) -> Vocabulary:
         # a padding token "!" is listed as added too, but the "!" of a text is a word of its own, as it was in training
+        """From the files of a tokenizer. pad: the padding token; default the end of a text."""
         new = {token: i for token, i in added.items() if token not in tokens}
         special = {BOS: tokens.get(BOS, 0), EOS: tokens.get(EOS, 0), **new}
         return cls(tokens, list(merges), special, special[EOS] if pad is None else pad)

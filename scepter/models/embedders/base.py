@@ -59,6 +59,7 @@ class BaseEmbedder(BaseModel, base=True):
 
     @property
     def device(self) -> torch.device:
+        """Where its weights are."""
         return next((p.device for p in self.parameters()), torch.device('cpu'))
 
     def warn_of_cut(self, lost: str, limit: int) -> None:

@@ -87,6 +87,7 @@ class FrozenCLIPEmbedder(TextTowerEmbedder):
 
     @property
     def tower(self) -> ClipText:
+        """The network inside, under the published names."""
         return self.transformer.text_model
 
     def sizes_as_config(self) -> dict[str, int] | None:

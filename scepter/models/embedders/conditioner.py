@@ -59,6 +59,7 @@ class GeneralConditioner(BaseEmbedder):
 
     @property
     def gives(self) -> Widths:
+        """The contexts of all towers side by side, and the pooled vector with the sizes."""
         return Widths(sum(embedder.tower.width for embedder in self.embedders), self.vector_width,
                       mask=any(embedder.gives.mask for embedder in self.embedders))
 

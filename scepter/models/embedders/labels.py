@@ -47,6 +47,7 @@ class LabelEmbedder(BaseEmbedder):
 
     @property
     def gives(self) -> Widths:
+        """A context or a vector where their widths are given, else the label itself."""
         is_number = self.context is None and self.vector is None
         return Widths(self.CONTEXT_DIM, self.VECTOR_DIM, self.NUM_CLASSES + 1 if is_number else None)
 

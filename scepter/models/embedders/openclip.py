@@ -73,6 +73,7 @@ class FrozenOpenCLIPEmbedder(TextTowerEmbedder):
 
     @property
     def tower(self) -> OpenClipText:
+        """The network inside, under the published names."""
         return self.model
 
 

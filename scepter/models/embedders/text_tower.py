@@ -127,13 +127,16 @@ class Tower(nn.Module):
         return layer if layer >= 0 else self.depth + 1 + layer
 
     def embed(self, ids: Tensor) -> Tensor:
+        """Tokens [B, L] int64 -> what the first block takes, [B, L, D]."""
         raise NotImplementedError
 
     def blocks(self) -> Iterable[nn.Module]:
+        """The blocks, in their order, each [B, L, D] -> [B, L, D]."""
         raise NotImplementedError
 
     @property
     def norm(self) -> nn.LayerNorm:
+        """The norm behind the last block."""
         raise NotImplementedError
 
     def states(self, ids: Tensor, wanted: list[int]) -> list[Tensor]:

@@ -31,7 +31,7 @@ class Draws(Protocol):
         """[B, N, E]: the next noise that a sampler adds."""
 
 
-class KeyedDraws:
+class KeyedDraws(Draws):
     """Draws by the seeds of rows: those of one clip do not depend on the batch that it is drawn in."""
 
     def __init__(self, seeds: Sequence[int], tokens: int, width: int, device: torch.device):

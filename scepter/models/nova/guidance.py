@@ -21,6 +21,7 @@ class Guidance(NamedTuple):
 
     @property
     def passes(self) -> int:
+        """How many conditionings of a state go through the network together."""
         if self.scale <= 1:
             return 1
         return 3 if self.image_scale or self.perturbed_scale else 2

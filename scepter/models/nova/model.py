@@ -119,6 +119,7 @@ class NovaModel(TrainModule):
 
     @property
     def device(self) -> torch.device:
+        """Where the network is."""
         return self.model.mask_embed.bos_token.device
 
     def compile_network(self) -> None:

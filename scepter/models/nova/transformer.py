@@ -109,6 +109,7 @@ class NovaTransformer(BaseModel):
 
     @property
     def is_told_class(self) -> bool:
+        """Whether it is told a class, and not text."""
         return self.TEXT_TOKEN_DIM is None
 
     # ---------------------------------------------------------------- the condition

@@ -54,6 +54,7 @@ class StableDiffusion(Family):
 
     @property
     def towers(self) -> tuple[Part, ...]:
+        """The text towers among its parts."""
         return self.parts[2:]
 
     def average_of(self, name: str) -> str | None:
@@ -190,6 +191,8 @@ class StableDiffusion(Family):
 
 @register
 class StableDiffusion1(StableDiffusion):
+    """CLIP's text tower, a context 768 wide."""
+
     name = 'Stable Diffusion 1'
     tells = (*SHARED, 'cond_stage_model.transformer.text_model.final_layer_norm.weight')
     single = single_rows('cond_stage_model', 'cond_stage_model')
@@ -202,6 +205,8 @@ class StableDiffusion1(StableDiffusion):
 
 @register
 class StableDiffusion2(StableDiffusion):
+    """OpenCLIP's text tower, a context 1024 wide."""
+
     name = 'Stable Diffusion 2'
     tells = (*SHARED, 'cond_stage_model.model.ln_final.weight')
     single = single_rows('cond_stage_model', 'cond_stage_model')
@@ -274,5 +279,6 @@ def index_of(towers: Iterable[str]) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a config of diffusers, and the folder that it stands in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + '\n', 'utf-8')

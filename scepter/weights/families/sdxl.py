@@ -64,6 +64,8 @@ class StableDiffusionXL(StableDiffusion):
 
 @register
 class Base(StableDiffusionXL):
+    """Both text towers, side by side: a context 2048 wide."""
+
     name = 'Stable Diffusion XL'
     tells = (*SHARED, 'model.label_emb.0.0.weight', f'{FIRST}transformer.text_model.final_layer_norm.weight',
              f'{SECOND}model.ln_final.weight')
@@ -81,6 +83,8 @@ class Base(StableDiffusionXL):
 
 @register
 class Refiner(StableDiffusionXL):
+    """OpenCLIP's larger text tower alone, a context 1280 wide."""
+
     name = "Stable Diffusion XL's refiner"
     tells = (*SHARED, 'model.label_emb.0.0.weight', f'{FIRST}model.ln_final.weight')
     parts = (unet.UNET, autoencoder.VAE, text.openclip(FIRST, 'text_encoder_2'))

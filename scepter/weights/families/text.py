@@ -157,6 +157,7 @@ def read_shapes(shapes: Shapes, prefix: str, role: str) -> Node:
 
 # ---------------------------------------------------------------- ours as theirs
 def is_openclip(embedder: nn.Module) -> bool:
+    """Whether the tower is OpenCLIP's, and not CLIP's."""
     return hasattr(embedder.tower, 'ln_final')
 
 
