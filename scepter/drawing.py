@@ -198,15 +198,6 @@ def open_model(path: str | None, cfg: Config, is_theirs: bool, ema: bool) -> tup
     return model, digest
 
 
-def without_weights(node: Any) -> Any:
-    """A config whose parts load nothing, for a network that gets all of its weights from one file."""
-    if isinstance(node, list):
-        return [without_weights(v) for v in node]
-    if not isinstance(node, dict):
-        return node
-    return Config({key: without_weights(value) for key, value in node.items() if key != 'PRETRAINED_MODEL'})
-
-
 def digest_of(path: str | os.PathLike) -> Future:
     """The sha256 of weights, worked out while the network is built: of a file, a checkpoint's manifest, a folder's names and sums."""
     def sum_up() -> str:

@@ -13,8 +13,7 @@ from scepter.core.config import Config
 from scepter.core.disk.tensors import TensorFile
 from scepter.core.images import read_settings
 from scepter.core.registry import MODELS
-from scepter.drawing import without_weights
-from scepter.models.restore import restore
+from scepter.models.restore import restore, without_weights
 from scepter.run_inference import main as run_inference
 from scepter.run_train import main as run_train
 from tests.twins import EXAMPLES, SIZES, network, publish, three_images, twin

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     from scepter.core.config import Config
     from scepter.core.faults import ConfigError
     from scepter.core.registry import MODELS
-    from scepter.drawing import without_weights
+    from scepter.models.restore import without_weights
     from scepter.weights import family_of, load_into, local_copy, read_weights, refuse_contradictions, weights_for
     if args.to is not None and (args.to == 'single') != args.target.endswith('.safetensors'):
         raise ConfigError(f'--to {args.to} does not go with {args.target}: a single file ends in .safetensors, a folder does not')

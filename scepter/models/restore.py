@@ -103,6 +103,15 @@ def without_files(cfg: Config, model: TrainModule) -> Config:
     return cfg
 
 
+def without_weights(node: Any) -> Any:
+    """A config whose parts load nothing, for a network that gets all of its weights from one file."""
+    if isinstance(node, list):
+        return [without_weights(v) for v in node]
+    if not isinstance(node, dict):
+        return node
+    return Config({key: without_weights(value) for key, value in node.items() if key != 'PRETRAINED_MODEL'})
+
+
 def nodes(cfg: Any) -> list[Config]:
     """Every mapping in a config, the outer ones first."""
     if isinstance(cfg, list):

@@ -80,7 +80,8 @@ def mutants(cfg: Config) -> Iterator[tuple[str, Config]]:
         siblings = cfg
         for step in path[:-1]:
             siblings = siblings[step]
-        is_free = path[-2:-1] == ('OPTIMIZER',) and 'NAME' not in siblings    # an optimizer's name is the user's own
+        # the names of optimizers and of evaluations are the user's own
+        is_free = (path[-2:-1] == ('OPTIMIZER',) and 'NAME' not in siblings) or path[-2:-1] == ('EVALS',)
         for typo in () if is_free else sorted(typos(key, chance)):
             if typo not in siblings:
                 yield key, with_key(cfg, path, typo)

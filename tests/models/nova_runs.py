@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import scepter.components  # noqa: F401
+from pairs import SAVED, STEPS, train
 from scepter.core.config import Config
 from scepter.data.records import RecordWriter
-from tests.solvers.pairs import SAVED, STEPS, train
 
 NETWORK: dict[str, Any] = {'NAME': 'NovaTransformer', 'IMAGE_DIM': 2, 'IMAGE_SIZE': 64, 'IMAGE_STRIDE': 8,
                            'ARCH': ['vit_d2w32h2', 'vit_d2w32h2', 'mlp_d1w16'], 'NUM_CLASSES': 10}

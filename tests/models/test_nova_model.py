@@ -12,6 +12,7 @@ from torch import Tensor
 
 import scepter
 import scepter.components
+from pairs import Crash, Stop, differences, outcome, train
 from scepter.core import streams
 from scepter.core.config import Config
 from scepter.core.faults import ConfigError
@@ -20,7 +21,6 @@ from scepter.core.registry import MODELS
 from scepter.data.records import RecordWriter
 from scepter.models.nova.model import NovaModel
 from tests.models.nova_runs import CLIP, DDPM, NETWORK, TEXT, experiment, moments, run, write_clips
-from tests.solvers.pairs import Crash, Stop, differences, outcome, train
 
 AUTOENCODER = {'NAME': 'VideoAutoencoderKL', 'BLOCK_OUT_CHANNELS': [32] * 4, 'LAYERS_PER_BLOCK': 1, 'LATENT_CHANNELS': 2}
 CODER = {'CH': 32, 'CH_MULT': [1, 1, 1, 1], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': 2}

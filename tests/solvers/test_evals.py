@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import tiny
 from scepter import run_train
 from scepter.core.config import Config
 from scepter.core.disk import checkpoints
@@ -194,7 +195,7 @@ def test_a_checkpoint_from_when_there_was_one_evaluation_resumes(tmp_path, is_du
 def test_two_processes_measure_to_the_bit_what_one_does(tmp_path):
     def go(name: str, processes: int) -> list[dict[str, Any]]:
         cfg = settings(tmp_path / name, steps=4, OPTIMIZER={'NAME': 'SGD', 'LR': 0.0}, GLOBAL_BATCH_SIZE=6)
-        cfg.update(IMPORTS=[str(Path(__file__).with_name('tiny.py'))],
+        cfg.update(IMPORTS=[str(Path(tiny.__file__))],
                    ENV={'NPROC': processes, 'DEVICE': 'cpu', 'SEED': 5, 'THREADS': 1})
         (tmp_path / f'{name}.yaml').write_text(str(cfg), encoding='utf-8')
         assert run_train.main(['--cfg', str(tmp_path / f'{name}.yaml')]) == 0

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import tiny
 from scepter import run_train
 from scepter.core.config import Config
 from scepter.core.disk import checkpoints
@@ -101,7 +102,7 @@ def test_two_processes_measure_and_draw_what_one_does_and_stop_together(tmp_path
         cfg = config(tmp_path / name, steps=1, MODEL={'NAME': 'TinyPainter'}, OPTIMIZER={'NAME': 'SGD', 'LR': 0.0}, GLOBAL_BATCH_SIZE=6,
                      TRAIN_HOOKS=[{'NAME': 'LogHook'}, {'NAME': 'SaveOnMain'}], EVAL_INTERVAL=1,
                      EVAL_DATA={'NAME': 'TinyPoints', 'BATCH_SIZE': 3}, TEST_DATA={'NAME': 'TinyPoints', 'BATCH_SIZE': 3}, **settings)
-        cfg.update(IMPORTS=[str(Path(__file__).with_name('tiny.py'))], ENV={'NPROC': processes, 'DEVICE': 'cpu', 'SEED': 5, 'THREADS': 1})
+        cfg.update(IMPORTS=[str(Path(tiny.__file__))], ENV={'NPROC': processes, 'DEVICE': 'cpu', 'SEED': 5, 'THREADS': 1})
         (tmp_path / f'{name}.yaml').write_text(str(cfg), encoding='utf-8')
         return run_train.main(['--cfg', str(tmp_path / f'{name}.yaml')])
 

@@ -276,7 +276,10 @@ def _lock(folder: Path, wait: bool, what: str) -> Iterator[None]:
 
 def _collect_orphans(entry: Path) -> None:
     for left in entry.glob('.tmp-*'):
-        newest = max((p.stat().st_mtime for p in (left, *left.rglob('*'))), default=0)
+        try:
+            newest = max((p.stat().st_mtime for p in (left, *left.rglob('*'))), default=0)
+        except FileNotFoundError:    # its owner has just published it
+            continue
         if newest < time.time() - ORPHAN_AGE:
             shutil.rmtree(left, ignore_errors=True)
 
