@@ -33,8 +33,7 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
     weights decay on several processes and not on one. Called once per optimizer step, after the last of ACCU_STEP backward passes:
     nothing is sent for the others.
     """
-    parameters = [p for p in parameters if not is_share(p)]
-    if not we.is_distributed or not parameters:
+    if not we.is_distributed or not (parameters := [p for p in parameters if not is_share(p)]):
         return
     has_grad = we.all_reduce(torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=we.device), 'max').tolist()
     for parameter, is_there in zip(parameters, has_grad):
@@ -79,9 +78,9 @@ def total_norm(parameters: Sequence[Tensor]) -> Tensor:
     """The global norm of all gradients, float32 []; the same on every process."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([g for g in gradients if not is_share(g)], foreach=True)
-    shares = [local(g) for g in gradients if is_share(g)]
     if not any(map(is_share, parameters)):
         return norm
+    shares = [local(g) for g in gradients if is_share(g)]
     # squared in float64: a norm that float32 can hold has a square that it cannot
     squares = torch.nn.utils.get_total_norm(shares, foreach=True).double().square().to(we.device)
     return (norm.double().square().to(we.device) + we.all_reduce(squares)).sqrt().float()
