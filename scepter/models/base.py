@@ -1,7 +1,6 @@
 """What every network is built on."""
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -44,14 +43,6 @@ class BaseModel(Component, nn.Module, base=True):
         """
         return []
 
-    def to(self, *args: Any, memory_format: torch.memory_format | None = None, **kwargs: Any) -> BaseModel:
-        """As torch's own; but a layout of images passes by the weights of clips, which have an axis more and would refuse it."""
-        moved = super().to(*args, **kwargs) if args or kwargs else self
-        for value in itertools.chain(self.parameters(), self.buffers()) if memory_format is not None else ():
-            if value.ndim == 4:
-                value.data = value.data.contiguous(memory_format=memory_format)
-        return moved
-
     def same_weights(self) -> AbstractContextManager[None]:
         """Inside, parameters may be put in the place of others that hold the same: they go on remembering the file that they came from."""
         return marks.carried(self)
@@ -86,7 +77,8 @@ class TrainModule(BaseModel, base=True):
     def forward(self, task: Literal['train', 'test'] | None = None, /, **batch: Any) -> Any:
         """A batch -> what forward_train or forward_test gives; by default the one that the mode says.
 
-        The one way in for solvers: DDP, FSDP2 and torch.compile act on a module's call, not on its methods."""
+        The one way in for solvers: FSDP2 and torch.compile act on a module's call, not on its methods.
+        """
         is_training = self.training if task is None else task == 'train'
         return self.forward_train(**batch) if is_training else self.forward_test(**batch)
 

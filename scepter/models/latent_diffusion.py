@@ -20,12 +20,11 @@ from scepter.core.errors import CheckpointError, ScepterError
 from scepter.core.faults import ConfigError, Fault
 from scepter.core.registry import BACKBONES, EMBEDDERS, LEVELS, LOSSES, MODELS, SAMPLERS, SCHEDULES
 from scepter.core.schema import default, param, part
-from scepter.diffusion.process import Diffusion
-from scepter.diffusion.schedules import zero_terminal_snr
 from scepter.models.base import TrainModule
 from scepter.models.condition import Condition, Widths
 from scepter.models.inpainting import Given
 from scepter.models.latent import LatentSpace, size_factor_of, size_factor_told, size_faults
+from scepter.models.process import process_of
 from scepter.models.unfilled import unfilled
 
 
@@ -69,7 +68,7 @@ class LatentDiffusion(TrainModule):
         yield from super().check(cfg)
         yield from size_faults(cfg)
         try:
-            _diffusion_of(cfg)
+            process_of(cfg)
         except ValueError as error:
             yield Fault('PARAMETERIZATION', f'{cfg.PARAMETERIZATION} on {cfg.SCHEDULE_ARGS.NAME}: {error}')
 
@@ -85,7 +84,7 @@ class LatentDiffusion(TrainModule):
             self.cond_stage_model = EMBEDDERS.build(self.COND_STAGE_MODEL, logger=logger) if self.COND_STAGE_MODEL is not None else None
         self.loss = LOSSES.build(self.LOSS, logger=logger) if self.LOSS is not None else None
 
-        self.diffusion, self.draw_levels = _diffusion_of(self.cfg), LEVELS.function(self.TIMESTEP_DENSITY)
+        self.diffusion, self.draw_levels = process_of(self.cfg), LEVELS.function(self.TIMESTEP_DENSITY)
         self.num_timesteps, self.scale_factor, self.shift_factor = self.TIMESTEPS, self.SCALE_FACTOR, self.SHIFT_FACTOR
         self.size_factor = size_factor_of(self.first_stage_model, self.SIZE_FACTOR)
         self.p_zero, self.train_n_prompt, self.default_n_prompt = self.P_ZERO, self.TRAIN_N_PROMPT, self.DEFAULT_N_PROMPT
@@ -298,15 +297,6 @@ class LatentDiffusion(TrainModule):
 
 
 SAMPLERS.reserve(LatentDiffusion.forward_test)
-
-
-def _diffusion_of(cfg: Config) -> Diffusion:
-    """The process of a config. Raises ValueError where its schedule is none, or the prediction says nothing about x0 at some level."""
-    with torch.device('cpu'):    # numbers, also where the networks are built on the meta device
-        schedule = SCHEDULES.function(cfg.SCHEDULE_ARGS)(n=cfg.TIMESTEPS)
-        if cfg.ZERO_TERMINAL_SNR:
-            schedule = zero_terminal_snr(*schedule)
-        return Diffusion(*schedule, prediction=cfg.PARAMETERIZATION)
 
 
 def _misfit(part: Any, problem: str) -> ScepterError:

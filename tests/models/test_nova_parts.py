@@ -21,9 +21,9 @@ from scepter.models.autoencoder import DiagonalGaussian
 from scepter.models.nova.drawing import set_sizes
 from scepter.models.nova.encoders import block_causal
 from scepter.models.nova.guidance import Guidance
-from scepter.models.nova.model import process_of
 from scepter.models.nova.published import read_scheduler
 from scepter.models.nova.steps import chains
+from scepter.models.process import process_of
 from tests.models.nova_cases import close, folders
 
 

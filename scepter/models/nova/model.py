@@ -16,8 +16,6 @@ from scepter.core.faults import ConfigError, Fault
 from scepter.core.logger import get_logger
 from scepter.core.registry import BACKBONES, EMBEDDERS, LEVELS, MODELS, SAMPLERS, SCHEDULES, sampler_named
 from scepter.core.schema import default, param, part
-from scepter.diffusion.process import Diffusion
-from scepter.diffusion.schedules import zero_terminal_snr
 from scepter.models.autoencoder import to_pixels
 from scepter.models.base import TrainModule
 from scepter.models.latent import LatentSpace
@@ -25,6 +23,7 @@ from scepter.models.nova.drawing import KeyedDraws, Painter
 from scepter.models.nova.guidance import Guidance
 from scepter.models.nova.steps import Spacing, chains
 from scepter.models.nova.training import Chance, frame_losses, visible_tokens
+from scepter.models.process import process_of
 from scepter.models.unfilled import unfilled
 
 FROZEN = {    # as published, by what the network is for
@@ -286,12 +285,3 @@ def weighed(losses: Tensor) -> dict[str, Any]:
 
 def _motion(motion_flow: Tensor | None) -> dict[str, Tensor]:
     return {} if motion_flow is None else {'motion_flow': motion_flow}
-
-
-def process_of(cfg: Config) -> Diffusion:
-    """The process of a config. Raises ValueError where its schedule is none, or the prediction says nothing about x0 at some level."""
-    with torch.device('cpu'):    # numbers, also where the networks are built on the meta device
-        schedule = SCHEDULES.function(cfg.SCHEDULE_ARGS)(n=cfg.TIMESTEPS)
-        if cfg.ZERO_TERMINAL_SNR:
-            schedule = zero_terminal_snr(*schedule)
-        return Diffusion(*schedule, prediction=cfg.PARAMETERIZATION)

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from scepter.core.errors import CheckpointError
 from scepter.weights.family import Part
 from scepter.weights.files import Weights, read_model_folder
 from scepter.weights.said import Node, Said, Settings, Shapes
@@ -106,17 +105,6 @@ def read_config(values: Mapping[str, Any], folder: str, part: str = 'text_encode
             return {**arch, **sizes, 'LAYER': taken('penultimate'), 'USE_FINAL_LAYER_NORM': taken(False),
                     'RETURN_POOLED': taken(role == 'last')}
         return {**arch, **sizes, 'LAYER': taken('last')}
-
-
-def conditioner(towers: list[Node], pooled: int, vector: Said, size_dim: Said, zero_empty: Said, name: str) -> Node:
-    """A GeneralConditioner whose pooled vector and sizes are as wide together as the network's vector."""
-    sizes = {6: ['original_size', 'crop_top_left', 'target_size'], 5: ['original_size', 'crop_top_left', 'aesthetic_score']}
-    count, rest = divmod(vector.value - pooled, size_dim.value)
-    if rest or count not in sizes:
-        raise CheckpointError(f'{name}: the UNet takes a vector of {vector.value} ({vector.source}); expected the pooled {pooled} and '
-                              f'{size_dim.value} for each of 6 numbers (base) or 5 (refiner)')
-    return {'NAME': 'GeneralConditioner', 'SIZES': Said(sizes[count], vector.source), 'SIZE_DIM': size_dim, 'ZERO_EMPTY': zero_empty,
-            'EMBEDDERS': towers}
 
 
 # ---------------------------------------------------------------- shapes as ours
