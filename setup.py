@@ -13,7 +13,7 @@ def needed(name: str) -> list[str]:
 
 
 version = re.search(r"^__version__ = '(.+)'$", (HERE / 'scepter' / '__init__.py').read_text(encoding='utf-8'), re.MULTILINE)[1]
-extras = {name: needed(name) for name in ('clip', 'vision', 'lightning', 'oss', 'data', 'dev')}
+extras = {name: needed(name) for name in ('clip', 'vision', 'lightning', 'oss', 'data', 'video', 'dev')}
 extras['all'] = sorted({line for lines in extras.values() for line in lines})
 examples = {'.'.join(('scepter', *folder.relative_to(HERE).parts)): str(folder.relative_to(HERE))
             for folder in (HERE / 'examples', *(HERE / 'examples').rglob('*')) if folder.is_dir() and folder.name != '__pycache__'}
