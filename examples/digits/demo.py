@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+RECIPES = Path(__file__).resolve().parent
+sys.path[:0] = [str(RECIPES.parents[1]), str(RECIPES.parent), str(RECIPES)]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from digits_data import WORDINGS, WORDS, load_digits  # noqa: E402
 from PIL import Image  # noqa: E402
+from running import draw, newest, plot_losses, python, train, write_prompts  # noqa: E402
 
 from scepter.core.images import read_settings  # noqa: E402
-
-RECIPES = ROOT / 'examples' / 'digits'
 
 
 def main() -> None:
@@ -42,23 +39,24 @@ def main() -> None:
 
     print('Two short trainings and 700 pictures: 2 to 4 minutes on two CPU cores, 1.2 GB of memory, 80 MB in ' + str(out), flush=True)
     begin = time.monotonic()
-    train('autoencoder', args.seed, out)
+    train(RECIPES / 'autoencoder.yaml', out / 'autoencoder', args.seed)
     stage1 = newest(out / 'autoencoder')
-    train(args.recipe, args.seed, out, f'SOLVER.MODEL.FIRST_STAGE_MODEL.PRETRAINED_MODEL={stage1}')
+    train(RECIPES / f'{args.recipe}.yaml', out / args.recipe, args.seed,
+          f'SOLVER.MODEL.FIRST_STAGE_MODEL.PRETRAINED_MODEL={stage1}')
     train_seconds = time.monotonic() - begin
 
     begin = time.monotonic()
     wordings = WORDINGS[1:2] if args.recipe == 'classes' else WORDINGS    # a class has one name
     prompts = [wording.format(word) for word in WORDS for wording in wordings]
     each = 600 // len(prompts)
-    (out / 'prompts.txt').write_text('\n'.join(prompts) + '\n', encoding='utf-8')
-    draw(out / args.recipe, out / 'drawn', args.seed, 600, '--prompt_file', str(out / 'prompts.txt'), '--num_samples', str(each))
+    draw(out / args.recipe, out / 'drawn', args.seed, 600, '--num_samples', str(each),
+         '--prompt_file', write_prompts(out / 'prompts.txt', prompts))
     sample_seconds = time.monotonic() - begin
-    (out / 'ten.txt').write_text('\n'.join(wordings[0].format(word) for word in WORDS) + '\n', encoding='utf-8')
-    draw(out / args.recipe, out / 'drawn' / 'grid', args.seed, 100, '--prompt_file', str(out / 'ten.txt'), '--num_samples', '10', '--grid')
+    draw(out / args.recipe, out / 'drawn' / 'grid', args.seed, 100, '--num_samples', '10', '--grid',
+         '--prompt_file', write_prompts(out / 'ten.txt', (wordings[0].format(word) for word in WORDS)))
     shutil.copyfile(out / 'drawn' / 'grid' / 'grid.png', out / 'samples.png')
 
-    plot_losses(out, args.recipe)
+    plot_losses(out / 'loss.png', out / 'autoencoder', out / args.recipe)
     report = {**judge(out / 'drawn'), 'train_seconds': round(train_seconds, 1), 'sample_seconds': round(sample_seconds, 1),
               'recipe': args.recipe, 'seed': args.seed}
     (out / 'report.json').write_text(json.dumps(report, indent=1) + '\n', encoding='utf-8')
@@ -66,34 +64,7 @@ def main() -> None:
           f'trained {train_seconds:.0f} s, drawn in {sample_seconds:.0f} s')
     for name in ('samples.png', 'loss.png', 'report.json'):
         print(out / name)
-    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(ROOT) else 'python'
-    print(f'\nDraw your own:\n  {python} scepter/run_inference.py --prompt "the number seven" --pretrained_model {out / args.recipe}')
-
-
-def train(stage: str, seed: int, out: Path, *words: str) -> None:
-    run('run_train.py', '--cfg', str(RECIPES / f'{stage}.yaml'), f'ENV.SEED={seed}', f'SOLVER.WORK_DIR={out / stage}', *words)
-
-
-def draw(model: Path, folder: Path, seed: int, count: int, *words: str) -> None:
-    run('run_inference.py', '--pretrained_model', str(model), '--seed', str(seed), '--save_folder', str(folder),
-        '--batch_size', '100', *words, count=count)
-
-
-def run(script: str, *words: str, count: int = 0) -> None:
-    """A command as a user types it. Ends with its exit code where it fails. count: how many files it will name, instead of their names."""
-    command = [sys.executable, str(ROOT / 'scepter' / script), *words]
-    print('\n$ python scepter/' + ' '.join([script, *words]), flush=True)
-    with subprocess.Popen(command, stdout=subprocess.PIPE if count else None, text=True,
-                          env={**os.environ, 'PYTHONWARNINGS': 'ignore'}) as process:
-        for done, _ in enumerate(process.stdout or (), 1):
-            if done % 100 == 0:
-                print(f'  {done} of {count} pictures', flush=True)
-    if process.returncode:
-        sys.exit(process.returncode)
-
-
-def newest(work_dir: Path) -> Path:
-    return max((work_dir / 'checkpoints').glob('step-*'))
+    print(f'\nDraw your own:\n  {python()} scepter/run_inference.py --prompt "the number seven" --pretrained_model {out / args.recipe}')
 
 
 # ------------------------------------------------------------------------------------------------ judging
@@ -137,19 +108,6 @@ def flat(images: torch.Tensor) -> np.ndarray:
 def within_class_deviation(images: torch.Tensor, labels: np.ndarray) -> float:
     """Mean over classes and pixels of the standard deviation within a class."""
     return float(np.mean([images[torch.from_numpy(labels == c), :1].std(0).mean() for c in range(len(WORDS))]))
-
-
-def plot_losses(out: Path, recipe: str) -> None:
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout='constrained')
-    for axis, stage in zip(axes, ('autoencoder', recipe)):
-        rows = [json.loads(line) for line in (out / stage / 'log.jsonl').read_text().splitlines()]
-        axis.plot([r['step'] for r in rows], [r['train/loss'] for r in rows], color='black')
-        axis.set(title=stage, xlabel='step', ylabel='loss', yscale='log')
-        axis.grid(alpha=0.3, which='both')
-    figure.savefig(out / 'loss.png', dpi=110)
 
 
 if __name__ == '__main__':
