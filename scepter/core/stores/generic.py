@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from scepter.core.errors import DataError
 from scepter.core.registry import FILE_SYSTEMS
-from scepter.core.stores.client import FileClient, Transient, shown
+from scepter.core.stores.client import FileClient, Kind, Transient, need_space, shown
 
 T = TypeVar('T')
 
@@ -32,22 +32,40 @@ class FsspecFs(FileClient):
 
     def get(self, path: str, target: Path) -> bool:
         expected = self._do(path, lambda fs, name: fs.info(name).get('size'))
+        if expected is not None:
+            need_space(path, target.parent, expected)
         self._do(path, lambda fs, name: fs.get_file(name, str(target)))
         if expected is not None and (found := target.stat().st_size) != expected:
             raise Transient(f'{expected} bytes expected, {found} received')
         return expected is not None
 
-    def put(self, source: Path, path: str) -> None:
-        self._do(path, lambda fs, name: fs.put_file(str(source), name))
+    def read(self, path: str, start: int, size: int) -> bytes:
+        return self._do(path, lambda fs, name: fs.cat_file(name, start=start, end=start + size))
 
-    def exists(self, path: str) -> bool:
-        def found(fs: Any, name: str) -> bool:      # not fs.exists: it calls every error absence
+    def put(self, source: Path, path: str) -> None:
+        def send(fs: Any, name: str) -> int | None:
+            fs.makedirs(fs._parent(name), exist_ok=True)     # sftp and the like have folders; object stores shrug
+            fs.put_file(str(source), name)
+            fs.invalidate_cache()
+            return fs.info(name).get('size')
+
+        found, expected = self._do(path, send), source.stat().st_size
+        if found not in (None, expected):
+            raise Transient(f'{expected} bytes were sent, {found} arrived')
+
+    def kind(self, path: str) -> Kind | None:
+        def found(fs: Any, name: str) -> Kind | None:      # not fs.exists: it calls every error absence
             try:
-                fs.info(name)
+                return 'folder' if fs.info(name)['type'] == 'directory' else 'file'
             except FileNotFoundError:
-                return False
-            return True
+                return None
         return self._do(path, found)
+
+    def size(self, path: str) -> int:
+        size = self._do(path, lambda fs, name: fs.info(name).get('size'))
+        if size is None:
+            raise DataError(f'{shown(path)}: the store tells no length')
+        return size
 
     def list(self, path: str) -> list[str]:
         def names(fs: Any, name: str) -> list[str]:
@@ -59,6 +77,15 @@ class FsspecFs(FileClient):
 
     def remove(self, path: str) -> None:
         self._do(path, lambda fs, name: fs.rm_file(name))
+
+    def make_folder(self, path: str) -> None:
+        self._do(path, lambda fs, name: fs.makedirs(name, exist_ok=True))
+
+    def url(self, path: str, seconds: int) -> str:
+        try:
+            return self._do(path, lambda fs, name: fs.sign(name, expiration=seconds))
+        except NotImplementedError as error:
+            raise self.lacks(path, 'give web addresses') from error
 
     def _do(self, path: str, work: Callable[[Any, str], T]) -> T:
         import fsspec

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import base64
 import http.client
+import io
 import re
 import ssl
-import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 from urllib.parse import quote, unquote, urlsplit
 
-from scepter.core.disk import atomic
 from scepter.core.errors import DataError
 from scepter.core.registry import FILE_SYSTEMS
 from scepter.core.schema import param
-from scepter.core.stores.client import FileClient, Transient, shown
+from scepter.core.stores.client import FileClient, Transient, is_public_only, need_space, reason, receive, shown
+from scepter.core.stores.guard import public_handlers
 
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504, 507, 509)
-SLOWEST = 100       # bytes a second; below it over TIMEOUT seconds a transfer has stalled, though bytes still drip
 
 
 @FILE_SYSTEMS.register_class()
@@ -29,15 +29,19 @@ class HttpFs(FileClient):
 
     schemes = ('http', 'https')
 
-    TIMEOUT: float = param(30.0, 'Seconds without an answer after which a server counts as stalled.', above=0)
+    TIMEOUT: float = param(9.0, 'Seconds without an answer after which a server counts as stalled.', above=0)
     REDIRECTS: int = param(5, 'Redirects that are followed.', least=0)
+    LARGEST: int = param(1 << 40, 'Bytes of the largest file that is fetched.', least=1)
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
+        self._open, self._open_public = self._opener(), self._opener(*public_handlers())
+        self._validators: dict[Path, str] = {}      # of files on their way: what proves that the rest belongs to the beginning
+
+    def _opener(self, *handlers: urllib.request.BaseHandler) -> Callable[..., Any]:
         redirects = _Redirects()
         redirects.max_redirections = self.REDIRECTS      # type: ignore[misc]
-        self._open = urllib.request.build_opener(redirects).open
-        self._validators: dict[Path, str] = {}      # of files on their way: what proves that the rest belongs to the beginning
+        return urllib.request.build_opener(redirects, *handlers).open
 
     def stamp(self, path: str) -> str:
         try:
@@ -48,14 +52,41 @@ class HttpFs(FileClient):
                 raise
             return ''       # a server that does not answer HEAD may well answer GET
 
-    def exists(self, path: str) -> bool:
+    def kind(self, path: str) -> Literal['file'] | None:
         try:
             with self._request(path, method='HEAD'):
-                return True
+                return 'file'
         except _Refused as error:
             if error.code in (404, 410):
-                return False
+                return None
             raise
+
+    def size(self, path: str) -> int:
+        with self._request(path, method='HEAD') as answer:
+            if not answer.headers.get('Content-Length', '').isdigit():
+                raise DataError(f'{shown(path)}: the server tells no length')
+            return int(answer.headers['Content-Length'])
+
+    def read(self, path: str, start: int, size: int) -> bytes:
+        if size < 1:
+            return b''
+        try:
+            with self._request(path, {'Range': f'bytes={start}-{start + size - 1}'}) as answer:
+                span = re.fullmatch(r'bytes (\d+)-(\d+)/(\d+|\*)', answer.headers.get('Content-Range', ''))
+                if answer.status != 206 or not span or int(span[1]) != start or int(span[2]) >= start + size:
+                    raise DataError(f'{shown(path)}: bytes from {start} on were asked for, the server cannot send a part alone')
+                data = io.BytesIO()
+                receive(answer.read1, data, self.TIMEOUT)
+        except _Refused as error:
+            if error.code == 416:       # it ends before start
+                return b''
+            raise
+        if len(found := data.getvalue()) != int(span[2]) + 1 - start:
+            raise Transient(f'{int(span[2]) + 1 - start} bytes expected, {len(found)} received')
+        return found
+
+    def url(self, path: str, seconds: int) -> str:
+        return path
 
     def get(self, path: str, target: Path) -> bool:
         done = target.stat().st_size if target.exists() else 0
@@ -84,11 +115,16 @@ class HttpFs(FileClient):
             total = int(answer.headers['Content-Length']) if answer.headers.get('Content-Length', '').isdigit() else None
         etag = answer.headers.get('ETag', '')
         self._validators[target] = etag if etag.startswith('"') else answer.headers.get('Last-Modified', '')
-        if total is not None and (free := atomic.space(target.parent)) < total - done:
-            raise DataError(f'no space for {shown(path)}: {total - done:,} bytes needed, {free:,} free in {target.parent}')
+        if total is not None:
+            self._within(path, total)
+            need_space(path, target.parent, total - done)
         with open(target, 'r+b' if done else 'wb') as file:
             file.seek(done)
-            self._copy(answer, file)
+            def more(size: int) -> bytes:
+                self._within(path, file.tell())
+                return answer.read1(size)
+
+            receive(more, file, self.TIMEOUT)
             found = file.tell()
         if total is not None and found != total:
             if found > total:
@@ -97,21 +133,9 @@ class HttpFs(FileClient):
         self._validators.pop(target, None)
         return total is not None or answer.chunked      # the end of a chunked body is marked, so a cut one does not get here
 
-    def _copy(self, answer: Any, file: IO[bytes]) -> None:
-        began, received = time.monotonic(), 0
-        try:
-            while data := answer.read1(1 << 18):
-                file.write(data)
-                received += len(data)
-                now = time.monotonic()
-                if now - began > self.TIMEOUT:
-                    if received < SLOWEST * (now - began):
-                        raise Transient(f'stalled: {received} bytes in {now - began:.0f} s')
-                    began, received = now, 0
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and error.errno in atomic.NO_SPACE:
-                raise
-            raise Transient(_reason(error)) from error
+    def _within(self, path: str, size: int) -> None:
+        if size > self.LARGEST:
+            raise DataError(f'{shown(path)}: more than the {self.LARGEST:,} bytes that LARGEST allows')
 
     def _request(self, path: str, headers: dict[str, str] | None = None, method: str = 'GET') -> Any:
         try:
@@ -125,23 +149,23 @@ class HttpFs(FileClient):
         if user:    # unredirected: the password is for this host alone
             request.add_unredirected_header('Authorization', 'Basic ' + base64.b64encode(unquote(user).encode()).decode())
         try:
-            return self._open(request, timeout=self.TIMEOUT)
+            return (self._open_public if is_public_only.get() else self._open)(request, timeout=self.TIMEOUT)
         except urllib.error.HTTPError as error:
             error.close()
             if error.code in TRANSIENT:
                 wait = error.headers.get('Retry-After', '')
                 raise Transient(f'{error.code} {error.reason}', float(wait) if wait.isdigit() else None) from error
             # urllib's own words about a redirect hold the new address, which may be signed
-            reason = 'redirects without end, or to an address that is refused' if 300 <= error.code < 400 else error.reason
-            raise _Refused(f'{shown(path)}: {error.code} {reason}', error.code) from error
+            why = 'redirects without end, or to an address that is refused' if 300 <= error.code < 400 else error.reason
+            raise _Refused(f'{shown(path)}: {error.code} {why}', error.code) from error
         except urllib.error.URLError as error:
             if isinstance(error.reason, ssl.SSLCertVerificationError):
                 raise DataError(f'{shown(path)}: {error.reason}') from error
-            raise Transient(_reason(error.reason)) from error
+            raise Transient(reason(error.reason)) from error
         except (ValueError, http.client.InvalidURL) as error:
             raise DataError(f'{shown(path)}: not a web address') from error
         except (OSError, http.client.HTTPException) as error:
-            raise Transient(_reason(error)) from error
+            raise Transient(reason(error)) from error
 
 
 class _Refused(DataError):
@@ -161,11 +185,3 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         if (request := super().redirect_request(req, fp, code, msg, headers, newurl)) is not None:
             request.method = req.get_method()       # a HEAD stays a HEAD
         return request
-
-
-def _reason(error: object) -> str:
-    if isinstance(error, TimeoutError):
-        return 'no answer in time'
-    if isinstance(error, http.client.IncompleteRead):
-        return f'the connection broke off after {len(error.partial)} bytes of a chunk'
-    return str(error) or type(error).__name__

@@ -11,7 +11,7 @@ from scepter.core.disk import atomic
 from scepter.core.errors import DataError
 from scepter.core.registry import FILE_SYSTEMS, need
 from scepter.core.schema import param
-from scepter.core.stores.client import FileClient
+from scepter.core.stores.client import FileClient, Kind
 
 T = TypeVar('T')
 # weights of other frameworks, which most repositories carry beside those of PyTorch
@@ -65,11 +65,23 @@ class HuggingfaceFs(FileClient):
         except Exception:    # the library has a class of its own for each way of not having it
             return None
 
-    def exists(self, path: str) -> bool:
+    def kind(self, path: str) -> Kind | None:
         hub, address = self._hub(), parse(path)
-        if address.file:
-            return _explain(path, lambda: hub.file_exists(address.repo, address.file, revision=address.revision))
-        return _explain(path, lambda: hub.repo_exists(address.repo))
+        if not address.file:
+            return 'folder' if _explain(path, lambda: hub.repo_exists(address.repo)) else None
+        if _explain(path, lambda: hub.file_exists(address.repo, address.file, revision=address.revision)):
+            return 'file'
+        if not _explain(path, lambda: hub.repo_exists(address.repo)):
+            return None
+        return 'folder' if self.list(path) else None
+
+    def size(self, path: str) -> int:
+        return self.here(path, is_folder=False).stat().st_size
+
+    def read(self, path: str, start: int, size: int) -> bytes:
+        with open(self.here(path, is_folder=False), 'rb') as file:
+            file.seek(start)
+            return file.read(size)
 
     def list(self, path: str) -> list[str]:
         hub, address = self._hub(), parse(path)

@@ -11,7 +11,7 @@ from scepter.core.disk import atomic
 from scepter.core.errors import DataError
 from scepter.core.faults import did_you_mean
 from scepter.core.registry import FILE_SYSTEMS
-from scepter.core.stores.client import FileClient
+from scepter.core.stores.client import FileClient, Kind
 
 LIKE_A_REPOSITORY = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*')
 
@@ -41,8 +41,17 @@ class LocalFs(FileClient):
         atomic.sync(source)
         atomic.publish(source, local_path(path))
 
-    def exists(self, path: str) -> bool:
-        return local_path(path).exists()
+    def kind(self, path: str) -> Kind | None:
+        local = local_path(path)
+        return 'folder' if local.is_dir() else 'file' if local.exists() else None
+
+    def size(self, path: str) -> int:
+        return self.here(path, is_folder=False).stat().st_size
+
+    def read(self, path: str, start: int, size: int) -> bytes:
+        with open(self.here(path, is_folder=False), 'rb') as file:
+            file.seek(start)
+            return file.read(size)
 
     def list(self, path: str) -> list[str]:
         folder = self.here(path, is_folder=True)
@@ -50,6 +59,12 @@ class LocalFs(FileClient):
 
     def remove(self, path: str) -> None:
         self.here(path, is_folder=False).unlink()
+
+    def make_folder(self, path: str) -> None:
+        atomic.make_folder(local_path(path))
+
+    def url(self, path: str, seconds: int) -> str:
+        return local_path(path).absolute().as_uri()
 
 
 def local_path(path: str) -> Path:
