@@ -23,7 +23,7 @@ from scepter.models.layers import GROUPS, GroupNorm32, SiLU, attention, checkpoi
 class Encoder(BaseModel):
     """Image to the moments of its latent.    [B, IN_CHANNELS, H, W]  ->  [B, 2 * Z_CHANNELS, h, w]"""
 
-    CH: int = param(128, 'Channels of the first level.', least=GROUPS, multiple=GROUPS)
+    CH: int = param(128, 'Channels of the first level, a multiple of NORM_GROUPS.', least=1)
     CH_MULT: list[int] = param(
         [1, 2, 4, 4], 'Channels of each level, in multiples of CH; each level but the last halves the size.', least=1)
     NUM_RES_BLOCKS: int = param(2, 'Residual blocks per level.', least=0)
@@ -33,13 +33,14 @@ class Encoder(BaseModel):
     DOUBLE_Z: bool = param(True, 'Give means and log-variances; false: one value per latent.')
     DROPOUT: float = param(0.0, 'Share of activations dropped before the second convolution of residual blocks.', least=0, below=1)
     RESAMP_WITH_CONV: bool = param(True, 'Halve the size by convolutions; false: by means.')
+    NORM_GROUPS: int = param(GROUPS, 'Groups of the normalisation. Where each is one channel, a small network forgets flat colours.',
+                             least=1)
     CHECKPOINTING: int = param(0, 'From 3 on, residual blocks are recomputed in the backward pass, to save memory.', least=0)
 
     @classmethod
     def check(cls, cfg: Config) -> Iterator[Fault]:
         yield from super().check(cfg)
-        if not cfg.CH_MULT:
-            yield Fault('CH_MULT', 'expected one entry per level, and at least one')
+        yield from _faults(cfg)
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
@@ -50,10 +51,10 @@ class Encoder(BaseModel):
             has_attention, last = 2 ** level in self.ATTN_RESOLUTIONS, level == len(self.CH_MULT) - 1
             widths = [channels] + [mult * self.CH] * self.NUM_RES_BLOCKS
             channels = widths[-1]
-            self.down.append(Level(widths, has_attention, self.DROPOUT, 'downsample',
+            self.down.append(Level(widths, has_attention, self.DROPOUT, self.NORM_GROUPS, 'downsample',
                                    None if last else Downsample(channels, self.RESAMP_WITH_CONV)))
-        self.mid = Middle(channels, self.DROPOUT)
-        self.norm_out = GroupNorm32(channels, eps=1e-6)
+        self.mid = Middle(channels, self.DROPOUT, self.NORM_GROUPS)
+        self.norm_out = GroupNorm32(channels, eps=1e-6, groups=self.NORM_GROUPS)
         self.act_out = SiLU()
         self.conv_out = nn.Conv2d(channels, (1 + self.DOUBLE_Z) * self.Z_CHANNELS, 3, padding=1)
         set_checkpointing(self, self.CHECKPOINTING >= 3)
@@ -69,7 +70,7 @@ class Encoder(BaseModel):
 class Decoder(BaseModel):
     """Latent to image.    [B, Z_CHANNELS, h, w]  ->  [B, OUT_CH, H, W]"""
 
-    CH: int = param(128, 'Channels of the last level.', least=GROUPS, multiple=GROUPS)
+    CH: int = param(128, 'Channels of the last level, a multiple of NORM_GROUPS.', least=1)
     CH_MULT: list[int] = param([1, 2, 4, 4], 'Channels of each level, as in the encoder, so the decoder begins with the last.', least=1)
     NUM_RES_BLOCKS: int = param(2, 'Residual blocks per level of the encoder; here there is one more.', least=0)
     ATTN_RESOLUTIONS: list[int] = param([], 'Downsampling factors (1, 2, 4, ...) whose levels have attention.', least=1)
@@ -77,27 +78,28 @@ class Decoder(BaseModel):
     Z_CHANNELS: int = param(4, 'Channels of the latent.', least=1)
     DROPOUT: float = param(0.0, 'Share of activations dropped before the second convolution of residual blocks.', least=0, below=1)
     RESAMP_WITH_CONV: bool = param(True, 'Convolve after each enlargement.')
+    NORM_GROUPS: int = param(GROUPS, 'Groups of the normalisation. Where each is one channel, a small network forgets flat colours.',
+                             least=1)
     CHECKPOINTING: int = param(0, 'From 3 on, residual blocks are recomputed in the backward pass, to save memory.', least=0)
 
     @classmethod
     def check(cls, cfg: Config) -> Iterator[Fault]:
         yield from super().check(cfg)
-        if not cfg.CH_MULT:
-            yield Fault('CH_MULT', 'expected one entry per level, and at least one')
+        yield from _faults(cfg)
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
         channels = self.CH * self.CH_MULT[-1]
         self.conv_in = nn.Conv2d(self.Z_CHANNELS, channels, 3, padding=1)
-        self.mid = Middle(channels, self.DROPOUT)
+        self.mid = Middle(channels, self.DROPOUT, self.NORM_GROUPS)
         up = []
         for level, mult in reversed(list(enumerate(self.CH_MULT))):
             widths = [channels] + [mult * self.CH] * (self.NUM_RES_BLOCKS + 1)
             channels = widths[-1]
-            up.append(Level(widths, 2 ** level in self.ATTN_RESOLUTIONS, self.DROPOUT, 'upsample',
+            up.append(Level(widths, 2 ** level in self.ATTN_RESOLUTIONS, self.DROPOUT, self.NORM_GROUPS, 'upsample',
                             Upsample(channels, self.RESAMP_WITH_CONV) if level else None))
         self.up = nn.ModuleList(reversed(up))    # up.0 is the largest image, as published
-        self.norm_out = GroupNorm32(channels, eps=1e-6)
+        self.norm_out = GroupNorm32(channels, eps=1e-6, groups=self.NORM_GROUPS)
         self.act_out = SiLU()
         self.conv_out = nn.Conv2d(channels, self.OUT_CH, 3, padding=1)
         set_checkpointing(self, self.CHECKPOINTING >= 3)
@@ -109,13 +111,20 @@ class Decoder(BaseModel):
         return self.conv_out(self.act_out(self.norm_out(x)))
 
 
+def _faults(cfg: Config) -> Iterator[Fault]:
+    if not cfg.CH_MULT:
+        yield Fault('CH_MULT', 'expected one entry per level, and at least one')
+    if cfg.CH % cfg.NORM_GROUPS:
+        yield Fault('CH', f'{cfg.CH} channels cannot be normalised in {cfg.NORM_GROUPS} groups (NORM_GROUPS): expected a multiple of it')
+
+
 class Level(nn.Module):
     """Residual blocks of one size, each with attention or not, then a change of size.    [B, C, H, W] -> [B, D, H', W']"""
 
-    def __init__(self, widths: list[int], has_attention: bool, dropout: float, name: str, resample: nn.Module | None):
+    def __init__(self, widths: list[int], has_attention: bool, dropout: float, groups: int, name: str, resample: nn.Module | None):
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(i, o, dropout) for i, o in pairwise(widths))
-        self.attn = nn.ModuleList(AttnBlock(width) for width in widths[1:]) if has_attention else nn.ModuleList()
+        self.block = nn.ModuleList(ResnetBlock(i, o, dropout, groups) for i, o in pairwise(widths))
+        self.attn = nn.ModuleList(AttnBlock(width, groups) for width in widths[1:]) if has_attention else nn.ModuleList()
         self.resample = name if resample is not None else None
         if resample is not None:
             self.add_module(name, resample)    # `downsample` or `upsample`, as published
@@ -131,11 +140,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention, residual block.    [B, C, H, W] -> [B, C, H, W]"""
 
-    def __init__(self, channels: int, dropout: float):
+    def __init__(self, channels: int, dropout: float, groups: int):
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, dropout)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels, dropout)
+        self.block_1 = ResnetBlock(channels, channels, dropout, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, dropout, groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -145,11 +154,11 @@ class ResnetBlock(nn.Module):
     """x + conv(act(norm(conv(act(norm(x)))))).    [B, C, H, W] -> [B, D, H, W]"""
     is_checkpointed = False
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float):
+    def __init__(self, in_channels: int, out_channels: int, dropout: float, groups: int):
         super().__init__()
-        self.norm1 = GroupNorm32(in_channels, eps=1e-6)
+        self.norm1 = GroupNorm32(in_channels, eps=1e-6, groups=groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = GroupNorm32(out_channels, eps=1e-6)
+        self.norm2 = GroupNorm32(out_channels, eps=1e-6, groups=groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.act, self.dropout = SiLU(), nn.Dropout(dropout)
         self.nin_shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
@@ -166,9 +175,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """x + attention of its pixels to each other, with one head.    [B, C, H, W] -> [B, C, H, W]"""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.norm = GroupNorm32(channels, eps=1e-6)
+        self.norm = GroupNorm32(channels, eps=1e-6, groups=groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -122,6 +122,10 @@ def facts(model: Mapping[str, Any]) -> dict[str, Fact]:
         found['SCHEDULE_ARGS'] = Fact(torch.stack([alphas, told / len(alphas)], 1), short(model['SCHEDULE_ARGS']), ('SCHEDULE_ARGS.NAME',))
     if (heads := _heads(_filled(BACKBONES, model.get('DIFFUSION_MODEL')))) is not None:
         found['DIFFUSION_MODEL.NUM_HEADS'] = heads
+    for half in ('ENCODER', 'DECODER'):
+        coder = _filled(BACKBONES, (model.get('FIRST_STAGE_MODEL') or {}).get(half))
+        if 'NORM_GROUPS' in coder:
+            found[f'FIRST_STAGE_MODEL.{half}.NORM_GROUPS'] = Fact(coder['NORM_GROUPS'], repr(coder['NORM_GROUPS']))
     words = model.get('COND_STAGE_MODEL') or {}
     words = _filled(EMBEDDERS, words) if 'EMBEDDERS' in words else words
     for key in ('SIZES', 'SIZE_DIM', 'ZERO_EMPTY'):

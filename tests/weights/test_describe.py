@@ -162,7 +162,7 @@ def test_a_part_is_held_against_its_own_config_too(folders, folder):
         with pytest.raises(CheckpointError, match=r'4, 4 heads.*8, 8 heads'):
             BACKBONES.build({**node, 'NUM_HEADS': 4, 'PRETRAINED_MODEL': str(source)})
     rewrite(folder / 'vae' / 'config.json', norm_num_groups=16)
-    with pytest.raises(CheckpointError, match='norm_num_groups 16'):
+    with pytest.raises(CheckpointError, match=r'ENCODER.NORM_GROUPS: the config has 32, but .*config.json.* says 16'):
         load_pretrained(MODELS.build(describe(folders('sd15')[1]).config.SOLVER.MODEL.FIRST_STAGE_MODEL), folder / 'vae')
 
 
@@ -193,6 +193,17 @@ def test_an_autoencoder_of_its_own_brings_its_scale(folders, folder):
 
 
 @torch.no_grad()
+def test_other_groups_of_the_normalisation_come_and_go(folder, tmp_path):
+    rewrite(folder / 'vae' / 'config.json', norm_num_groups=8)
+    model = MODELS.build(describe(folder).config.SOLVER.MODEL).eval()
+    assert model.FIRST_STAGE_MODEL.ENCODER.NORM_GROUPS == model.FIRST_STAGE_MODEL.DECODER.NORM_GROUPS == 8
+    export_diffusers(model, tmp_path / 'exported')
+    for vae in (folder / 'vae', tmp_path / 'exported' / 'vae'):
+        theirs, z = diffusers.AutoencoderKL.from_pretrained(vae), torch.randn(1, 4, 8, 8)
+        torch.testing.assert_close(model.decode_first_stage(z), theirs.decode(z / model.SCALE_FACTOR).sample, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_a_shifted_latent_is_that_of_diffusers(folder, tmp_path):
     rewrite(folder / 'vae' / 'config.json', shift_factor=0.25)
     told = describe(folder)
@@ -220,7 +231,7 @@ def test_a_tower_of_another_activation_is_not_taken_for_openclips(folders):
 # ---------------------------------------------------------------- what cannot be
 UNET, VAE, TEXT, SCHEDULER = 'unet/config.json', 'vae/config.json', 'text_encoder/config.json', 'scheduler/scheduler_config.json'
 REFUSED = {
-    'norm groups of the UNet': (UNET, {'norm_num_groups': 16}), 'norm groups of the VAE': (VAE, {'norm_num_groups': 16}),
+    'norm groups of the UNet': (UNET, {'norm_num_groups': 16}), 'norm groups of the VAE': (VAE, {'norm_num_groups': 0}),
     'fractions of channels': (UNET, {'block_out_channels': [64, 96]}), 'odd channels': (VAE, {'block_out_channels': [48, 96]}),
     'text MLP': (TEXT, {'intermediate_size': 96}), 'vocabulary': (TEXT, {'vocab_size': 49409}),
     'activation': (TEXT, {'hidden_act': 'relu'}),

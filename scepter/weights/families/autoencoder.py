@@ -44,9 +44,9 @@ VAE = Part('vae', 'first_stage_model.', rows, 'autoencoder', 'FIRST_STAGE_MODEL'
 
 # ---------------------------------------------------------------- theirs as ours
 VAE_DEFAULTS = {'in_channels': 3, 'out_channels': 3, 'block_out_channels': (64,), 'layers_per_block': 1, 'latent_channels': 4,
-                'scaling_factor': 0.18215, 'shift_factor': None, 'use_quant_conv': True, 'use_post_quant_conv': True}
+                'norm_num_groups': 32, 'scaling_factor': 0.18215, 'shift_factor': None, 'use_quant_conv': True, 'use_post_quant_conv': True}
 VAE_ONLY: dict[str, tuple[Any, ...]] = {
-    'norm_num_groups': (32,), 'act_fn': ('silu', 'swish'), 'down_block_types': ('DownEncoderBlock2D',),
+    'act_fn': ('silu', 'swish'), 'down_block_types': ('DownEncoderBlock2D',),
     'up_block_types': ('UpDecoderBlock2D',), 'mid_block_add_attention': (True,), 'latents_mean': (), 'latents_std': ()}
 
 
@@ -61,7 +61,8 @@ def read_config(values: Mapping[str, Any], folder: str, file: str = 'vae/config.
         width, mult = s.multiples('block_out_channels')
         latent = s.said(s.number('latent_channels'), 'latent_channels')
         half = {'CH': s.said(width, 'block_out_channels'), 'CH_MULT': s.said(mult, 'block_out_channels'),
-                'NUM_RES_BLOCKS': s.said(s.number('layers_per_block', most=100), 'layers_per_block'), 'Z_CHANNELS': latent}
+                'NUM_RES_BLOCKS': s.said(s.number('layers_per_block', most=100), 'layers_per_block'), 'Z_CHANNELS': latent,
+                'NORM_GROUPS': s.said(s.number('norm_num_groups'), 'norm_num_groups')}
         return {'NAME': 'AutoencoderKL', 'EMBED_DIM': latent, 'USE_CONV': s.said(s.flag('use_quant_conv'), 'use_quant_conv'),
                 'ENCODER': {'NAME': 'Encoder', **half, 'IN_CHANNELS': s.said(s.number('in_channels'), 'in_channels')},
                 'DECODER': {'NAME': 'Decoder', **half, 'OUT_CH': s.said(s.number('out_channels'), 'out_channels')}}
@@ -108,12 +109,13 @@ def write_config(model: nn.Module) -> dict[str, Any]:
     vae = model.first_stage_model
     encoder, decoder = vae.encoder, vae.decoder
     if encoder.ATTN_RESOLUTIONS or decoder.ATTN_RESOLUTIONS or not encoder.RESAMP_WITH_CONV or vae.EMBED_DIM != encoder.Z_CHANNELS \
-            or (encoder.CH, encoder.CH_MULT, encoder.NUM_RES_BLOCKS) != (decoder.CH, decoder.CH_MULT, decoder.NUM_RES_BLOCKS):
+            or any(getattr(encoder, key) != getattr(decoder, key) for key in ('CH', 'CH_MULT', 'NUM_RES_BLOCKS', 'NORM_GROUPS')):
         raise ValueError('diffusers has no such autoencoder (attention outside the middle, other resampling, or two unlike halves)')
     levels, size = len(encoder.CH_MULT), model.IMAGE_SIZE if isinstance(model.IMAGE_SIZE, int) else max(model.IMAGE_SIZE)
     return {'_class_name': 'AutoencoderKL', 'in_channels': encoder.IN_CHANNELS, 'out_channels': decoder.OUT_CH,
             'down_block_types': ['DownEncoderBlock2D'] * levels, 'up_block_types': ['UpDecoderBlock2D'] * levels,
             'block_out_channels': [m * encoder.CH for m in encoder.CH_MULT], 'layers_per_block': encoder.NUM_RES_BLOCKS,
+            'norm_num_groups': encoder.NORM_GROUPS,
             'latent_channels': vae.EMBED_DIM, 'sample_size': size // model.size_factor * model.size_factor,
             'scaling_factor': model.SCALE_FACTOR, 'shift_factor': model.SHIFT_FACTOR or None, 'use_quant_conv': vae.USE_CONV,
             'use_post_quant_conv': vae.USE_CONV}
