@@ -104,8 +104,8 @@ class BaseSolver(Run, base=True):
         self.optimizers = build_optimizers(self.OPTIMIZER, self.model)
         if parallel.is_sharded(self.model):
             parallel.refuse_unfit(self.optimizers)
-        self.train_step = TrainStep(self.model, self.optimizers, rate_function(self.LR_SCHEDULER, self.WARMUP_STEPS, self.max_steps),
-                                    self.dtype, self.GRADIENT_CLIP, self.to_device)
+        rate = rate_function(self.LR_SCHEDULER, self.WARMUP_STEPS, self.max_steps, self.WARMUP_FACTOR)
+        self.train_step = TrainStep(self.model, self.optimizers, rate, self.dtype, self.GRADIENT_CLIP, self.to_device)
         if self.COMPILE and len({o.loss for o in self.optimizers}) > 1:
             import torch._functorch.config
             # the graph is gone through once for each loss, so its first pass must not give its memory away

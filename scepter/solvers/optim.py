@@ -55,9 +55,18 @@ def Polynomial(step: int, max_steps: int, power: Annotated[float, Bounds(above=0
 
 
 @LR_SCHEDULERS.register_function()
-def Step(step: int, max_steps: int, milestones: Annotated[list[int], Bounds(least=1)], gamma: Factor = 0.1) -> float:
-    """Multiplied by gamma at each milestone (a step)."""
-    return gamma ** sum(step >= m for m in milestones)
+def Step(step: int, max_steps: int, milestones: Annotated[list[int], Bounds(least=1)], gamma: Factor = 0.1,
+         final: Factor = 0.0) -> float:
+    """What it is above `final` is multiplied by gamma at each milestone (a step)."""
+    return final + (1.0 - final) * gamma ** sum(step >= m for m in milestones)
+
+
+@LR_SCHEDULERS.register_function()
+def CosineAfter(step: int, max_steps: int, begin: Annotated[int, Bounds(least=0)] = 0, every: Annotated[int, Bounds(least=1)] = 1,
+                final: Factor = 0.0) -> float:
+    """1 up to step `begin`, then along half a cosine that is at `final` after the last step, changed once in `every` steps (NOVA)."""
+    passed = max(0, step - begin) // every * every
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * passed / max(1, max_steps - begin)))
 
 
 @LR_SCHEDULERS.register_function()
@@ -212,7 +221,12 @@ def _with_fused(node: Config, owned: dict[str, nn.Parameter]) -> Config:
     return node
 
 
-def rate_function(cfg: Config | None, warmup: int, max_steps: int) -> Callable[[int], float]:
-    """step -> the factor on every optimizer's rate: the scheduler's, times a linear warm-up."""
+def rate_function(cfg: Config | None, warmup: int, max_steps: int, low: float = 0.0) -> Callable[[int], float]:
+    """step -> the factor on every optimizer's rate: the scheduler's, times a linear warm-up from `low` to 1."""
     schedule = LR_SCHEDULERS.function(cfg) if cfg is not None else Constant
-    return lambda step: schedule(step=step, max_steps=max_steps) * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
+
+    def factor(step: int) -> float:
+        risen = min(1.0, (step + 1) / warmup) if warmup else 1.0
+        return schedule(step=step, max_steps=max_steps) * (risen + (1.0 - risen) * low)
+
+    return factor

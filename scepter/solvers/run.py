@@ -63,6 +63,7 @@ class Run(Component, base=True):
     OPTIMIZER: dict | None = part(OPTIMIZERS, 'One optimizer, or a map of named ones.', default=None, place=OptimizerPlace)
     LR_SCHEDULER: dict | None = part(LR_SCHEDULERS, 'How the rate changes over the run; default constant.', default=None)
     WARMUP_STEPS: int = param(0, 'Steps over which the rate rises from nothing.', least=0)
+    WARMUP_FACTOR: float = param(0.0, 'Share of the rate that it rises from instead.', least=0, most=1)
     GRADIENT_CLIP: float | None = param(None, 'Largest global norm of the gradient.', above=0)
 
     DTYPE: Literal['float32', 'bfloat16', 'float16', 'auto'] = param(
