@@ -1,11 +1,13 @@
 """All that is tiny: the networks of Stable Diffusion, and the smallest real experiment, its parts registered as a user would."""
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import scepter.components  # noqa: F401
@@ -20,6 +22,8 @@ from scepter.diffusion.schedules import cosine
 from scepter.hooks.base import Hook
 from scepter.models.base import TrainModule
 from scepter.solvers.metrics import Metric
+from scepter.weights import Weights
+from scepter.weights.families.autoencoder import VAE
 
 CLIP = {'NAME': 'FrozenCLIPEmbedder', 'WIDTH': 32, 'DEPTH': 2, 'HEADS': 2}
 OPENCLIP = {'NAME': 'FrozenOpenCLIPEmbedder', 'ARCH': 'custom', 'WIDTH': 48, 'DEPTH': 3, 'HEADS': 3}
@@ -36,6 +40,17 @@ def autoencoder(*levels: int, channels: int = 4, **more: Any) -> dict[str, Any]:
     coder = {'CH': 32, 'CH_MULT': [*levels], 'NUM_RES_BLOCKS': 1, 'Z_CHANNELS': channels}
     return {'NAME': 'AutoencoderKL', 'EMBED_DIM': channels, 'ENCODER': {'NAME': 'Encoder', **coder},
             'DECODER': {'NAME': 'Decoder', **coder}, **more}
+
+
+def published_vae(folder: Path) -> Path:
+    """The smallest autoencoder, 8 times smaller, as diffusers writes one; the folder."""
+    torch.manual_seed(0)
+    weights = VAE.to_theirs(Weights.of(MODELS.build(Config(autoencoder(1, 1, 1, 1))).state_dict()))
+    save_file({name: weights[name].contiguous() for name in weights}, folder / 'diffusion_pytorch_model.safetensors')
+    (folder / 'config.json').write_text(json.dumps({
+        '_class_name': 'AutoencoderKL', 'block_out_channels': [32] * 4, 'down_block_types': ['DownEncoderBlock2D'] * 4,
+        'up_block_types': ['UpDecoderBlock2D'] * 4, 'latent_channels': 4, 'layers_per_block': 1, 'scaling_factor': 0.5}))
+    return folder
 
 
 # the smallest Stable Diffusion

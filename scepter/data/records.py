@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from scepter.core.disk import atomic
 from scepter.core.errors import DataError
 from scepter.core.faults import did_you_mean
 
@@ -72,10 +74,7 @@ class RecordWriter:
         self._is_closed = True
         self._close_shard()
         if self.entries:
-            told = {'entries': self.entries, 'features': self.features, 'version': 1}
-            waiting = self.path / 'METADATA.part'
-            waiting.write_text(json.dumps(told, indent=2), encoding='utf-8')
-            os.replace(waiting, self.path / 'METADATA')
+            write_metadata(self.path, self.features, self.entries)
 
     def __enter__(self) -> RecordWriter:
         return self
@@ -98,6 +97,32 @@ class RecordWriter:
                 file.close()
 
 
+def write_metadata(folder: Path, features: Mapping[str, Any], entries: int) -> None:
+    """Make a folder of shards whole: what says how many examples they hold, and of what."""
+    told = {'entries': entries, 'features': {name: _canonical(kind, name) for name, kind in features.items()}, 'version': 1}
+    with atomic.replacing(folder / 'METADATA') as file:
+        file.write_text(json.dumps(told, indent=2), encoding='utf-8')
+
+
+def join_shards(folders: Iterable[Path], stem: Path) -> int:
+    """Put the examples of several folders behind one another as one shard, <stem>.data and <stem>.index; answers how many they are.
+
+    The index appears last, so where it is the shard is whole.
+    """
+    spans, offset = [], 0
+    with atomic.replacing(stem.with_suffix('.data')) as target:
+        with open(target, 'wb') as joined:
+            for shard in (shard for folder in folders for shard in _shards_of(folder)):
+                spans.append(_read_index(shard) + np.array([offset, 0]))
+                with open(shard.with_suffix('.data'), 'rb') as file:
+                    shutil.copyfileobj(file, joined)
+                offset = joined.tell()
+    rows = np.concatenate(spans).tolist() if spans else []
+    with atomic.replacing(stem.with_suffix('.index')) as target:
+        target.write_text(''.join(f'{first} {size}\n' for first, size in rows), encoding='utf-8')
+    return len(rows)
+
+
 class RecordReader:
     """The examples of a folder, by number. Opening reads the indices alone, and an example is read when it is asked for.
 
@@ -112,7 +137,7 @@ class RecordReader:
             self.features, entries = dict(told['features']), int(told['entries'])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f'{metadata}: {type(error).__name__}: {error}; a writer that was not closed leaves none') from error
-        self.shards = sorted(self.path.glob('*.index'))
+        self.shards = _shards_of(self.path)
         self.spans = [_read_index(shard) for shard in self.shards]    # [examples, 2] int64 each: first byte, bytes
         self.ends = list(accumulate(len(span) for span in self.spans))
         if len(self) != entries:
@@ -188,6 +213,11 @@ class RecordReader:
             return _decode_map(memoryview(self.read(index)), features)
         except (ValueError, IndexError, struct.error, AttributeError) as error:    # UnicodeDecodeError is a ValueError
             raise ValueError(f'{self.name_of(index)}: {error}') from error
+
+
+def _shards_of(folder: Path) -> list[Path]:
+    """The indices of a folder; a hidden one is what a writer that was killed left."""
+    return sorted(file for file in folder.glob('*.index') if not file.name.startswith('.'))
 
 
 def _read_index(file: Path) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import scepter.models.coders
+import scepter.models.losses  # noqa: F401  what an autoencoder is built of
 from scepter.core import streams
 from scepter.core.config import Config
 from scepter.core.faults import Fault
@@ -23,6 +26,9 @@ from scepter.core.registry import BACKBONES, LOSSES, MODELS
 from scepter.core.schema import param, part
 from scepter.models.base import BaseModel, TrainModule
 from scepter.models.layers import GROUPS, GroupNorm32
+from scepter.weights import local_copy, read_json
+from scepter.weights.families import autoencoder
+from scepter.weights.said import values_of
 
 
 @MODELS.register_class()
@@ -84,6 +90,16 @@ class AutoencoderKL(TrainModule):
             self.post_quant_conv = nn.Conv2d(self.EMBED_DIM, z_channels, 1)
         if self.PRETRAINED_MODEL:
             self.load_pretrained(self.PRETRAINED_MODEL, self.IGNORE_KEYS)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> AutoencoderKL:
+        """That of a folder of diffusers (config.json beside the weights), local or in any store.
+
+        Raises CheckpointError for what no autoencoder of ours can be, and for weights that do not fit.
+        """
+        with local_copy(path) as folder:
+            node = values_of(autoencoder.read_config(read_json(folder / 'config.json'), str(path), 'config.json'))
+        return cls({**node, 'PRETRAINED_MODEL': str(path)})
 
     def forward_train(self, image: Tensor, **batch: Any) -> dict[str, Any]:
         """image [B, 3, H, W] in -1..1  ->  loss, and its parts: rec_loss per pixel, kl_loss per latent value.

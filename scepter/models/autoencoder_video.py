@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scepter.core.config import Config
-from scepter.core.faults import Fault
+from scepter.core.faults import Fault, check
 from scepter.core.registry import MODELS
-from scepter.core.schema import param
+from scepter.core.schema import param, schema_of
 from scepter.models.autoencoder import DiagonalGaussian, EncoderOutput
 from scepter.models.base import TrainModule
 from scepter.models.layers import GROUPS, GroupNorm32, attention, to_image, to_tokens
+from scepter.weights import local_copy, read_json
 
 TILE = 17    # frames that are encoded at once; of longer clips neighbouring tiles share one
 
@@ -63,6 +65,15 @@ class VideoAutoencoderKL(TrainModule):
         self.post_quant_conv = nn.Conv3d(self.LATENT_CHANNELS, self.LATENT_CHANNELS, 1)
         if self.PRETRAINED_MODEL is not None:
             self.load_pretrained(self.PRETRAINED_MODEL, self.IGNORE_KEYS)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> VideoAutoencoderKL:
+        """That of a published folder (config.json beside the weights), local or in any store. Raises CheckpointError."""
+        with local_copy(path) as folder:
+            values = read_json(folder / 'config.json')
+        keys = {key: values[key.lower()] for key in schema_of(cls) if key.lower() in values}
+        check(schema_of(cls).faults(Config(keys), ''), f'{path}/config.json')
+        return cls({**keys, 'PRETRAINED_MODEL': str(path)})
 
     @property
     def EMBED_DIM(self) -> int:
