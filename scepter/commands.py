@@ -1,4 +1,4 @@
-"""The one command that an installation brings: scepter train | draw | export | convert | checkpoint | docs.
+"""The one command that an installation brings: scepter train | draw | export | convert | cache | config | checkpoint | docs.
 
 Each is a file that also runs by itself; `scepter draw --help` is `python scepter/run_inference.py --help`.
 """
@@ -16,6 +16,8 @@ COMMANDS = {
     'draw': ('scepter.run_inference', 'draw what a prompt asks for'),
     'export': ('scepter.tools.export', 'write what was trained as a file that other programs open'),
     'convert': ('scepter.tools.convert_weights', 'turn published weights from one form into another'),
+    'cache': ('scepter.tools.cache_latents', 'turn images or clips into latents once, before training'),
+    'config': ('scepter.tools.convert_config', "write a config of NOVA's own program as one of ours"),
     'checkpoint': ('scepter.tools.checkpoint', 'look at checkpoints, and make one file of one'),
     'docs': ('scepter.tools.make_docs', 'the reference of components, or a JSON Schema for editors'),
 }

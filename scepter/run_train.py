@@ -83,10 +83,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def load(args: argparse.Namespace) -> Config:
-    """The config with the command line on top of it."""
+    """The config with the command line on top of it; one of NOVA's own program as ours."""
+    from scepter.config import as_ours, is_published
     from scepter.core.config import Config
     from scepter.core.faults import Origin
+    from scepter.core.logger import get_logger
     cfg = Config.load(args.cfg, args.overrides)
+    if is_published(cfg):
+        cfg, rows = as_ours(args.cfg, args.overrides)
+        get_logger().info(f'{args.cfg} is a config of NOVA\'s own program. What its keys became (convert_config.py writes it down):\n  '
+                          + '\n  '.join(map(str, rows)))
     solver = cfg.get('SOLVER')
     if not isinstance(solver, Config):
         return cfg    # the check says what is missing
