@@ -20,7 +20,7 @@ from scepter.core.registry import DATASETS, SOLVERS
 from scepter.core.schema import param
 from scepter.core.shards import is_share, local
 from scepter.data.datasets import BaseDataset
-from scepter.solvers.state import save
+from scepter.solvers.state import to_save
 from tiny import LATENT_DIFFUSION
 
 COLOURS = ('red', 'green', 'blue', 'white', 'black')
@@ -93,7 +93,7 @@ def trials(cfg: Config) -> None:
     if we.rank == 1:
         local(next(solver.model.parameters())).view(-1)[0] = float('nan')
     with pytest.raises(CheckpointError, match=r'not saved.* hold NaN or infinity: model: net\.0\.weight'):
-        save(solver, folder / 'damaged')
+        checkpoints.write(to_save(solver, folder / 'damaged'))
     with pytest.raises(Stopped):
         train(tiny.config(folder / 'stopped', steps=9, PARALLEL='fsdp', GLOBAL_BATCH_SIZE=4,
                           TRAIN_HOOKS=[{'NAME': 'StopAfter', 'BATCHES': 3, 'RANK': 1}]))

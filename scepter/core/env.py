@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from scepter.core.schema import Component, param
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+LONG_TALK = 86400.0    # seconds that the others wait while the main process writes a checkpoint
 
 
 class Env(Component):
@@ -112,14 +115,21 @@ class WorkEnv:
         dist.broadcast_object_list(box, src=0, group=self._talk)
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any, line: Any = None) -> list[Any]:
         """Every process's value (anything plain), in rank order, in every process."""
         if not self.is_distributed:
             return [value]
         import torch.distributed as dist
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._talk)
+        dist.all_gather_object(values, value, group=line or self._talk)
         return values
+
+    def new_line(self) -> Any:
+        """The processes once more, over the CPU and in no hurry: for what is said in another thread. Every process asks for one."""
+        if not self.is_distributed:
+            return None
+        import torch.distributed as dist
+        return dist.new_group(backend='gloo', timeout=datetime.timedelta(seconds=LONG_TALK))
 
 
 we = WorkEnv()

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 FIRST_WORD, NEXT_WORD = 5.0, 30.0      # seconds of waiting for other processes until it is said, and said again
-LONG_TALK = 86400.0                    # seconds that the others wait while the main process writes a checkpoint
 
 Task = Callable[[Config], None]
 
@@ -147,7 +146,7 @@ def _connect(place: Place, env: Env) -> None:
         store = _meet(place, env.TIMEOUT)
         dist.init_process_group(env.BACKEND or ('nccl' if we.device.type == 'cuda' else 'gloo'), store=store, rank=place.rank,
                                 world_size=place.world_size, timeout=timeout)
-        we._talk = dist.new_group(backend='gloo', timeout=datetime.timedelta(seconds=LONG_TALK))
+        we._talk = we.new_line()
     except RuntimeError as error:    # of torch's own classes and without
         raise PeerError(f'rank {place.rank} cannot join the others at {place.rendezvous} ({str(error).splitlines()[0][:200]})') from error
 

@@ -72,8 +72,9 @@ class Hook(Component, base=True):
         return {}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What a resumed run needs, as tensors."""
+        """What a resumed run needs, as tensors. The main process's are saved; more than a file of them (SHARD_SIZE) any process may write,
+        so these must be alike in all."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Take back what state_dict and state_tensors gave."""
+    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Take back what state_dict and state_tensors gave. Each tensor is read from the disk when it is asked for."""

@@ -73,7 +73,7 @@ class CheckpointHook(Hook):
     def state_dict(self) -> dict[str, Any]:
         return {'best': self.best, 'best_step': self.best_step, 'best_by': self.SAVE_BEST_BY}
 
-    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, Any]) -> None:
         if state.get('best_by', self.SAVE_BEST_BY) == self.SAVE_BEST_BY:    # else it is the best of another figure
             self.best, self.best_step = state['best'], state['best_step']
 

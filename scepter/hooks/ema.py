@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -37,7 +37,7 @@ class ModelEmaHook(Hook):
         super().__init__(cfg, logger=logger)
         self.average: dict[str, Tensor] = {}    # of the parameters that are trained
         self.buffers: dict[str, Tensor] = {}    # copies of the buffers that change
-        self._loaded: dict[str, Tensor] = {}
+        self._loaded: Mapping[str, Tensor] = {}
         self._is_begun = self._is_swapped = False
 
     def before_all_iter(self, solver: Any) -> None:
@@ -106,19 +106,22 @@ class ModelEmaHook(Hook):
         assert not self._is_swapped, 'the averages are in the network'
         return {**self.average, **self.buffers}
 
-    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self._loaded = tensors
 
     def _take_loaded(self) -> None:
         own, loaded, self._loaded = self.state_tensors(), self._loaded, {}
         if not loaded:
             return
-        faults = [f'{name}: {_told(own[name])} expected, {_told(value)} found' for name, value in loaded.items()
-                  if name in own and _told(own[name]) != _told(value)]
+        faults = []
+        for name in sorted(own.keys() & loaded.keys()):
+            value = loaded[name]    # read now: of all of them, no more than one is in memory
+            if _told(own[name]) == _told(value):
+                fill(own[name], value)
+            else:
+                faults.append(f'{name}: {_told(own[name])} expected, {_told(value)} found')
         if faults:
             raise CheckpointError(f"the average in the checkpoint's {self.group} is of another network:\n  " + '\n  '.join(faults[:10]))
-        for name in own.keys() & loaded.keys():
-            fill(own[name], loaded[name])
         for names, what in ((loaded.keys() - own.keys(), 'are trained no longer: they are drawn as they are, without their average'),
                             (own.keys() - loaded.keys(), 'were not averaged before: their average begins now')):
             if names:

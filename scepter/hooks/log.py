@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ class LogHook(Hook):
         sums = {key: float(total) for key, total in self.sums.items()}
         return {'sums': {key: total if math.isfinite(total) else None for key, total in sums.items()}, 'counts': self.counts}
 
-    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self.sums = {key: math.nan if total is None else total for key, total in state.get('sums', {}).items()}
         self.counts = dict(state.get('counts', {}))
 

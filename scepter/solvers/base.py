@@ -11,7 +11,7 @@ from scepter.core import streams
 from scepter.core.config import Config
 from scepter.core.disk import checkpoints
 from scepter.core.env import Stopped, seed_everything, we
-from scepter.core.errors import DataError
+from scepter.core.errors import CheckpointError, DataError
 from scepter.core.lock import refusals
 from scepter.core.logger import set_up_logging
 from scepter.core.registry import DATASETS, METRICS, MODELS, SOLVERS
@@ -20,7 +20,10 @@ from scepter.solvers import console, evaluation, lightning, parallel, state
 from scepter.solvers.optim import build_optimizers, rate_function
 from scepter.solvers.plan import Plan
 from scepter.solvers.run import MODES, Run
+from scepter.solvers.saving import Saver
 from scepter.solvers.step import DTYPES, Batches, Outputs, TrainStep, best_dtype
+
+SAVE_FAILED = 1 << 16    # beyond what a stop signal can say
 
 
 @SOLVERS.register_class()
@@ -32,6 +35,7 @@ class BaseSolver(Run, base=True):
         self._loader: Loader | None = None
         self._checkpoint: checkpoints.Checkpoint | None = None    # what the run goes on from
         self._saved_step: int | None = None
+        self._saver = Saver(self.ASYNC_SAVE, self.logger)
         self._seconds = {'step': 0.0, 'data': 0.0}
 
     # ---------------------------------------------------------------- building, in the documents' order
@@ -122,6 +126,7 @@ class BaseSolver(Run, base=True):
                 with we.saving_on_stop():
                     if 'train' in self._mode_set:
                         self.run_train()
+                        self._saver.wait()
                     if 'test' in self._mode_set:
                         self.run_test()
             except BaseException as caught:
@@ -196,6 +201,7 @@ class BaseSolver(Run, base=True):
 
     def after_solve(self, error: BaseException | None = None) -> None:
         """End the workers and tell the hooks. error: what ended the run, if anything did."""
+        self._saver.end(error)
         if self._loader is not None:
             self._loader.close()
         for mode in MODES:
@@ -240,7 +246,11 @@ class BaseSolver(Run, base=True):
     # ---------------------------------------------------------------- checkpoints
     def save_if_requested(self) -> None:
         """The one place that saves. A stop signal saves too, and then ends the run."""
-        wish = we.any(2 * we.stop_signal + bool(self._save_reasons))    # of any process; one exchange for both questions
+        # of any process; one exchange for all questions
+        wish = we.any(SAVE_FAILED * self._saver.has_failed + 2 * we.stop_signal + bool(self._save_reasons))
+        if wish >= SAVE_FAILED:
+            self._saver.wait()    # raises in all, since they write together
+            raise CheckpointError('the last checkpoint was not written, and another process says why')
         stop = wish // 2
         if not stop:
             self.evals_due = []    # a run_eval of a user's own need not keep count
@@ -248,19 +258,16 @@ class BaseSolver(Run, base=True):
             self.save_checkpoint()
         self._save_reasons = []
         if stop:
+            self._saver.wait()
             self.logger.warning(f'asked to stop: saved step {self.step}; RESUME_FROM: auto goes on from here')
             raise Stopped(stop)
 
     def save_checkpoint(self) -> None:
-        """Write WORK_DIR/checkpoints/step-<step>; the main process writes, the others wait or hand it their shares."""
+        """Write WORK_DIR/checkpoints/step-<step>; all processes take part."""
         if we.is_main:
             self.lock.check()
-        begin = time.monotonic()
-        path = state.save(self, self.work_dir / 'checkpoints')
-        if we.is_main:
-            self.logger.info(f'saved {path} in {time.monotonic() - begin:.1f} s')
+        self._saver.save(lambda line: state.to_save(self, self.work_dir / 'checkpoints', line))
         self._saved_step = self.step
-        we.barrier()
 
     def checkpoint_contents(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Tensors by group, and the JSON state, of a checkpoint of this moment."""

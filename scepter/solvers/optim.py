@@ -138,23 +138,26 @@ class NamedOptimizer:
         stateless = [name for name, p in self.owned.items() if not self.optimizer.state.get(p)]
         return {'class': type(self.optimizer).__name__, 'stateless': stateless}
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor], stateless: Collection[str], where: str) -> None:
-        """Take the state of each owned parameter by its name, in the parameter's own layout, as the fused kernels need it.
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], prefix: str, stateless: Collection[str], where: str) -> None:
+        """Take the state of each owned parameter by its name behind the prefix, in the parameter's own layout, as fused kernels need it.
 
-        stateless: parameters that had none. Raises CheckpointError where another one has none, or a state is of another shape.
+        tensors: each is read when its turn has come. stateless: parameters that had none. Raises CheckpointError where another one has
+        none, or a state is of another shape.
         """
-        found: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            name, _, entry = key.rpartition('/')
-            found.setdefault(name, {})[entry] = value
+        found: dict[str, list[str]] = {}
+        for key in tensors:
+            if key.startswith(prefix):
+                name, _, entry = key[len(prefix):].rpartition('/')
+                found.setdefault(name, []).append(entry)
         missing = [name for name in self.owned if name not in found and name not in stateless]
         if missing:
             raise CheckpointError(f'{where}: the optimizer {self.name} has no state for {", ".join(missing[:5])}'
                                   f'{" ..." if len(missing) > 5 else ""}; this config trains other parameters')
         for name, p in self.owned.items():
             if name in found:
-                self.optimizer.state[p] = {entry: self._like_its_parameter(value, p, entry, f'{where}: {self.name}/{name}/{entry}')
-                                           for entry, value in found[name].items()}
+                self.optimizer.state[p] = {entry: self._like_its_parameter(tensors[f'{prefix}{name}/{entry}'], p, entry,
+                                                                            f'{where}: {self.name}/{name}/{entry}')
+                                           for entry in found[name]}
 
     def _like_its_parameter(self, value: Tensor, p: nn.Parameter, entry: str, where: str) -> Tensor:
         if value.ndim == 0:

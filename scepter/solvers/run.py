@@ -85,6 +85,9 @@ class Run(Component, base=True):
     RESUME_FROM: str | None = param(None, 'Absent: a fresh run. auto: the newest checkpoint, else fresh. latest: the newest. A path: that.')
     KEEP_CHECKPOINTS: int | None = param(None, 'How many of the newest checkpoints to keep; default all.', least=1)
     KEEP_EVERY: int | None = param(None, 'Beside those, keep the checkpoints whose step is a multiple of this.', least=1)
+    SHARD_SIZE: float = param(2.0, 'Gigabytes of one file of a checkpoint: what is larger is written in several, by all processes in turn.',
+                              above=0)
+    ASYNC_SAVE: bool = param(False, 'Write checkpoints beside the loop, which waits only while the state is copied to memory of the CPU.')
 
     @classmethod
     def check(cls, cfg: Config) -> Iterator[Fault]:

@@ -10,14 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from scepter.core.config import Config, masked, plain
-from scepter.core.disk import checkpoints
 from scepter.core.disk.checkpoints import Checkpoint
-from scepter.core.disk.tensors import take_part
+from scepter.core.disk.writing import Kept, Save, as_json
 from scepter.core.env import we
 from scepter.core.errors import CheckpointError
 from scepter.core.schema import schema_of
-from scepter.core.shards import is_share, local, whole
-from scepter.solvers.parallel import is_sharded
 from scepter.solvers.run import Run
 
 
@@ -41,28 +38,16 @@ def _tensors(run: Run, model: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]
     return groups
 
 
-def save(run: Run, root: Path) -> Path | None:
-    """Write a checkpoint below root, under the names and with the bytes of a single process's; its path in the main process, which writes.
+def to_save(run: Run, root: Path, line: Any = None) -> Save:
+    """A checkpoint of this moment, to be written below root, under the names and with the bytes of a single process's. All call it."""
+    def contents() -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+        if not we.is_main:     # what is left out, and what else is saved, the main process says
+            return _tensors(run, run.model.state_dict()), {}
+        groups, state = run.checkpoint_contents()
+        return groups, {'state.json': as_json(state, 'the state'), 'config.yaml': masked(run.experiment).dump()}
 
-    Every process calls it. Where each holds a share of the weights, all put one tensor together after the other, in one order.
-    Raises CheckpointError, in all processes where a tensor is not finite.
-    """
-    is_shared = is_sharded(run.model)
-    groups, state = run.checkpoint_contents() if we.is_main else ({}, {})
-    if is_shared:
-        names = we.broadcast({group: [n for n in tensors if is_share(tensors[n])] for group, tensors in groups.items()})
-        if not we.is_main:
-            own = _tensors(run, run.model.state_dict())
-            groups = {group: {n: own[group][n] for n in below} for group, below in names.items()}
-        shares = {group: {n: local(value) for n, value in tensors.items()} for group, tensors in groups.items()}
-        checkpoints.refuse(sorted({name for found in we.gather(checkpoints.non_finite(shares)) for name in found}))
-    if not we.is_main:
-        for tensors in groups.values():
-            take_part(tensors, whole)
-        return None
-    return checkpoints.save(root, run.step, groups, state, masked(run.experiment).dump(), keep=run.KEEP_CHECKPOINTS,
-                            pinned=[step for hook in run.hooks['train'] for step in hook.pinned_steps], every=run.KEEP_EVERY,
-                            whole=whole if is_shared else None)
+    pinned = [step for hook in run.hooks['train'] for step in hook.pinned_steps]
+    return Save.of(root, run.step, contents, run.SHARD_SIZE * 1e9, Kept(run.KEEP_CHECKPOINTS, tuple(pinned), run.KEEP_EVERY), line)
 
 
 def check(loaded: Checkpoint) -> None:
@@ -89,7 +74,7 @@ def restore(run: Run, loaded: Checkpoint) -> None:
         run.train_step.scale.load_state_dict(state['scaler'])
     for name, group, hook in named_hooks(run):
         if name in state['hooks']:
-            tensors = loaded.group(group) if group in loaded.groups else {}
+            tensors = loaded.tensors(group) if group in loaded.groups else {}
             with _told(loaded, f'state of {name}'):
                 hook.load_state_dict(state['hooks'][name], tensors)
     run.step, run.samples = run.plan.step, run.plan.samples
@@ -108,7 +93,7 @@ def _due_before_they_had_names(state: Mapping[str, Any]) -> list[str] | None:
 
 
 def _restore_optimizers(run: Run, loaded: Checkpoint, state: Mapping[str, Any]) -> None:
-    tensors = loaded.group('optimizer') if 'optimizer' in loaded.groups else {}
+    tensors = loaded.tensors('optimizer') if 'optimizer' in loaded.groups else {}
     now = {o.name: o.record()['class'] for o in run.optimizers}
     records = state['optimizers']
     with _told(loaded, 'optimizers'):
@@ -118,9 +103,8 @@ def _restore_optimizers(run: Run, loaded: Checkpoint, state: Mapping[str, Any]) 
                               'Their state cannot be carried over: restore the config, or begin a new run from the weights alone '
                               '(another WORK_DIR, and PretrainedHook with this checkpoint)')
     for o in run.optimizers:
-        own = {key[len(o.name) + 1:]: value for key, value in tensors.items() if key.startswith(f'{o.name}/')}
         with _told(loaded, f'record of the optimizer {o.name}'):
-            o.load_state_tensors(own, records[o.name]['stateless'], str(loaded.path))
+            o.load_state_tensors(tensors, f'{o.name}/', records[o.name]['stateless'], str(loaded.path))
 
 
 @contextlib.contextmanager

@@ -64,6 +64,10 @@ def _check_shape(path: Path, manifest: Mapping[str, Any]) -> None:
                 raise ValueError(f'{name!r} has no size and sha256')
         if not {'state.json', 'config.yaml'} | {name for names in manifest['groups'].values() for name in names} <= set(manifest['files']):
             raise ValueError('its groups name files that it does not list')
+        for names in manifest['groups'].values():
+            index = [name for file in names for name in manifest['index'][file]] if len(names) != 1 else []
+            if not all(type(name) is str for name in index) or len(index) != len({*index}) or not names:
+                raise ValueError('its index does not say which file holds which tensor')
         if type(manifest['step']) is not int or manifest['step'] < 0:
             raise ValueError(f'its step is {manifest["step"]!r}')
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -89,11 +89,11 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None,
-                  whole: Callable[[Tensor], Tensor] | None = None) -> Digest:
+                  whole: Callable[[str], Tensor] | None = None) -> Digest:
     """Write tensors of any device and layout to a new safetensors file and fsync it; the digest is of the whole file.
 
     At most one tensor at a time is copied. Names that share memory are each written out, so every reader finds every name.
-    whole: called once for each tensor, in `writing_order`, with what puts it together where this process holds a share of it only.
+    whole: gives each tensor by its name when its turn has come, in `writing_order`; `tensors` then need tell types and shapes alone.
     Raises OSError, and CheckpointError for a tensor that the format cannot hold.
     """
     if '__metadata__' in tensors:
@@ -105,7 +105,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         tensor = tensors[name]
         if whole is None and hasattr(tensor, '__tensor_flatten__'):     # what .cpu() would give is a part of it
             raise CheckpointError(f'{path}: {name}: this process holds a share of it only: gather it on all processes at once')
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in CODES:
+        if tensor.layout != torch.strided or (whole is None and tensor.is_meta) or tensor.dtype not in CODES:
             raise CheckpointError(f'{path}: {name}: a {tensor.device} tensor of {tensor.dtype}, {tensor.layout} cannot be written')
         size = tensor.numel() * tensor.element_size()
         header[name] = {'dtype': CODES[tensor.dtype], 'shape': list(tensor.shape), 'data_offsets': [offset, offset + size]}
@@ -120,7 +120,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         yield len(text).to_bytes(8, 'little') + text
         for name in names:
             if tensors[name].numel():
-                tensor = tensors[name] if whole is None else whole(tensors[name])
+                tensor = tensors[name] if whole is None else whole(name)
                 yield tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy().data
 
     return write_file(path, chunks())
@@ -129,13 +129,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def writing_order(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names as they stand in a file: those of large elements first, so that each is aligned."""
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-
-
-def take_part(tensors: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor]) -> None:
-    """What the other processes do while one writes these tensors: help to put each together, in the same order."""
-    for name in writing_order(tensors):
-        if tensors[name].numel():
-            whole(tensors[name])
 
 
 def is_finite(tensor: Tensor) -> bool:

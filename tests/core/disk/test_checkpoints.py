@@ -25,7 +25,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scepter.core.disk import atomic, checkpoints, manifests
+from scepter.core.disk import atomic, checkpoints, manifests, reading, writing
 from scepter.core.disk.checkpoints import FORMAT, MANIFEST, is_sound, latest, load, preflight, prune, resolve, save
 from scepter.core.disk.tensors import HEADER_LIMIT, TENSOR_LIMIT, TensorFile, write_tensors
 from scepter.core.errors import CheckpointError
@@ -182,11 +182,11 @@ def test_a_damaged_checkpoint_is_refused_by_file_and_passed_over(tmp_path, damag
 def test_falling_back_is_loud(tmp_path, caplog):
     write(tmp_path, 1)
     (write(tmp_path, 2) / 'state.json').write_text('{}')
-    checkpoints.get_logger().propagate = True
+    reading.get_logger().propagate = True
 
     latest(tmp_path)
 
-    checkpoints.get_logger().propagate = False
+    reading.get_logger().propagate = False
     assert 'DAMAGED CHECKPOINT' in caplog.text and 'state.json' in caplog.text
 
 
@@ -357,14 +357,16 @@ def recovered(work_dir: Path) -> int:
 
 @pytest.mark.parametrize('kills', [25, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_kill_at_any_moment_loses_no_acknowledged_step(tmp_path, kills):
-    chance, done = random.Random(2), 0
+    chance, done, begin = random.Random(2), 0, time.monotonic()
+    write(tmp_path / 'first', 1, size=200_000)
+    took = time.monotonic() - begin
     for _ in range(kills):
         def endless(acknowledge: Callable[[int], None], first: int = done + 1) -> None:
             for step in range(first, first + 10_000):
                 write(tmp_path / 'checkpoints', step, size=200_000, keep=2)
                 acknowledge(step)
 
-        acknowledged = max(done, in_child(endless, delay=chance.uniform(0, 0.06)))
+        acknowledged = max(done, in_child(endless, delay=chance.uniform(0, 3 * took)))
         done = recovered(tmp_path)
         assert done >= acknowledged
     assert done > 0
@@ -379,7 +381,7 @@ def test_a_kill_before_each_single_disk_operation_loses_nothing(tmp_path, again)
         def save_again(acknowledge: Callable[[int], None], root: Path = work_dir / 'checkpoints', kill_at: int = kill_at) -> None:
             count = iter(range(1, 1000))
             tapped = TappedOs(lambda name: os.kill(os.getpid(), signal.SIGKILL) if next(count) == kill_at else None)
-            atomic.os = checkpoints.os = tapped
+            atomic.os = writing.os = tapped
             write(root, 1 if again else 2, value=2, keep=1)
             acknowledge(2)
 
@@ -466,7 +468,7 @@ def power_cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget: str = ''
     """Save three times, the last over the second; (states a power cut may leave, those that lose an acknowledged save or worse)."""
     tapped = RecordingOs(forget)
     monkeypatch.setattr(atomic, 'os', tapped)
-    monkeypatch.setattr(checkpoints, 'os', tapped)
+    monkeypatch.setattr(writing, 'os', tapped)
     run, acknowledged = tmp_path / 'run', {0: 0}
     run.mkdir()
     for value, step in ((1, 100), (2, 200), (3, 200)):
@@ -553,7 +555,7 @@ def test_the_temporary_folder_lies_beside_its_target(tmp_path, monkeypatch):
 
 
 def test_what_a_living_writer_holds_is_not_collected(tmp_path):
-    with checkpoints._temporary(tmp_path / 'step-00000001') as folder:
+    with writing.temporary(tmp_path / 'step-00000001') as folder:
         in_child(lambda acknowledge: checkpoints.recover(tmp_path))
         assert folder.exists()
 
