@@ -30,7 +30,7 @@ def digits(tmp_path_factory) -> Path:
 
 
 def stage2(out: Path, name: str) -> list[str]:
-    return ['--max_steps', '2', f'SOLVER.WORK_DIR={out}/{name}', 'SOLVER.TRAIN_DATA.BATCH_SIZE=4',
+    return ['--max_steps', '2', f'SOLVER.WORK_DIR={out}/{name}', 'SOLVER.TRAIN_DATA.BATCH_SIZE=4', f'SOLVER.CACHE.FOLDER={out}/cache',
             f'SOLVER.MODEL.FIRST_STAGE_MODEL.PRETRAINED_MODEL={out}/autoencoder/checkpoints/step-00000002',
             *(f'SOLVER.MODEL.FIRST_STAGE_MODEL.{word}' for word in TINY_CODER)]
 

@@ -107,7 +107,7 @@ def overhead(args: argparse.Namespace) -> None:
         cfg = Config.load(ROOT / 'examples' / 'digits' / 'diffusion.yaml', [f'SOLVER.WORK_DIR={folder}'])
         cfg.SOLVER.TRAIN_HOOKS = [hook for hook in cfg.SOLVER.TRAIN_HOOKS if hook.NAME == 'ModelEmaHook']
         carry_out_imports(cfg)
-        del cfg.SOLVER.MODEL.FIRST_STAGE_MODEL['PRETRAINED_MODEL']
+        del cfg.SOLVER.MODEL.FIRST_STAGE_MODEL['PRETRAINED_MODEL'], cfg.SOLVER['CACHE']
 
         def solver() -> Any:
             torch.manual_seed(0)

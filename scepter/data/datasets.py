@@ -8,8 +8,13 @@ randomness and the replacement of unreadable files are the loader's.
 from __future__ import annotations
 
 import contextlib
+import copy
+import hashlib
+import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -18,7 +23,7 @@ import torch
 from torch import Tensor
 
 import scepter.data.transforms  # noqa: F401  fills TRANSFORMS
-from scepter.core.config import Config
+from scepter.core.config import Config, plain
 from scepter.core.errors import DataError
 from scepter.core.faults import Fault
 from scepter.core.logger import get_logger
@@ -29,8 +34,10 @@ from scepter.data.buckets import Size, bucket_sizes, nearest
 from scepter.data.captions import MAX_CAPTION_BYTES, Record, clean_caption, find_records, prompts_of_file
 from scepter.data.images import UnreadableError, load_image, size_of_image, to_mask, to_tensor
 from scepter.data.order import Bucketed, Order, Shuffled
+from scepter.data.sources import Source
 
 T = TypeVar('T')
+PICTURES = ('image', 'video')    # what a sample's picture, or clip, is called
 
 
 class BaseDataset(Component, base=True):
@@ -77,6 +84,29 @@ class BaseDataset(Component, base=True):
     def file_count(self) -> int:
         """How many different files the samples come from; MAX_BAD_FRACTION is a share of it."""
         return len(self)
+
+    # ---------------------------------------------------------------- what a cache asks (data/cache.py)
+    mirrors = False    # whether pictures are mirrored by chance
+
+    def beside(self, index: int) -> dict[str, Any]:
+        """The sample without its picture and what transforms note of that; what is drawn for it is drawn here too, before all else."""
+        return {key: value for key, value in self[index].items() if key not in PICTURES}
+
+    def source_of(self, index: int) -> Source | None:
+        """The bytes that the picture is made of; None: the picture itself is looked at, each time that a cache is opened."""
+        return None
+
+    def view_of(self, index: int) -> Any:
+        """What is done to the source, in plain values: where it changes, so does the picture."""
+        return None
+
+    def unmirrored(self) -> BaseDataset:
+        """The same samples, none of them mirrored."""
+        return self
+
+    def draws_mirror(self, index: int) -> bool:
+        """Whether the picture is mirrored, drawn as reading it would."""
+        return False
 
 
 class ImageTextDataset(BaseDataset):
@@ -140,9 +170,7 @@ class ImageTextDataset(BaseDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index % len(self.records)]
-        sample: dict[str, Any] = {'image': self._decoded(record, load_image), 'prompt': self.PROMPT_PREFIX + self.caption_of(record)}
-        if self.sizes:
-            sample['target_size'] = self.sizes[self.bucket_of[index % len(self.records)]]
+        sample: dict[str, Any] = {'image': self._decoded(record, load_image), **self.beside(index)}
         for transform in self.transforms:
             sample = transform(sample)
         sample['image'] = to_tensor(sample['image'])
@@ -159,6 +187,41 @@ class ImageTextDataset(BaseDataset):
     @property
     def file_count(self) -> int:
         return len(self.records)
+
+    # ---------------------------------------------------------------- what a cache asks
+    def beside(self, index: int) -> dict[str, Any]:
+        i = index % len(self.records)
+        sample: dict[str, Any] = {'prompt': self.PROMPT_PREFIX + self.caption_of(self.records[i])}
+        return {**sample, 'target_size': self.sizes[self.bucket_of[i]]} if self.sizes else sample
+
+    def source_of(self, index: int) -> Source | None:
+        try:
+            file = self.open_image(self.records[index % len(self.records)])
+        except (OSError, UnreadableError):
+            return None
+        if isinstance(file, str):
+            return Source(file)
+        file.close()
+        return None
+
+    def view_of(self, index: int) -> Any:
+        return self._view, self.sizes[self.bucket_of[index % len(self.records)]] if self.sizes else None
+
+    @cached_property
+    def _view(self) -> Any:
+        return [[plain(TRANSFORMS.filled(node)), code_of(TRANSFORMS.get(node.NAME))] for node in self.cfg.TRANSFORMS]
+
+    @property
+    def mirrors(self) -> bool:    # type: ignore[override]
+        return any(getattr(transform, 'FLIP', 0) for transform in self.transforms)
+
+    def unmirrored(self) -> ImageTextDataset:
+        still = copy.copy(self)
+        still.transforms = [t.unmirrored() if hasattr(t, 'unmirrored') else t for t in self.transforms]
+        return still
+
+    def draws_mirror(self, index: int) -> bool:
+        return sum(t.draws_mirror() for t in self.transforms if hasattr(t, 'draws_mirror')) % 2 == 1
 
     def _decoded(self, record: Any, read: Callable[[str | BinaryIO], T]) -> T:
         try:
@@ -207,6 +270,16 @@ class ImageTextDataset(BaseDataset):
         self.bucket_of[~is_read] = counts.argmax()
         filled = ', '.join(f'{height}x{width} ({count})' for (height, width), count in zip(self.sizes, counts) if count)
         self.logger.info(f'{self.place}: images by height x width of their bucket: {filled}')
+
+
+def code_of(transform: Any) -> str:
+    """A digest of the file that a transform of a user's own is written in; empty for ours and a library's, whose arguments say it all."""
+    if transform.__module__.split('.')[0] in ('scepter', 'torchvision'):
+        return ''
+    try:
+        return hashlib.sha256(inspect.getsource(sys.modules[transform.__module__]).encode()).hexdigest()
+    except (OSError, TypeError, KeyError):
+        return ''
 
 
 def _sizes(cfg: Config) -> list[Size]:

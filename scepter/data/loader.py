@@ -114,7 +114,7 @@ class Reader:
     def __call__(self, ns: Sequence[int]) -> Read:
         bad: dict[str, str] = {}
         indices = [self._index(n - self.phase) for n in ns]
-        with _generators_restored():
+        with generators_restored():
             found = [self._read(n, index, bad) for n, index in zip(ns, indices)]
         rows = [(n, *row) for n, row in zip(ns, found) if row is not None]
         names = [self.dataset.name_of(index) for _, index, _ in rows]
@@ -132,7 +132,7 @@ class Reader:
     def _read(self, n: int, index: int, bad: dict[str, str]) -> tuple[int, dict[str, Any]] | None:
         """(index, sample) of draw n; None where it, and what might replace it, cannot be read."""
         for candidate in self._candidates(n, index):
-            _seed_generators(streams.seed_global(self.seed, 'transform', n))
+            seed_generators(streams.seed_global(self.seed, 'transform', n))
             try:
                 return candidate, self.dataset[candidate]
             except UnreadableError as error:
@@ -190,14 +190,15 @@ class _Batches(Iterator[Batch]):
                             f'that MAX_BAD_FRACTION {dataset.MAX_BAD_FRACTION} allows:\n{named}')
 
 
-def _seed_generators(seed: int) -> None:
+def seed_generators(seed: int) -> None:
+    """Seed what datasets and transforms draw from: the generators of torch (of the CPU), numpy and python."""
     torch.default_generator.manual_seed(seed)    # not torch.manual_seed: that seeds every GPU as well
     np.random.seed(seed & 0xFFFFFFFF)
     random.seed(seed)
 
 
 @contextmanager
-def _generators_restored() -> Iterator[None]:
+def generators_restored() -> Iterator[None]:
     """What was read leaves no trace in the global generators, so neither a probe nor an evaluation can disturb a training."""
     states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
     try:

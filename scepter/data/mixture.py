@@ -1,6 +1,7 @@
 """A mixture: several datasets as one, each with a weight."""
 from __future__ import annotations
 
+import copy
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -14,6 +15,7 @@ from scepter.core.registry import DATASETS
 from scepter.core.schema import Component, param, part, schema_of, split_node
 from scepter.data.datasets import BaseDataset
 from scepter.data.order import Mixed, Order
+from scepter.data.sources import Source
 
 
 class MixturePlace(Component):
@@ -85,6 +87,32 @@ class MixtureDataset(BaseDataset):
     @property
     def file_count(self) -> int:
         return sum(found.file_count for found in self._list)
+
+    # ---------------------------------------------------------------- what a cache asks
+    def beside(self, index: int) -> dict[str, Any]:
+        found, own = self._part_of(index)
+        return found.beside(own)
+
+    def source_of(self, index: int) -> Source | None:
+        found, own = self._part_of(index)
+        return found.source_of(own)
+
+    def view_of(self, index: int) -> Any:
+        found, own = self._part_of(index)
+        return found.view_of(own)
+
+    @property
+    def mirrors(self) -> bool:    # type: ignore[override]
+        return any(found.mirrors for found in self._list)
+
+    def unmirrored(self) -> MixtureDataset:
+        still = copy.copy(self)
+        still._list = [found.unmirrored() for found in self._list]
+        return still
+
+    def draws_mirror(self, index: int) -> bool:
+        found, own = self._part_of(index)
+        return found.draws_mirror(own)
 
     def _part_of(self, index: int) -> tuple[BaseDataset, int]:
         i = bisect_right(self.offsets, index) - 1

@@ -22,6 +22,7 @@ from scepter.core.stores import FS
 from scepter.data.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, clean_caption
 from scepter.data.datasets import ImageTextDataset
 from scepter.data.images import IMAGE_SUFFIXES, UnreadableError
+from scepter.data.sources import Source
 
 CAPTION_KEYS = ('text', 'caption')    # of a .json member, where there is no .txt
 BLOCK = 512                           # bytes; a tar ends with two blocks of zeros
@@ -68,6 +69,10 @@ class ImageTextTarDataset(ImageTextDataset):
 
     def open_image(self, record: Record) -> BinaryIO:
         return _open(self.paths[record.shard], record.image)
+
+    def source_of(self, index: int) -> Source:
+        record = self.records[index % len(self.records)]
+        return Source(self.paths[record.shard], record.image.offset, record.image.size)
 
     def caption_of(self, record: Record) -> str:
         if record.caption is None:

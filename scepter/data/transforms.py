@@ -6,6 +6,7 @@ seeds for each sample: a transform needs no seed, and is the same in every worke
 """
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ class RecordedCrop(Component):
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
         self.resample = Image.Resampling[self.INTERPOLATION.upper()]
+        self.flip = self.FLIP
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         image, mask = sample['image'], sample.get('mask')
@@ -46,7 +48,7 @@ class RecordedCrop(Component):
         h, w = max(height, round(image.height * scale)), max(width, round(image.width * scale))
         top, left = h - height, w - width    # how far the cut may go
         top, left = (random.randint(0, top), random.randint(0, left)) if self.RANDOM else (top // 2, left // 2)
-        flip = random.random() < self.FLIP
+        flip = self.draws_mirror()
         sample = {**sample, 'image': _cut(image.resize((w, h), self.resample), top, left, size, flip),
                   'original_size': image.info.get('original_size', (image.height, image.width)),
                   'crop_top_left': (top, left), 'target_size': size}
@@ -56,6 +58,16 @@ class RecordedCrop(Component):
             rows, columns = _nearest(h, mask.shape[-2])[top:top + height], _nearest(w, mask.shape[-1])[left:left + width]
             sample['mask'] = mask[..., rows[:, None], columns.flip(0) if flip else columns]
         return sample
+
+    def draws_mirror(self) -> bool:
+        """Whether this image is mirrored; drawn last of all that a transform of this kind draws."""
+        return random.random() < self.flip
+
+    def unmirrored(self) -> RecordedCrop:
+        """The same cut, never mirrored, for a cache of both."""
+        still = copy.copy(self)
+        still.flip = 0.0
+        return still
 
     def _size_of(self, sample: dict[str, Any]) -> tuple[int, int]:
         if isinstance(self.SIZE, int):

@@ -1,7 +1,7 @@
 """What every network is built on."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,9 @@ from scepter.core.config import Config
 from scepter.core.disk.checkpoints import Checkpoint
 from scepter.core.faults import ConfigError, did_you_mean
 from scepter.core.schema import Component
+from scepter.models import resting
 from scepter.models.condition import Widths
+from scepter.models.resting import Encoder
 from scepter.weights import marks, sources
 
 
@@ -60,6 +62,13 @@ class BaseModel(Component, nn.Module, base=True):
     def train(self, mode: bool = True) -> BaseModel:
         return super().train(mode and not self.is_frozen)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BaseModel:
+        found = self.__dict__.get('_resting')
+        if found is None or found.is_awake:
+            return super()._apply(fn, recurse)
+        found.moves.append(fn)    # done when it wakes
+        return self
+
 
 class TrainModule(BaseModel, base=True):
     """What a solver trains: it owns its loss (forward_train) and what it draws (forward_test)."""
@@ -100,6 +109,33 @@ class TrainModule(BaseModel, base=True):
     def compile_network(self) -> None:
         """Compile in place what the time is spent in; names in the state dict stay."""
         self.compile()
+
+    # ---------------------------------------------------------------- what is computed once, before training
+    def encoders(self) -> dict[Literal['picture', 'prompt'], Encoder]:
+        """What it makes of a sample's picture, or prompt, that no step of training changes, so that a cache may keep it. Default: nothing.
+
+        forward_train is then given `moments` in the place of the picture, and each entry of the prompt's as `text_<name>` beside it.
+        """
+        return {}
+
+    def fingerprint(self, part: str) -> str:
+        """All that a part's results depend on, beside what it is given: its config, weights and buffers, as one word."""
+        return resting.fingerprint(self.get_submodule(part))
+
+    def rest(self, part: str, file: Path, is_writer: bool = True) -> bool:
+        """Free the memory of a part that only `awake` needs, its weights in this file meanwhile.
+
+        False, and nothing is done, where a checkpoint must hold them: where they are trained, or came from no file.
+        """
+        module = self.get_submodule(part)
+        if not resting.can_rest(self, module):
+            return False
+        resting.rest(module, file, is_writer)
+        return True
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Inside, parts that rest have their weights: to draw, and to encode."""
+        return resting.awake(self)
 
     # ---------------------------------------------------------------- what a checkpoint holds
     def left_out(self) -> dict[str, Any]:

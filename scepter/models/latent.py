@@ -55,12 +55,23 @@ class LatentSpace:
         """[B, 3, (T,) H, W] in -1..1 -> latents, a draw from the posterior, or its mean. Raises ValueError for a clip it cannot take."""
         if self.autoencoder is None:
             return self._normed(x)
+        posterior = self._posterior(x)
+        return self._normed(posterior.sample() if is_drawn else posterior.mode())
+
+    def moments(self, x: Tensor) -> Tensor:
+        """[B, 3, (T,) H, W] in -1..1 -> what `draw` takes, [B, 2C, ...]. Raises ConfigError where the autoencoder does not tell it."""
+        posterior = self._posterior(x)
+        if (parameters := getattr(posterior, 'parameters', None)) is None:
+            raise ConfigError(f'{type(self.autoencoder).__name__}.encode gives a {type(posterior).__name__} without `parameters`, so its '
+                              'moments cannot be kept: leave CACHE out')
+        return parameters
+
+    def _posterior(self, x: Tensor) -> Any:
         x = self.with_time(x)
         if x.ndim == 5 and self.time_factor is None:
             raise ValueError(f'{type(self.autoencoder).__name__} takes pictures [B, 3, H, W], but got a clip {list(x.shape)}: one of clips '
                              'says its time_factor')
-        posterior = self.autoencoder.encode(x).latent_dist
-        return self._normed(posterior.sample() if is_drawn else posterior.mode())
+        return self.autoencoder.encode(x).latent_dist
 
     def draw(self, moments: Tensor) -> Tensor:
         """Moments [B, 2C, ...] that the autoencoder gave earlier -> latents drawn from them. Raises ValueError for other channels."""

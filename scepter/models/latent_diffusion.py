@@ -25,6 +25,7 @@ from scepter.models.condition import Condition, Widths
 from scepter.models.inpainting import Given
 from scepter.models.latent import LatentSpace, size_factor_of, size_factor_told, size_faults
 from scepter.models.process import process_of
+from scepter.models.resting import Encoder
 from scepter.models.unfilled import unfilled
 
 
@@ -139,6 +140,9 @@ class LatentDiffusion(TrainModule):
         loss = self.diffusion.loss(x0, t.to(x0.device), self.model, model_kwargs, noise, criterion=self.loss, weight=weight,
                                    offset_noise=self.OFFSET_NOISE, input_perturbation=self.INPUT_PERTURBATION)
         return {'loss': loss.mean(), 'probe_data': probe}
+
+    def encoders(self) -> dict[Literal['picture', 'prompt'], Encoder]:
+        return {'picture': Encoder('first_stage_model', self.space.moments)} if self.first_stage_model is not None else {}
 
     @property
     def space(self) -> LatentSpace:

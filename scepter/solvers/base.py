@@ -16,7 +16,7 @@ from scepter.core.lock import refusals
 from scepter.core.logger import set_up_logging
 from scepter.core.registry import DATASETS, METRICS, MODELS, SOLVERS
 from scepter.data.loader import Loader
-from scepter.solvers import console, evaluation, lightning, parallel, state
+from scepter.solvers import caching, console, evaluation, lightning, parallel, state
 from scepter.solvers.optim import build_optimizers, rate_function
 from scepter.solvers.plan import Plan
 from scepter.solvers.run import MODES, Run
@@ -87,6 +87,8 @@ class BaseSolver(Run, base=True):
     def model_to_device(self) -> None:
         """Move the network, or its share of it, in PARAM_DTYPE and its memory layout, and compile it where that is asked for."""
         self.dtype = best_dtype(we.device) if self.DTYPE == 'auto' else DTYPES[self.DTYPE]
+        if self.CACHE.FOLDER is not None and 'train' in self._mode_set:
+            caching.prepare(self)
         kind = DTYPES[self.PARAM_DTYPE] if self.PARAM_DTYPE != 'float32' else None
         is_sharded = self.PARALLEL == 'fsdp' and we.is_distributed and 'train' in self._mode_set
         self.model.to(device=None if is_sharded else we.device, dtype=kind)    # of shares, no device ever holds the whole

@@ -102,8 +102,8 @@ def shard(model: nn.Module, dtype: torch.dtype) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = init_device_mesh(we.device.type, (we.world_size,))
-    uncut = {p for p in model.parameters() if p.ndim == 0}
-    for p in model.parameters():
+    uncut = {p for p in model.parameters() if p.ndim == 0 or p.is_meta}    # on no device: a part that rests (models/resting.py)
+    for p in [p for p in model.parameters() if not p.is_meta]:
         p.data = p.data.to(we.device) if p.ndim == 0 else p.data.contiguous()    # FSDP2 takes no other layout
 
     def cut(module: nn.Module, kind: torch.dtype | None = None) -> None:
@@ -114,6 +114,8 @@ def shard(model: nn.Module, dtype: torch.dtype) -> None:
 
     with model.same_weights():
         for part in reversed([m for m in model.modules() if hasattr(m, 'main_blocks')]):    # inner ones first
+            if part is not model and any(p.is_meta for p in part.parameters()):
+                continue
             for block in part.main_blocks():
                 cut(block, None if part.keeps_float32 or dtype == torch.float32 else dtype)
             if part is not model and part.forward_methods and any(True for _ in part.parameters()):

@@ -17,6 +17,7 @@ from scepter.core.lock import WorkDirLock
 from scepter.core.logger import get_logger
 from scepter.core.registry import DATASETS, HOOKS, LR_SCHEDULERS, METRICS, MODELS, OPTIMIZERS
 from scepter.core.schema import Component, param, part, parts
+from scepter.data.cache import Cache
 from scepter.solvers.optim import NamedOptimizer, OptimizerPlace
 from scepter.solvers.parallel import gathered
 from scepter.solvers.plan import Plan
@@ -55,6 +56,9 @@ class Run(Component, base=True):
     TRAIN_DATA: dict | None = part(DATASETS, 'What to train on.', default=None)
     EVAL_DATA: dict | None = part(DATASETS, 'What to evaluate on during training.', default=None)
     TEST_DATA: dict | None = part(DATASETS, 'What to draw or predict after training, or alone.', default=None)
+
+    CACHE: Cache = param({}, 'Encode TRAIN_DATA once, before the first step, and train from that: the autoencoder is then in memory only '
+                             'while it draws.')
 
     MAX_STEPS: int | None = param(None, 'Steps of the optimizer in all.', least=1)
     MAX_EPOCHS: float | None = param(None, 'A second way to say MAX_STEPS: how often each sample is seen.', above=0)
@@ -245,9 +249,9 @@ class Run(Component, base=True):
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[None]:
         """Inside, the network has the averaged weights of the first training hook that keeps some; its own where none does. Each process
-        has the whole of them, so that it may draw as often as it has samples; all enter and leave together."""
+        has the whole of them, so that it may draw as often as it has samples; all enter and leave together. Parts that rest are awake."""
         kept = (hook.swapped(self.model) for hook in self.hooks['train'])
-        with next((context for context in kept if context is not None), contextlib.nullcontext()), gathered(self.model):
+        with next((context for context in kept if context is not None), contextlib.nullcontext()), gathered(self.model), self.model.awake():
             yield
 
     # ---------------------------------------------------------------- how long it goes

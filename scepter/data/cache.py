@@ -1,0 +1,330 @@
+"""What an encoder makes of a sample, computed once, before training: moments of its picture, features of its prompt.
+
+A row is kept under a key that says all it depends on: the bytes of the source, what the dataset does to them, the encoder and its
+weights, the types, the format. So nothing in a cache can be out of date: what has changed has another key, and is computed.
+
+    pictures = Pictures(dataset, folder, encoder='sha256 of its weights', dtype=None)
+    pictures.fill(encode, batch_size=16)                # [B, 3, H, W] in -1..1  ->  [B, ...]; only what is missing
+    cached = CachedDataset(dataset, pictures)           # index -> the sample with `moments` in the place of its image
+"""
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scepter.core.errors import DataError
+from scepter.core.faults import ConfigError
+from scepter.core.logger import duration, get_logger
+from scepter.core.schema import Component, param
+from scepter.data.datasets import PICTURES, BaseDataset
+from scepter.data.images import UnreadableError
+from scepter.data.loader import OrderedLoader, generators_restored, seed_generators
+from scepter.data.order import Order
+from scepter.data.shards import KEY_BYTES, Fault, Row, Shards, key_of, restore_index, write_shard
+from scepter.data.sources import Source, SourceBook
+
+BESIDE = 'beside.'    # how what a transform noted of a sample is called in a row
+TRIES = 4             # draws of a sample that must be alike to be kept,
+TRIED = 16            # ... of so many samples
+Encode = Callable[[Tensor], Tensor]
+
+
+class Cache(Component):
+    """What SOLVER.CACHE says."""
+
+    FOLDER: str | None = param(None, 'Where moments of pictures are kept, for any number of runs; null: every step encodes its pictures.')
+    DTYPE: Literal['float32', 'bfloat16', 'float16'] | None = param(None, 'What they are kept in; null: as they are computed, so that '
+                                                                    'nothing is rounded.')
+    ROWS: int = param(256, 'Samples of one file: what a kill costs at most.', least=1)
+    BATCH_SIZE: int = param(16, 'Samples that are encoded at once.', least=1)
+
+
+class Table:
+    """The rows that a dataset needs of one encoder, some of them in shards already. A subclass says what the keys are.
+
+    keys: uint8 [N, KEY_BYTES], one for each index.  has_key: bool [N], False where a source cannot be read.
+    """
+
+    keys: np.ndarray
+    has_key: np.ndarray
+
+    def __init__(self, folder: Path, rows: int, logger: logging.Logger | None = None):
+        self.folder, self.rows, self.logger = folder, rows, logger or get_logger()
+
+    def look(self) -> None:
+        """Find the rows that are there. Raises nothing for a damaged shard: `faults` tells, and its rows are missing."""
+        self.shards = Shards(self.folder)
+        self.numbers = self.shards.find(self.keys)
+        self.numbers[~self.has_key] = -1
+
+    @property
+    def faults(self) -> list[Fault]:
+        """What is wrong with the shards at first sight."""
+        return self.shards.faults
+
+    def parts(self, groups: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The indices whose rows are missing, by the shard that each is to be in; groups: indices whose rows have one shape.
+
+        Where a shard begins is decided by what the dataset holds, not by what is missing: so one that was killed goes on with the same
+        shards, and several processes can share them.
+        """
+        parts, seen = [], set[bytes]()
+        for group in groups:
+            unique = []
+            for index in group:
+                key = self.keys[index].tobytes()
+                if self.has_key[index] and key not in seen:
+                    seen.add(key)
+                    unique.append(index)
+            for first in range(0, len(unique), self.rows):
+                if missing := [i for i in unique[first:first + self.rows] if self.numbers[i] < 0]:
+                    parts.append(missing)
+        return parts
+
+    def write(self, indices: Sequence[int], rows: dict[str, Tensor], name: Callable[[int], str]) -> None:
+        """Keep the rows of these indices as one shard. Raises DataError where one is not finite."""
+        for key, value in rows.items():
+            if value.is_floating_point() and not value.isfinite().all():
+                bad = next(i for i, row in zip(indices, value) if not row.isfinite().all())
+                raise DataError(f'{name(bad)}: its {key} are not finite in {str(value.dtype).removeprefix("torch.")}: encode in float32 '
+                                '(SOLVER.DTYPE), or keep them in another type (CACHE.DTYPE)')
+        write_shard(self.folder, [self.keys[i].tobytes() for i in indices], rows)
+
+    def restore_indices(self) -> None:
+        """Write indices that were lost again."""
+        for shard in self.shards.shards:
+            if not shard.has_index and shard.whole.all():
+                restore_index(shard)
+
+    def row(self, index: int) -> Row:
+        """The row of an index. Raises UnreadableError where there is none, or it is damaged."""
+        number = int(self.numbers[index])
+        if number < 0:
+            raise UnreadableError('could not be read when the cache was filled')
+        try:
+            return self.shards[number]
+        except (ValueError, OSError) as error:
+            raise UnreadableError(f'{error}; scepter cache prune drops it, and the next run computes it again') from error
+
+
+class Pictures(Table):
+    """Moments of each picture of a dataset, and of its mirror image where the dataset mirrors by chance.
+
+    encoder: all that the moments depend on beside the picture, as one word.  dtype: what they are kept in; None: as they are given.
+    keys: those that another process has found.  anew: read every source, also those whose stat has not changed.
+    Raises ConfigError where the pictures of the dataset differ from draw to draw.
+    """
+
+    def __init__(self, dataset: BaseDataset, folder: Path, encoder: str, dtype: torch.dtype | None = None, rows: int = 256,
+                 keys: tuple[np.ndarray, np.ndarray] | None = None, anew: bool = False, logger: logging.Logger | None = None):
+        super().__init__(folder / 'pictures', rows, logger)
+        self.dataset, self.encoder, self.dtype, self.book = dataset, encoder, dtype, SourceBook(folder / 'sources.jsonl')
+        self.reading = _Reading(dataset)
+        self.keys, self.has_key = self._find_keys(anew) if keys is None else keys
+        self.look()
+
+    def _find_keys(self, anew: bool) -> tuple[np.ndarray, np.ndarray]:
+        refuse_chance(self.dataset)
+        keys, has_key = np.zeros((len(self.dataset), KEY_BYTES), np.uint8), np.zeros(len(self.dataset), bool)
+        for index, content in self._contents(anew):
+            key = key_of('picture', content, self.dataset.view_of(index), self.dataset.mirrors, self.encoder, str(self.dtype))
+            keys[index], has_key[index] = np.frombuffer(key, np.uint8), True
+        return keys, has_key
+
+    def _contents(self, anew: bool) -> Iterator[tuple[int, str]]:
+        """(index, digest of what its picture is made of), for all that can be read."""
+        sources: dict[int, Source | None] = {i: self.dataset.source_of(i) for i in range(len(self.dataset))}
+        found = self.book.digests({s: None for s in sources.values() if s is not None}, anew)
+        yield from ((i, sha) for i, s in sources.items() if s is not None and (sha := found[s]) is not None)
+        for i in [i for i, source in sources.items() if source is None]:
+            try:
+                with generators_restored():
+                    yield i, digest_of(picture_of(self.reading.dataset[i])[1])
+            except UnreadableError:
+                continue    # the loader names it, and puts another in its place
+
+    def missing(self) -> list[list[int]]:
+        """The indices whose rows are missing, by the shard that each is to be in."""
+        return self.parts(self.dataset.batches(max(1, len(self.dataset))))
+
+    def fill(self, encode: Encode, batch_size: int, parts: Sequence[Sequence[int]] | None = None,
+             skipped_file: Path | None = None) -> None:
+        """Compute what is missing, or these parts of it, shard by shard. encode: [B, 3, (T,) H, W] in -1..1 -> moments, of the same B."""
+        parts = self.missing() if parts is None else parts
+        clock = Clock(sum(map(len, parts)), 'pictures', self.logger)
+        part_of = {index: i for i, part in enumerate(parts) for index in part}
+        self.reading.parts = [part[first:first + batch_size] for part in parts for first in range(0, len(part), batch_size)]
+        held: dict[int, Row] = {}
+        at = 0
+        for batch, n in OrderedLoader(self.reading, batch_size, skipped_file=skipped_file, logger=self.logger):
+            if part_of[int(n[0])] != at and held:
+                self._commit(held)
+                held = {}
+            at = part_of[int(n[0])]
+            held |= dict(zip(n.tolist(), self._rows(batch, encode)))
+            clock.tick(len(n))
+        if held:
+            self._commit(held)
+
+    def _rows(self, batch: dict[str, Any], encode: Encode) -> list[Row]:
+        _, picture = picture_of(batch)
+        moments = encode(picture)
+        if self.dataset.mirrors:
+            moments = torch.stack([moments, encode(picture.flip(-1))], 1)
+        moments = moments.detach().to('cpu', self.dtype)
+        beside = {name: value for name, value in batch.items() if name.startswith(BESIDE)}
+        return [{'moments': moments[i], **{name: value[i] for name, value in beside.items()}} for i in range(len(moments))]
+
+    def _commit(self, held: dict[int, Row]) -> None:
+        indices, rows = list(held), list(held.values())
+        self._refuse_changed(indices)
+        self.write(indices, {name: torch.stack([row[name] for row in rows]) for name in rows[0]}, self.dataset.name_of)
+
+    def _refuse_changed(self, indices: Sequence[int]) -> None:
+        for index in indices:
+            source = self.dataset.source_of(index)
+            if source is not None and source.stamp() != self.book.known[source].stamp:
+                raise DataError(f'{self.dataset.name_of(index)} has changed while the cache was filled: start again')
+
+
+class CachedDataset(BaseDataset):
+    """A dataset whose samples have `moments` in the place of their picture. Order, batches and names are the dataset's own."""
+
+    def __init__(self, dataset: BaseDataset, pictures: Pictures):
+        self.__dict__.update(cfg=dataset.cfg, logger=dataset.logger)
+        self.dataset, self.pictures = dataset, pictures
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        # what is drawn for a sample is drawn in the order in which the dataset itself draws it: words, then its mirror
+        sample = self.dataset.beside(index)
+        is_mirrored = self.dataset.draws_mirror(index)
+        row = self.pictures.row(index)
+        moments = row.pop('moments')
+        if self.dataset.mirrors:
+            moments = moments[int(is_mirrored)]
+        sample['moments'] = moments if self.pictures.dtype is None else moments.float()
+        return sample | {name.removeprefix(BESIDE): value for name, value in row.items()}
+
+    def name_of(self, index: int) -> str:
+        return self.dataset.name_of(index)
+
+    def collate(self, samples: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
+        return self.dataset.collate(samples, names)
+
+    def order(self, seed: int, step: int) -> Order:
+        return self.dataset.order(seed, step)
+
+    def batches(self, size: int) -> list[Sequence[int]]:
+        return self.dataset.batches(size)
+
+    @property
+    def file_count(self) -> int:
+        return self.dataset.file_count
+
+
+class _Reading(BaseDataset):
+    """A dataset as a cache reads it: nothing mirrored, and of each sample the picture and what transforms noted of it."""
+
+    def __init__(self, dataset: BaseDataset):
+        self.__dict__.update(cfg=dataset.cfg, logger=dataset.logger)
+        self.dataset, self.parts = dataset.unmirrored(), list[Sequence[int]]()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.dataset[index]
+        name, picture = picture_of(sample)
+        words = self.dataset.beside(index)
+        noted = {key: value for key, value in sample.items() if key != name and key not in words}
+        return {name: picture, **{f'{BESIDE}{key}': _as_tensor(key, value) for key, value in noted.items()}}
+
+    def name_of(self, index: int) -> str:
+        return self.dataset.name_of(index)
+
+    def batches(self, size: int) -> list[Sequence[int]]:
+        return self.parts
+
+    @property
+    def file_count(self) -> int:
+        return self.dataset.file_count
+
+
+class Clock:
+    """Says how far it is: pictures a second and the time left, every ten seconds and at the end."""
+
+    def __init__(self, total: int, what: str, logger: logging.Logger, every: float = 10.0):
+        self.total, self.what, self.logger, self.every = total, what, logger, every
+        self.done, self.begin = 0, time.monotonic()
+        self.said = self.begin
+
+    def tick(self, count: int) -> None:
+        """So many more are done."""
+        self.done += count
+        now = time.monotonic()
+        if now - self.said < self.every and self.done < self.total:
+            return
+        self.said, rate = now, self.done / max(1e-9, now - self.begin)
+        self.logger.info(f'cache: {self.done:,} of {self.total:,} {self.what}, {rate:.3g} a second, '
+                         f'{duration((self.total - self.done) / rate)} left')
+
+
+# ------------------------------------------------------------------------------------------------ what a picture is, and whether it stays
+def picture_of(sample: dict[str, Any]) -> tuple[str, Tensor]:
+    """(name, picture) of a sample or a batch. Raises ConfigError where it has none."""
+    found = [name for name in PICTURES if name in sample]
+    if not found:
+        raise ConfigError(f'CACHE: samples of TRAIN_DATA have {", ".join(sample)}, but no {" or ".join(PICTURES)} to encode: '
+                          'leave CACHE out')
+    return found[0], sample[found[0]]
+
+
+def digest_of(picture: Tensor) -> str:
+    """sha256 of a tensor: its type, shape and bytes."""
+    head = f'{picture.dtype} {list(picture.shape)} '.encode()
+    return hashlib.sha256(head + picture.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def refuse_chance(dataset: BaseDataset) -> None:
+    """Raises ConfigError where a sample's picture differs from draw to draw, but for its mirror image: one draw of many would be kept.
+
+    So it does where transforms change what belongs to the words.
+    """
+    still = dataset.unmirrored()
+    for index in range(0, len(still), max(1, len(still) // TRIED)):
+        found = set()
+        with generators_restored():
+            for attempt in range(TRIES):
+                seed_generators(attempt)
+                try:
+                    sample = still[index]
+                    seed_generators(attempt)
+                    words = still.beside(index)
+                except UnreadableError:
+                    break
+                found.add(digest_of(picture_of(sample)[1]))
+                if changed := [key for key, value in words.items() if isinstance(value, str) and sample.get(key) != value]:
+                    raise ConfigError(f'CACHE: TRANSFORMS change the {changed[0]} of {dataset.name_of(index)}, which a cache of pictures '
+                                      'does not: leave CACHE out')
+        if len(found) > 1:
+            raise ConfigError(f'CACHE: the picture of {dataset.name_of(index)} differs from draw to draw, and one draw would be kept for '
+                              'good: take what is random out of TRANSFORMS (RANDOM, Random..., ColorJitter), or leave CACHE out. '
+                              'The FLIP of RecordedCrop may stay: both images are kept')
+
+
+def _as_tensor(name: str, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f'CACHE: TRANSFORMS add {name}, a {type(value).__name__}: a cache keeps numbers and tensors') from error
