@@ -23,6 +23,7 @@ import scepter.models.embedders.clip
 import scepter.models.embedders.conditioner
 import scepter.models.embedders.labels
 import scepter.models.embedders.openclip
+import scepter.models.embedders.phi
 import scepter.models.latent_diffusion
 import scepter.models.losses
 import scepter.models.nova.model

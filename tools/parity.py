@@ -74,7 +74,7 @@ def open_with_diffusers(model: nn.Module, path: Path) -> dict[str, Any]:
         return {part: kind.from_pretrained(path / part, torch_dtype=torch.float32).eval() for part, kind in classes.items()
                 if (path / part / 'config.json').is_file()}
     with tempfile.TemporaryDirectory() as folder:
-        for part, config in (('unet', unet.write_config(model)), ('vae', autoencoder.write_config(model))):
+        for part, config in (('unet', unet.write_config(model)), ('vae', autoencoder.write_config(model, model.IMAGE_SIZE, model.size_factor))):
             write_json(Path(folder) / part / 'config.json', config)
         return {part: classes[part].from_single_file(str(path), config=folder, subfolder=part, torch_dtype=torch.float32).eval()
                 for part in ('unet', 'vae')}

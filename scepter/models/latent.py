@@ -95,7 +95,7 @@ class LatentSpace:
             return z
         pictures = self.autoencoder.decode(z)
         size = [side * self.size_factor for side in z.shape[-2:]]
-        expected = size if z.ndim == 4 else [self._frames(z.shape[2]), *size]
+        expected = size if z.ndim == 4 else [self.frames(z.shape[2]), *size]
         if [*pictures.shape[2:]] != expected:
             told = f'SIZE_FACTOR {self.size_factor}: set SIZE_FACTOR to {pictures.shape[-1] / z.shape[-1]:g}' \
                 if [*pictures.shape[-2:]] != size else f'time_factor {self.time_factor}, is_causal {self.is_causal}: correct them'
@@ -124,12 +124,12 @@ class LatentSpace:
             return []
         frames, first = 1 if frames is None else frames, int(self.is_causal)
         count = first + max(1 - first, round((frames - first) / self.time_factor))
-        if self._frames(count) != frames:
+        if self.frames(count) != frames:
             rule = f'1 more than a multiple of {self.time_factor}' if self.is_causal else f'a multiple of {self.time_factor}'
-            raise ValueError(f'a clip of {frames} frames cannot be made: their number is {rule}, e.g. {self._frames(count)}')
+            raise ValueError(f'a clip of {frames} frames cannot be made: their number is {rule}, e.g. {self.frames(count)}')
         return [count]
 
-    def _frames(self, latent_frames: int) -> int:
+    def frames(self, latent_frames: int) -> int:
         """How many frames are decoded of so many latent ones."""
         factor = self.time_factor or 1
         return 1 + (latent_frames - 1) * factor if self.is_causal else latent_frames * factor

@@ -25,6 +25,16 @@ class SampleArgs(Component):
     NUM_FRAMES: int | None = param(None, 'Frames of a clip, where the autoencoder makes clips.', least=1)
     DENOISING_STRENGTH: float | None = param(None, 'How much of a given image is made anew, 0..1.', least=0, most=1)
     RUN_TRAIN_N: bool | None = param(None, "Draw once more with the network's TRAIN_N_PROMPT as the negative prompt.")
+    SETS: int | None = param(None, 'Sets of tokens in a frame, where a network draws tokens in sets.', least=1)
+    LENGTH: int | None = param(None, 'Frames of the latents of a clip, where latents are drawn.', least=1)
+    IMAGE_GUIDE_SCALE: float | None = param(None, 'Strength of guidance by the frames before; 0 for none.', least=0)
+    GUIDE_RENORM: float | None = param(None, "Below 1: a guided output's norm is brought back to the unguided one's, by no more than "
+                                             'this factor.', least=0, most=1)
+    GUIDE_TRUNC: float | None = param(None, 'No guidance at times below this one.', least=0)
+    MIN_GUIDE_SCALE: float | None = param(None, 'Strength of guidance of the first set, from which it grows.', least=0)
+    SPATIOTEMPORAL_GUIDE_SCALE: float | None = param(None, 'Strength of guidance away from a disturbed network, where it has one.', least=0)
+    FLOW_SHIFT: float | None = param(None, 'Another shift of a flow than that of training.', above=0)
+    MOTION_FLOW: float | None = param(None, 'How much is to move in a clip, in pixels per frame.', least=0)
     SAMPLER_ARGS: dict | None = param(None, "The sampler's own options, e.g. {eta: 1.0}, and clamp, percentile, t_max, ...")
 
     @classmethod

@@ -14,8 +14,9 @@ import scepter.components  # noqa: F401
 from scepter.core.config import Config
 from scepter.core.registry import BACKBONES, MODELS
 from scepter.models.nova.model import NovaModel
-from scepter.models.nova.published import read_scheduler
 from scepter.models.nova.transformer import NovaTransformer
+from scepter.weights.families.nova import read_scheduler
+from scepter.weights.said import values_of
 
 HERE = Path(__file__).resolve().parents[1] / 'fixtures' / 'nova'
 ROOTS = [HERE, *(Path(word) for word in os.environ.get('NOVA_FIXTURES', '').split(os.pathsep) if word)]
@@ -31,6 +32,11 @@ def folders() -> list[Path]:
 def with_file(pattern: str) -> list[Path]:
     """Every file of this name, in folders that hold a network."""
     return [file for folder in folders() if (folder / 'case.json').is_file() for file in sorted(folder.glob(pattern))]
+
+
+def process_keys(scheduler: dict[str, Any]) -> dict[str, Any]:
+    """What a scheduler of the reference, or of a published folder, says of a NovaModel."""
+    return values_of(read_scheduler({'_class_name' if key == 'class' else key: value for key, value in scheduler.items()}))
 
 
 def label(path: Path) -> str:
@@ -68,7 +74,7 @@ class Case:
 
     def model(self) -> NovaModel:
         """The network with its process, as a published folder's scheduler says it."""
-        config = Config({'NAME': 'NovaModel', 'NETWORK': self.config(), **read_scheduler(self.told['scheduler']),
+        config = Config({'NAME': 'NovaModel', 'NETWORK': self.config(), **process_keys(self.told['scheduler']),
                          'SCALE_FACTOR': self.told['vae_scaling_factor'], 'SHIFT_FACTOR': self.told.get('vae_shift_factor', 0.0),
                          'LOSS_REPEAT': self.told['loss_repeat']})
         assert not list(MODELS.faults(config, ''))

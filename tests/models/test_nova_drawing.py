@@ -41,7 +41,7 @@ class Recorded:
         self.begun, self.count = self.begun + 1, self.begun * int((self.recorded['sched.timesteps'] > 0).sum())
         return patchify(self.recorded[name], self.patch)
 
-    def fresh(self) -> Tensor:
+    def fresh(self, frame: int, number: int, count: int) -> Tensor:
         self.count += 1
         return patchify(self.recorded['rand.ddpm_noise'][self.count - 1], self.patch)
 
@@ -116,7 +116,7 @@ def test_frames_one_by_one_are_told_what_all_at_once_are(changes: dict):
     draws = KeyedDraws([1, 2], 16, 8, latents.device)
     painter = Painter(network, Diffusion(*flow(10), prediction='flow'), [], euler, Guidance(scale=1.0), draws)
 
-    caches, found = network.caches(3, condition.shape[1]), []
+    caches, found = network.caches(3, condition.shape[1] + 3 * 4), []
     for number in range(3):
         told = painter._indicator(latents[:, :, number - 1] if number else None, number, 3, condition, caches, 2)
         found.append(network.video_encoder.mix(found[0], told) if found else told)

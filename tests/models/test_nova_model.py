@@ -146,7 +146,7 @@ def test_what_a_network_cannot_be_told_is_refused():
         build(TEXT).forward_train(moments=moments(1), label=torch.tensor([1]))
     with pytest.raises(ValueError, match="'a bird' is words, but COND_STAGE_MODEL is null"):
         build(TEXT).forward_test(prompt=['', 'a bird'])
-    with pytest.raises(ValueError, match='told a class, not a prompt'):
+    with pytest.raises(ValueError, match='told a class, not a prompt: give a label, 0 to 9'):
         build(NETWORK).forward_test(prompt=['a bird'])
     with pytest.raises(ValueError, match='no flow'):
         build(NETWORK, **DDPM).forward_test(label=1, flow_shift=2.0)
@@ -172,12 +172,12 @@ def test_five_steps_and_five_more_are_ten_to_the_bit(tmp_path: Path, clips: Path
 def test_a_clip_begins_with_the_picture_that_is_given():
     model, (a, b) = build(CLIP, FIRST_STAGE_MODEL=AUTOENCODER, SCALE_FACTOR=0.5), torch.rand(2, 1, 3, 64, 64) * 2 - 1
 
-    first, again, other = (model.forward_test(prompt=[''], image=x, length=2, sets=2, sample_steps=2)[0]['video'] for x in (a, a, b))
+    first, again, other = (model.forward_test(prompt=[''], first_frame=x, num_frames=5, sets=2, sample_steps=2)[0]['video'] for x in (a, a, b))
 
     assert list(first.shape) == [3, 5, 64, 64] and first.min() >= 0 and first.max() <= 1
     assert torch.equal(first, again) and not torch.equal(first, other)
     with torch.no_grad():
-        torch.testing.assert_close(model._first_frame(a), 0.5 * model.first_stage_model.encode(a).latent_dist.mode())
+        torch.testing.assert_close(model._first_frame(a, (64, 64), 2, 1), 0.5 * model.first_stage_model.encode(a).latent_dist.mode())
 
 
 @pytest.mark.parametrize('autoencoder', [AUTOENCODER, IMAGES], ids=['of clips', 'of images'])

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from scepter.models.nova.blocks import patchify
-from scepter.models.nova.encoders import block_causal, rotations_of
+from scepter.models.nova.blocks import may_see, patchify
+from scepter.models.nova.encoders import ends_of_frames, rotations_of
 from scepter.models.nova.transformer import NovaTransformer
 from tests.models.nova_cases import Case, close, label, with_file
 
@@ -48,10 +48,10 @@ def test_what_may_be_seen_and_turned_is_as_published(file: Path):
     rows, columns = network.video_grid_of(latents)
 
     if frames > 1:
-        assert torch.equal(block_causal(frames, rows * columns, prefix), train['mid.attn_mask'] == 0)
+        assert torch.equal(may_see(ends_of_frames(frames, rows * columns, prefix)), train['mid.attn_mask'] == 0)
     if 'rope.video' in train:
         _, video = network.with_positions(torch.zeros(1, frames, rows * columns, 1), (rows, columns), prefix)
-        image = network.image_rotations(latents[:, :, 0])
+        image = network.image_rotations((rows, columns))
         seen = rotations_of(image, train['rand.prev_ids'].squeeze(-1), rows * columns)
         for ours, name in ((video, 'rope.video'), (image, 'rope.image_full'), (seen, 'rope.image_visible')):
             cos, sin = ours[:, None].unbind(-1)
@@ -63,12 +63,11 @@ def answer(network: NovaTransformer, case: Case, path: str, slots: dict[str, Ten
     given = [slots[f'in.{i}'] for i in range(3) if f'in.{i}' in slots]
     module = network.get_submodule(path) if not (path == 'video_pos_embed' and network.ROTARY_POS_EMBED) else None
     prefix, (rows, columns) = train['mid.c_text'].shape[1], network.video_grid_of(train['mid.latents'])
-    image = network.image_rotations(train['mid.latents'][:, :, 0])
+    image = network.image_rotations((rows, columns))
     if path.startswith('video_encoder') and (path == 'video_encoder' or path.endswith('.attn') or path.split('.')[-2] == 'blocks'):
         empty = torch.zeros(1, case.told['frames'], rows * columns, 1)
         turns = network.with_positions(empty, (rows, columns), prefix)[1] if network.ROTARY_POS_EMBED else None
-        mask = block_causal(case.told['frames'], rows * columns, prefix)
-        return [module(*given, turns, mask)]
+        return [module(*given, turns, ends_of_frames(case.told['frames'], rows * columns, prefix))]
     if path.startswith('image_encoder.blocks.') and (path.endswith('.attn') or path.split('.')[-2] == 'blocks'):
         is_whole = given[0].shape[1] == rows * columns + network.image_grid[0] * network.image_grid[1]
         seen = train['rand.prev_ids'].squeeze(-1)

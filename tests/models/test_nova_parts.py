@@ -18,13 +18,13 @@ from scepter.core.registry import HOOKS, MODELS
 from scepter.diffusion.process import Diffusion
 from scepter.diffusion.samplers import ddpm, euler
 from scepter.models.autoencoder import DiagonalGaussian
+from scepter.models.nova.blocks import may_see
 from scepter.models.nova.drawing import set_sizes
-from scepter.models.nova.encoders import block_causal
+from scepter.models.nova.encoders import ends_of_frames
 from scepter.models.nova.guidance import Guidance
-from scepter.models.nova.published import read_scheduler
 from scepter.models.nova.steps import chains
 from scepter.models.process import process_of
-from tests.models.nova_cases import close, folders
+from tests.models.nova_cases import close, folders, process_keys
 
 
 def entries(name: str) -> list:
@@ -53,7 +53,7 @@ def test_every_folder_of_the_reference_is_of_a_kind_that_is_run(folder: Path):
 @pytest.mark.parametrize('folder, tag', entries('schedulers'))
 def test_a_scheduler_trains_and_draws_as_published(folder: Path, tag: str):
     spec, recorded = of_entry(folder, tag)
-    keys = read_scheduler(spec['config'])
+    keys = process_keys(spec['config'])
     diffusion, is_flow = process(keys), keys['SPACING'] == 'flow'
 
     level = diffusion.level(999 - recorded['t'] if is_flow else recorded['t'], recorded['x'])
@@ -75,14 +75,14 @@ def test_a_scheduler_trains_and_draws_as_published(folder: Path, tag: str):
 
 
 @pytest.mark.parametrize('values, words', [
-    ({'_class_name': 'UniPCMultistepScheduler'}, "of 'UniPCMultistepScheduler'"),
+    ({'_class_name': 'UniPCMultistepScheduler'}, "'UniPCMultistepScheduler', but expected"),
     ({'_class_name': 'DDPMScheduler', 'thresholding': True}, 'says thresholding, which we do not do'),
     ({'_class_name': 'DDPMScheduler', 'variance_type': 'learned'}, 'variance_type'),
-    ({'_class_name': 'DDPMScheduler', 'beta_schedule': 'laplace'}, "beta_schedule is 'laplace'"),
-    ({'_class_name': 'DDPMScheduler', 'prediction_type': 'flow'}, "prediction_type is 'flow'")])
+    ({'_class_name': 'DDPMScheduler', 'beta_schedule': 'laplace'}, "beta_schedule 'laplace'"),
+    ({'_class_name': 'DDPMScheduler', 'prediction_type': 'flow'}, "prediction_type 'flow'")])
 def test_a_scheduler_that_would_draw_otherwise_is_refused(values: dict, words: str):
     with pytest.raises(CheckpointError, match=words):
-        read_scheduler(values)
+        process_keys(values)
 
 
 @pytest.mark.parametrize('folder, tag', entries('guidance'))
@@ -117,7 +117,7 @@ def test_the_sets_of_tokens_have_the_published_sizes(folder: Path):
 def test_masks_and_posteriors_are_the_published_ones(folder: Path):
     recorded = load_file(folder / 'mask_and_dist.safetensors')
 
-    assert torch.equal(block_causal(3, 2, 3), recorded['attn_mask'] == 0)
+    assert torch.equal(may_see(ends_of_frames(3, 2, 3)), recorded['attn_mask'] == 0)
     for kind in ('dist_even', 'dist_odd'):
         moments, mean, logvar, noise, sample = (recorded[f'{kind}.{name}'] for name in ('moments', 'mean', 'logvar', 'noise', 'sample'))
         posterior = DiagonalGaussian(moments)

@@ -1,7 +1,6 @@
 """The sizes that a config of NOVA can say, the published ones among them, and what it may not say."""
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from scepter.core.config import Config
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import BACKBONES
 from scepter.models.nova.blocks import Size, patchify, unpatchify
-from scepter.models.nova.published import read_config, write_config
+from scepter.weights.families.nova import read_network, write_network
+from scepter.weights.said import values_of
 from tests.models.nova_cases import Case, label, with_file
 
 TINY: dict[str, Any] = {'NAME': 'NovaTransformer', 'IMAGE_DIM': 4, 'IMAGE_SIZE': 64, 'IMAGE_STRIDE': 8,
@@ -71,12 +71,11 @@ def test_a_published_folder_comes_back_with_every_weight(tmp_path: Path, name: s
     from safetensors.torch import save_file
     network = BACKBONES.build(Config({**TINY, 'VIDEO_BASE_SIZE': [4, 2, 2], 'VIDEO_MIXER_RANK': 3,
                                      'TEXT_TOKEN_DIM': 24, 'TEXT_TOKEN_LEN': 6}))
-    write_config(network, tmp_path)
     state = network.state_dict()
     torch.save(state, tmp_path / 'diffusion_pytorch_model.bin') if name == 'bin' else \
         save_file(state, tmp_path / 'diffusion_pytorch_model.safetensors')
 
-    again = BACKBONES.build(Config({**read_config(tmp_path), 'PRETRAINED_MODEL': str(tmp_path)}))
+    again = BACKBONES.build(Config({**values_of(read_network(write_network(network), 'a')), 'PRETRAINED_MODEL': str(tmp_path)}))
 
     assert {n: v.tolist() for n, v in again.state_dict().items()} == {n: v.tolist() for n, v in state.items()}
 
@@ -90,19 +89,19 @@ def test_a_mixer_that_the_weights_lack_is_refused(tmp_path: Path):
         BACKBONES.build(Config({**config, 'VIDEO_MIXER_RANK': 3, 'PRETRAINED_MODEL': str(tmp_path)}))
 
 
-def test_a_config_json_of_something_else_is_refused(tmp_path: Path):
-    for values, words in (({'_class_name': 'UNet2D'}, 'UNet2D'), ({'image_dims': 4}, 'image_dims'), ([], 'expected')):
-        (tmp_path / 'config.json').write_text(json.dumps(values), encoding='utf-8')
+def test_a_config_json_of_something_else_is_refused():
+    for values, words in (({'_class_name': 'UNet2D'}, 'UNet2D'), ({'image_dims': 4}, 'image_dims')):
         with pytest.raises(CheckpointError, match=words):
-            read_config(tmp_path)
+            read_network(values, 'a folder')
 
 
 @pytest.mark.parametrize('file', with_file('case.json'), ids=label)
-def test_a_published_config_says_the_same_as_ours(tmp_path: Path, file: Path):
+def test_a_published_config_says_the_same_as_ours(file: Path):
     case = Case(file.parent)
-    (tmp_path / 'config.json').write_text(json.dumps(case.told['transformer']), encoding='utf-8')
 
-    assert {**read_config(tmp_path), 'ARCH': None} == {**{k: v for k, v in case.config().items() if v is not None}, 'ARCH': None}
+    read = values_of(read_network(case.told['transformer'], 'a folder'))
+
+    assert {**read, 'ARCH': None} == {**{k: v for k, v in case.config().items() if v is not None}, 'ARCH': None}
 
 
 def test_patches_come_back():

@@ -4,5 +4,7 @@ from scepter.models.embedders.clip import FrozenCLIPEmbedder
 from scepter.models.embedders.conditioner import GeneralConditioner
 from scepter.models.embedders.labels import LabelEmbedder
 from scepter.models.embedders.openclip import FrozenOpenCLIPEmbedder
+from scepter.models.embedders.phi import FrozenPhiEmbedder
 
-__all__ = ['BaseEmbedder', 'FrozenCLIPEmbedder', 'FrozenOpenCLIPEmbedder', 'GeneralConditioner', 'LabelEmbedder']
+__all__ = ['BaseEmbedder', 'FrozenCLIPEmbedder', 'FrozenOpenCLIPEmbedder', 'FrozenPhiEmbedder', 'GeneralConditioner',
+           'LabelEmbedder']

@@ -15,6 +15,7 @@ class ImageDecoder(nn.Module):
     """What noisy tokens, their times and what is known about them say about the clean ones.
 
     x [B, N, p*p*C] as `patchify` cuts it, t [B] or [B, N], z [B, N, D]  ->  [B, N, p*p*C].  No token sees another.
+    known [B, N, M]: what `knows` makes of z, in its place, where the same z is asked about at many times.
     """
 
     def __init__(self, channels: int, patch: int, size: Size, condition: int):
@@ -25,24 +26,29 @@ class ImageDecoder(nn.Module):
         self.norm = Modulation(size.width, size.width, has_gate=False)
         self.head = nn.Linear(size.width, patch * patch * channels)
 
-    def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        h, told = self.patch_embed.of_tokens(x), self.time_cond_embed(t, z)
+    def forward(self, x: Tensor, t: Tensor, z: Tensor | None = None, known: Tensor | None = None) -> Tensor:
+        h, told = self.patch_embed.of_tokens(x), self.time_cond_embed(t, z, known)
         for block in self.blocks:
             h = block(h, told)
         return self.head(self.norm(h, told)[0])
 
+    def knows(self, z: Tensor) -> Tensor:
+        """What is known about tokens, as the blocks are told it whatever the time.    [B, N, D] -> [B, N, M]"""
+        return self.time_cond_embed.condition_proj(z)
+
 
 class TimeConditionEmbed(nn.Module):
-    """Time and condition as one vector.    t [B] or [B, N], z [B, N, D] -> [B, N, M]"""
+    """Time and condition as one vector.    t [B] or [B, N], z [B, N, D], or known [B, N, M] -> [B, N, M]"""
 
     def __init__(self, condition: int, width: int):
         super().__init__()
         self.timestep_proj = FeedForward(FEATURES, width, width, nn.SiLU())
         self.condition_proj = FeedForward(condition, width, width, nn.SiLU())
 
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+    def forward(self, t: Tensor, z: Tensor | None, known: Tensor | None = None) -> Tensor:
         times = timestep_embedding(t if t.ndim == 2 else t[:, None], FEATURES)
-        return self.timestep_proj(times.to(self.timestep_proj.fc1.weight.dtype)) + self.condition_proj(z)
+        known = self.condition_proj(z) if known is None else known
+        return self.timestep_proj(times.to(self.timestep_proj.fc1.weight.dtype)) + known
 
 
 class DecoderBlock(nn.Module):

@@ -1,6 +1,8 @@
 """NOVA's two encoders: what the frames before say about a frame, and what that and its visible tokens say about all of its tokens."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -21,12 +23,15 @@ class VideoEncoder(nn.Module):
         self.norm = nn.LayerNorm(size.width)
         self.mixer = Mixer(size.width, max(0, mixer_rank)) if mixer_rank else None
 
-    def forward(self, x: Tensor, condition: Tensor | None = None, rotations: Tensor | None = None, mask: Tensor | None = None,
+    def forward(self, x: Tensor, condition: Tensor | None = None, rotations: Tensor | None = None, ends: Sequence[int] | None = None,
                 caches: list[KeyValues] | None = None) -> Tensor:
-        """rotations: of condition and x together.  caches: one for each block, which then also sees all that was given to it before."""
+        """rotations, ends (`ends_of_frames`; None: all see all): of condition and x together.
+
+        caches: one for each block, which then also sees all that was given to it before.
+        """
         h = x if condition is None else torch.cat([condition, x], 1)
         for i, block in enumerate(self.blocks):
-            h = block(h, rotations, mask, caches[i] if caches is not None else None)
+            h = block(h, rotations, ends, caches[i] if caches is not None else None)
         return self.norm(h[:, -x.shape[1]:])
 
     def mix(self, first: Tensor, later: Tensor) -> Tensor:
@@ -78,8 +83,6 @@ def rotations_of(rotations: Tensor, visible: Tensor, prefix: int) -> Tensor:
     return torch.cat([head.expand(len(visible), *head.shape), tokens[visible]], 1)
 
 
-def block_causal(frames: int, tokens: int, prefix: int, device: torch.device | None = None) -> Tensor:
-    """What may be seen: prefix and first frame all of one another, each later frame itself and all before it.    [L, L] bool"""
-    frame = torch.arange(frames, device=device).repeat_interleave(tokens)
-    frame = torch.cat([frame.new_zeros(prefix), frame])
-    return frame[:, None] >= frame
+def ends_of_frames(frames: int, tokens: int, prefix: int) -> list[int]:
+    """How many tokens of [prefix | frames] each frame may see: prefix and first frame all of one another, later ones all before them."""
+    return [prefix + (frame + 1) * tokens for frame in range(frames)]

@@ -18,8 +18,9 @@ from scepter.core.registry import BACKBONES, EMBEDDERS, LEVELS, MODELS, SAMPLERS
 from scepter.core.schema import default, param, part
 from scepter.models.autoencoder import to_pixels
 from scepter.models.base import TrainModule
+from scepter.models.condition import Condition
 from scepter.models.latent import LatentSpace
-from scepter.models.nova.drawing import KeyedDraws, Painter
+from scepter.models.nova.drawing import KeyedDraws, Painter, Progress
 from scepter.models.nova.guidance import Guidance
 from scepter.models.nova.steps import Spacing, chains
 from scepter.models.nova.training import Chance, frame_losses, visible_tokens
@@ -175,12 +176,18 @@ class NovaModel(TrainModule):
         for i in strings:
             told[i] = self.model.nothing()
         if words:
-            tokens = self.cond_stage_model.tokenize([prompts[i] for i in words]).to(self.device)
-            with torch.no_grad():
-                context = self.cond_stage_model.encode_text(tokens, tokenizer=getattr(self.cond_stage_model, 'tokenizer', None))
-            for i, row in zip(words, context):
+            for i, row in zip(words, self._encoded([prompts[i] for i in words])):
                 told[i] = row
         return [self._fitting(text.to(self.device, self.model.text_embed.weight.dtype)) for text in told]
+
+    @torch.no_grad()
+    def _encoded(self, prompts: list[str]) -> list[Tensor]:
+        """Features [L, F] of each of these words by the embedder, in full precision; behind a prompt's end there are none."""
+        embedder = self.cond_stage_model
+        tokens = embedder.tokenize(prompts).to(self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            found = Condition.of(embedder.encode_text(tokens, tokenizer=getattr(embedder, 'tokenizer', None)))
+        return [*found.context] if found.mask is None else [row[seen] for row, seen in zip(found.context, found.mask)]
 
     def _fitting(self, text: Tensor) -> Tensor:
         """Features [L, F] with L up to TEXT_TOKEN_LEN; what is longer is cut, with one warning. Raises ValueError for another F."""
@@ -203,40 +210,92 @@ class NovaModel(TrainModule):
         """An image or a clip in -1..1 -> its latent, drawn from the posterior, of variance about 1."""
         if self.first_stage_model is None:
             raise ValueError('the batch has pictures, but FIRST_STAGE_MODEL is null: name an autoencoder, or cache its moments')
+        if x.ndim == 5 and self.space.time_factor is None:    # pictures, one by one; the draw is of whole clips, which have the keys
+            return self.space.draw(by_frames(lambda image: self.first_stage_model.encode(image).latent_dist.parameters, x))
         return self.space.encode(x)
 
     # ---------------------------------------------------------------- drawing
     @torch.no_grad()
     def forward_test(self, prompt: list[str] | list[Tensor] | None = None, n_prompt: list[str] | str | None = None,
-                     label: int | Sequence[int] | Tensor | None = None, image: Tensor | None = None, length: int = 1, sets: int = 64,
-                     sample_steps: int = 25, sampler: str | None = None, seed: int = 2023, row_seeds: Sequence[int] | None = None,
-                     guide_scale: float = 5.0, image_guide_scale: float = 0.0, guide_renorm: float = 1.0, guide_trunc: float = 0.0,
-                     min_guide_scale: float | None = None, flow_shift: float | None = None, motion_flow: float = 5.0,
-                     num_samples: int | None = None, on_step: Callable[[int, int, Tensor], None] | None = None) -> list[dict[str, Any]]:
+                     label: int | Sequence[int] | Tensor | None = None, first_frame: Tensor | None = None, num_frames: int | None = None,
+                     length: int | None = None, image_size: int | Sequence[int] | None = None, sets: int = 64, sample_steps: int = 25,
+                     sampler: str | None = None, seed: int = 2023, row_seeds: Sequence[int] | None = None, guide_scale: float = 5.0,
+                     image_guide_scale: float = 0.0, spatiotemporal_guide_scale: float = 0.0, guide_renorm: float = 1.0,
+                     guide_trunc: float = 0.0, min_guide_scale: float | None = None, flow_shift: float | None = None,
+                     motion_flow: float = 5.0, num_samples: int | None = None, show_progress: bool = False,
+                     on_step: Callable[[int, int, Tensor], None] | None = None) -> list[dict[str, Any]]:
         """Prompts or labels -> one dict each: prompt or label, seed, and image [3, H, W] or video [3, T, H, W] in 0..1.
 
         Without an autoencoder, latent [C, T, h, w] instead.
-        length: frames of the latent clip; 1: an image.  sets: of tokens in a frame.  sample_steps: of each set.
-        image [B, 3, H, W] in -1..1: the first frame of a clip.  seed: below 0 for another one each time; row i of it is keyed (seed, i).
-        guide_*: see guidance.py.  on_step: called as (set, sets of a frame, tokens) after each set.
+        num_frames: of a clip; or length, those of its latents. Without either, an image.
+        sets: of tokens in a frame.  sample_steps: of each set.  guide_*: see guidance.py.
+        first_frame [B, 3, H, W] in -1..1: the picture that a clip begins with.
+        seed: below 0 for another one each time; row i of it is keyed (seed, i).
+        on_step: called as (set, sets of all frames, tokens) after each set.
+        Raises ValueError, with what would fit, for a size or a length that the network was not made for, and for what it cannot be told.
         """
+        count, size = self._length(num_frames, length), self._size(image_size)
         wanted, empty, results = self._conditions(prompt, n_prompt, label, default(num_samples, 1), motion_flow)
         seeds = streams.row_seeds(default(row_seeds, random.randrange(2 ** 32) if seed < 0 else seed), len(wanted))
-        network, (rows, columns) = self.model, self.model.image_grid
-        draws = KeyedDraws(seeds, rows * columns, network.patch ** 2 * network.IMAGE_DIM, self.device)
+        network, side = self.model, self.model.patch * self.model.IMAGE_STRIDE
+        grid = size[0] // side, size[1] // side
+        draws = KeyedDraws(seeds, grid[0] * grid[1], network.patch ** 2 * network.IMAGE_DIM, self.device)
+        if spatiotemporal_guide_scale:
+            (self.logger or get_logger()).info('spatiotemporal_guide_scale changes nothing: it guides away from a disturbed network, and '
+                                               'NOVA has no such disturbance, as published')
         guidance = Guidance(guide_scale, image_guide_scale, renorm=guide_renorm, trunc=guide_trunc, min_scale=min_guide_scale)
-        painter = Painter(network, self.diffusion, chains(self.diffusion, sample_steps, self.SPACING, self.STEPS_OFFSET, flow_shift),
-                          self.sampler(sampler), guidance, draws, sets, on_step)
-        first = None if image is None else self._first_frame(image.to(self.device))
-        latents = painter.draw(wanted, empty, length, first)
+        first = None if first_frame is None else self._first_frame(first_frame, size, count, len(wanted))
+        with Progress(show_progress, on_step) as progress:
+            painter = Painter(network, self.diffusion, chains(self.diffusion, sample_steps, self.SPACING, self.STEPS_OFFSET, flow_shift),
+                              self.sampler(sampler), guidance, draws, sets, progress, grid)
+            latents = painter.draw(wanted, empty, count, first)
         return [{**result, 'seed': s, **drawn} for result, s, drawn in zip(results, seeds, self._shown(latents))]
 
-    def _first_frame(self, image: Tensor) -> Tensor:
-        """image [B, 3, H, W] in -1..1 -> the latent [B, C, h, w] that a clip begins with: the mean, for a draw would obey no seed."""
+    def _length(self, num_frames: int | None, length: int | None) -> int:
+        """Frames of the latents of what is drawn. Raises ValueError, with what would fit, for a length that the network was not made for."""
+        space, longest = self.space, self.model.length
+        if num_frames is None:
+            count, asked = default(length, 1), f'{length} frames of latents'
+        else:
+            is_joined = space.time_factor is not None
+            count = space.shape(space.size_factor, space.size_factor, num_frames)[1] if is_joined else num_frames
+            asked = f'a clip of {num_frames} frames'
+        if count < 1 or count > longest:
+            most = f'up to {longest} of latents' + (f', {space.frames(longest)} of the clip' if space.time_factor is not None else '')
+            raise ValueError(f'{asked} cannot be drawn: the network was made for '
+                             + (f'clips of {most} (VIDEO_BASE_SIZE)' if longest > 1 else 'images; leave num_frames and length out'))
+        return count
+
+    @property
+    def drawn_size(self) -> tuple[int, int]:
+        """Height and width of what is drawn where nothing is said."""
+        height, width = (self.model.IMAGE_SIZE,) * 2 if isinstance(self.model.IMAGE_SIZE, int) else self.model.IMAGE_SIZE
+        return height, width
+
+    def _size(self, image_size: int | Sequence[int] | None) -> tuple[int, int]:
+        """Height and width in pixels. Raises ValueError, with what would fit, for a size that the positions do not."""
+        size = default(image_size, self.drawn_size)
+        height, width = (size, size) if isinstance(size, int) else size
+        side, (own_height, own_width) = 2 * self.model.patch * self.model.IMAGE_STRIDE, self.drawn_size
+        if not self.model.ROTARY_POS_EMBED and (height, width) != self.drawn_size:
+            raise ValueError(f'an image of {height}x{width} cannot be drawn: the positions of this network fit {own_height}x{own_width} '
+                             'alone (IMAGE_SIZE; one trained with ROTARY_POS_EMBED draws other sizes too)')
+        if height % side or width % side or min(height, width) < side:
+            near = [max(1, round(length / side)) * side for length in (height, width)]
+            raise ValueError(f'an image of {height}x{width} cannot be drawn: sides are multiples of {side}, e.g. {near[0]}x{near[1]}')
+        return height, width
+
+    def _first_frame(self, image: Tensor, size: tuple[int, int], length: int, rows: int) -> Tensor:
+        """image [B or 1, 3, H, W] in -1..1 -> the latent [B, C, h, w] that clips begin with: the mean, for a draw would obey no seed."""
         if self.first_stage_model is None:
             raise ValueError('a first frame is given, but FIRST_STAGE_MODEL is null: name an autoencoder')
-        latent = self.space.encode(image, is_drawn=False)
-        return latent[:, :, 0] if latent.ndim == 5 else latent
+        if length == 1:
+            raise ValueError('a first frame is given, but an image is asked for: ask for a clip by num_frames'
+                             + (f', e.g. {self.space.frames(2)}' if self.model.length > 1 else ', of a network that draws clips'))
+        if tuple(image.shape[-2:]) != size:
+            raise ValueError(f'the first frame is {image.shape[-2]}x{image.shape[-1]}, but the clip {size[0]}x{size[1]}: make it that size')
+        latent = self.space.encode(image.to(self.device), is_drawn=False)
+        return (latent[:, :, 0] if latent.ndim == 5 else latent).expand(rows, -1, -1, -1)
 
     def sampler(self, name: str | None = None) -> Callable[..., Tensor]:
         """A sampler by its name; without one, the published one of the process: Euler's method for flows, else DDPM."""
@@ -247,9 +306,11 @@ class NovaModel(TrainModule):
         """Conditions of what is wanted and of nothing, [B, K, D] each, and what results tell of them."""
         if self.model.is_told_class:
             if prompt is not None and label is None:
-                raise ValueError('the network is told a class, not a prompt: give a label')
+                raise ValueError(f'the network is told a class, not a prompt: give a label, 0 to {self.model.NUM_CLASSES - 1}')
             labels = [i % self.model.NUM_CLASSES for i in range(count)] if label is None else torch.as_tensor(label).reshape(-1).tolist()
             labels = labels * count if len(labels) == 1 else labels
+            if foreign := [number for number in labels if not 0 <= number < self.model.NUM_CLASSES]:
+                raise ValueError(f'{foreign[0]} is no class: expected 0 to {self.model.NUM_CLASSES - 1}')
             nothing = self.model.nothing().expand(len(labels))
             told, empty = torch.tensor(labels, device=self.device), nothing
             results = [{'label': number} for number in labels]
@@ -267,8 +328,9 @@ class NovaModel(TrainModule):
         if self.first_stage_model is None:
             return [{'latent': latent} for latent in latents]
         is_image = latents.shape[2] == 1
-        x = to_pixels(self.space.decode(latents[:, :, 0] if is_image and self.space.time_factor is None else latents))
-        return [{'image': clip[:, 0] if clip.ndim == 4 else clip} if is_image else {'video': clip} for clip in x]
+        x = to_pixels(by_frames(self.space.decode, latents) if self.space.time_factor is None else self.space.decode(latents))
+        x = x[:, :, 0] if is_image else x
+        return [{'image' if is_image else 'video': shown} for shown in x]
 
 
 SAMPLERS.reserve(NovaModel.forward_test)
@@ -281,6 +343,13 @@ def weighed(losses: Tensor) -> dict[str, Any]:
         return {'loss': losses.sum()}    # not a view, whose backward hooks FSDP2 would lose
     first, later = count * losses[0], count / (count - 1) * losses[1:].sum()
     return {'loss': first + later, 'loss_t2i': first.detach(), 'loss_i2i': later.detach()}
+
+
+def by_frames(convert: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """convert(x) of each frame by itself, for an autoencoder of pictures.    [B, C, T, ...] -> [B, D, T, ...];  [B, C, ...] -> [B, D, ...]"""
+    if x.ndim == 4:
+        return convert(x)
+    return convert(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).transpose(1, 2)
 
 
 def _motion(motion_flow: Tensor | None) -> dict[str, Tensor]:

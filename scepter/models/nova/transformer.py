@@ -26,7 +26,7 @@ from scepter.models.base import BaseModel
 from scepter.models.nova.blocks import Block, KeyValues, Size
 from scepter.models.nova.decoder import DecoderBlock, ImageDecoder
 from scepter.models.nova.embeddings import MAX_TEXT_TOKENS, LabelEmbed, MaskEmbed, MotionEmbed, TextEmbed, VideoPosEmbed
-from scepter.models.nova.encoders import ImageEncoder, VideoEncoder, block_causal
+from scepter.models.nova.encoders import ImageEncoder, VideoEncoder, ends_of_frames
 from scepter.models.nova.positions import can_rotate, places, rotations
 
 
@@ -139,7 +139,7 @@ class NovaTransformer(BaseModel):
         """
         told, frames = self.indicators(latents, condition), latents.transpose(1, 2).flatten(0, 1)
         tokens = self.mask_embed(self.image_encoder.patch_embed(frames), hidden(order, visible))
-        return self.image_encoder(tokens, told.flatten(0, 1), order[:, :visible], self.image_rotations(frames))
+        return self.image_encoder(tokens, told.flatten(0, 1), order[:, :visible], self.image_rotations(self.video_grid_of(frames)))
 
     def indicators(self, latents: Tensor, condition: Tensor) -> Tensor:
         """What condition and frames before say about each frame.    [B, C, T, h, w], [B, K, D] -> [B, T, Nv, D]"""
@@ -149,19 +149,17 @@ class NovaTransformer(BaseModel):
         if length > 1:
             x = torch.cat([x, self.video_encoder.patch_embed(latents[:, :, :-1]).to(x.dtype)], 1)    # [B, T, Nv, D]
         x, turns = self.with_positions(x, grid, prefix=condition.shape[1])
-        mask = block_causal(length, x.shape[2], condition.shape[1], x.device) if length > 1 else None
-        out = self.video_encoder(x.flatten(1, 2), condition, turns, mask).unflatten(1, (length, -1))
+        ends = ends_of_frames(length, x.shape[2], condition.shape[1]) if length > 1 else None
+        out = self.video_encoder(x.flatten(1, 2), condition, turns, ends).unflatten(1, (length, -1))
         return out if length == 1 else torch.cat([out[:, :1], self.video_encoder.mix(out[:, :1], out[:, 1:])], 1)
 
     # ---------------------------------------------------------------- drawing: one frame after another
-    def bos(self, rows: int, grid: tuple[int, int] | None = None) -> Tensor:
-        """The frame before the first.    [rows, 1, Nv, D]"""
-        grid = grid or self.drawn_grid
+    def bos(self, rows: int, grid: tuple[int, int]) -> Tensor:
+        """The frame before the first, of this grid in the video encoder.    [rows, 1, Nv, D]"""
         return self.mask_embed.bos_token.expand(rows, 1, grid[0] * grid[1], -1)
 
-    def caches(self, length: int, prefix: int) -> list[KeyValues] | None:
-        """Room for the keys and values of a clip, for each block of the video encoder; none where nothing will ask for them."""
-        capacity = prefix + length * self.video_grid[0] * self.video_grid[1]
+    def caches(self, length: int, capacity: int) -> list[KeyValues] | None:
+        """Room for the keys and values of so many tokens, for each block of the video encoder; none for an image, which asks once."""
         return [KeyValues(capacity) for _ in self.video_encoder.blocks] if length > 1 else None
 
     # ---------------------------------------------------------------- where tokens are
@@ -173,14 +171,14 @@ class NovaTransformer(BaseModel):
         where = places(first + torch.arange(x.shape[1], device=x.device), grid)
         return x, rotations(where, self.head_widths[0], prefix)[None]
 
-    def image_rotations(self, frames: Tensor | None = None) -> Tensor | None:
-        """The turns in the image encoder, where what comes from the video encoder is not turned.    [B, C, h, w] -> [1, Nv + N, ...]
+    def image_rotations(self, grid: tuple[int, int]) -> Tensor | None:
+        """The turns in the image encoder, where what comes from the video encoder is not turned.    [1, Nv + N, ...]
 
-        frames: whose size they are for; None: that of what is drawn.
+        grid: rows and columns of the video encoder's tokens; of its own there are twice as many each.
         """
         if not self.ROTARY_POS_EMBED:
             return None
-        rows, columns = self.drawn_grid if frames is None else self.video_grid_of(frames)
+        rows, columns = grid
         first = torch.zeros(1, dtype=torch.int64, device=self.mask_embed.bos_token.device)
         return rotations(places(first, (2 * rows, 2 * columns)), self.head_widths[1], rows * columns)[None]
 
@@ -191,16 +189,9 @@ class NovaTransformer(BaseModel):
         if not self.ROTARY_POS_EMBED and tuple(size) != fits:
             raise ValueError(f'latents are {size[0]}x{size[1]}, but the positions of this network are for {fits[0]}x{fits[1]} '
                              f'(IMAGE_BASE_SIZE {list(self.image_grid)}): make them of that size, or train with ROTARY_POS_EMBED')
-        if not self.ROTARY_POS_EMBED:
-            return self.drawn_grid
         if any(side % (2 * self.patch) for side in size):
             raise ValueError(f'latents are {size[0]}x{size[1]}: sides are multiples of {2 * self.patch}, the patch of the video encoder')
         return size[0] // (2 * self.patch), size[1] // (2 * self.patch)
-
-    @property
-    def drawn_grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens in the video encoder, of a frame as this network draws it."""
-        return self.video_grid[0], self.video_grid[1]
 
 
 def hidden(order: Tensor, visible: int) -> Tensor:

@@ -1,4 +1,4 @@
 """The families that come along: importing them registers them."""
-from scepter.weights.families import sd, sdxl
+from scepter.weights.families import nova, sd, sdxl
 
-__all__ = ['sd', 'sdxl']
+__all__ = ['nova', 'sd', 'sdxl']

@@ -1,7 +1,7 @@
 """The autoencoder of Stable Diffusion: its names, its config and its shapes, as ours and as diffusers' AutoencoderKL."""
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -104,18 +104,18 @@ def _half(shapes: Shapes, side: str, extra: int, z: Said) -> Node:
 
 
 # ---------------------------------------------------------------- ours as theirs
-def write_config(model: nn.Module) -> dict[str, Any]:
-    """The config of diffusers' AutoencoderKL. Raises ValueError for what it cannot be."""
+def write_config(model: nn.Module, image_size: int | Sequence[int], size_factor: int) -> dict[str, Any]:
+    """The config of diffusers' AutoencoderKL, of a network that draws pictures of this size. Raises ValueError for what it cannot be."""
     vae = model.first_stage_model
     encoder, decoder = vae.encoder, vae.decoder
     if encoder.ATTN_RESOLUTIONS or decoder.ATTN_RESOLUTIONS or not encoder.RESAMP_WITH_CONV or vae.EMBED_DIM != encoder.Z_CHANNELS \
             or any(getattr(encoder, key) != getattr(decoder, key) for key in ('CH', 'CH_MULT', 'NUM_RES_BLOCKS', 'NORM_GROUPS')):
         raise ValueError('diffusers has no such autoencoder (attention outside the middle, other resampling, or two unlike halves)')
-    levels, size = len(encoder.CH_MULT), model.IMAGE_SIZE if isinstance(model.IMAGE_SIZE, int) else max(model.IMAGE_SIZE)
+    levels, size = len(encoder.CH_MULT), image_size if isinstance(image_size, int) else max(image_size)
     return {'_class_name': 'AutoencoderKL', 'in_channels': encoder.IN_CHANNELS, 'out_channels': decoder.OUT_CH,
             'down_block_types': ['DownEncoderBlock2D'] * levels, 'up_block_types': ['UpDecoderBlock2D'] * levels,
             'block_out_channels': [m * encoder.CH for m in encoder.CH_MULT], 'layers_per_block': encoder.NUM_RES_BLOCKS,
             'norm_num_groups': encoder.NORM_GROUPS,
-            'latent_channels': vae.EMBED_DIM, 'sample_size': size // model.size_factor * model.size_factor,
+            'latent_channels': vae.EMBED_DIM, 'sample_size': size // size_factor * size_factor,
             'scaling_factor': model.SCALE_FACTOR, 'shift_factor': model.SHIFT_FACTOR or None, 'use_quant_conv': vae.USE_CONV,
             'use_post_quant_conv': vae.USE_CONV}

@@ -64,7 +64,8 @@ class StableDiffusion(Family):
     # ---------------------------------------------------------------- theirs as ours
     def accepts(self, settings: Configs) -> bool:
         pipeline = settings.get('model_index', {}).get('_class_name')
-        return pipeline in self.pipelines or (pipeline is None and not settings.keys().isdisjoint(part.folder for part in self.parts))
+        return pipeline in self.pipelines or (pipeline is None and 'transformer' not in settings
+                                               and not settings.keys().isdisjoint(part.folder for part in self.parts))
 
     def read_folder(self, settings: Configs, folder: Path, name: str) -> Node:
         model = self.said(settings, name)
@@ -146,7 +147,7 @@ class StableDiffusion(Family):
     # ---------------------------------------------------------------- ours as theirs
     def write_configs(self, model: nn.Module, folder: Path) -> None:
         parts = dict(self.embedders(model))
-        configs = {'unet': unet.write_config(model), 'vae': autoencoder.write_config(model),
+        configs = {'unet': unet.write_config(model), 'vae': autoencoder.write_config(model, model.IMAGE_SIZE, model.size_factor),
                    **{part.folder: text.write_config(embedder, part.folder) for part, embedder in parts.items()}}
         for part, config in configs.items():
             write_json(folder / part / 'config.json', config)
