@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ from scepter.models.unfilled import unfilled
 from scepter.solvers.diffusion import SampleArgs
 
 DEFAULT_CONFIG = 'sd15/sd15_512_full.yaml'
+GIVEN = ('image', 'mask', 'first_frame')    # pictures that forward_test may take
 ONCE = 16    # pictures drawn at once where nothing else is said
 OnStep = Callable[[int, int, Tensor], None]
 Picture = str | os.PathLike | Image.Image | Tensor
@@ -62,11 +63,12 @@ class Drawn(NamedTuple):
         """The pictures. Saved as PNG they hold their settings."""
         return [Told.of(result) for result in self.results if 'image' in result]
 
-    def save(self, folder: str | os.PathLike = 'outputs/inference') -> list[Path]:
-        """Write pictures, and clips as animated PNG, each under the next free number of the folder. Answers the files."""
+    def save(self, folder: str | os.PathLike = 'outputs/inference', clips: Literal['png', 'mp4'] = 'png') -> list[Path]:
+        """Write pictures as PNG, and clips too, animated, or as MP4, each under the next free number of the folder. Answers the files."""
         files = []
         for result in self.results:
-            pictures = {suffix: result[key] for key, suffix in PICTURES.items() if key in result}
+            pictures = {suffix.replace('.png', f'.{clips}') if 'video' in key else suffix: result[key]
+                        for key, suffix in PICTURES.items() if key in result}
             files += save_new(pictures, Path(folder), result.get('prompt', ''), result['settings'])
         return files
 
@@ -245,8 +247,8 @@ class Pipeline:
 
         on_step: called as (step, steps, x0) after each step of each batch; what it raises ends the drawing.
         num_samples: pictures of each prompt.  batch_size: drawn at once, 16 at most by itself.
-        how: any argument of the network's forward_test, over SAMPLE_ARGS of the config, over forward_test's own defaults. image and
-            mask are a file, a PIL image or a tensor. Raises ConfigError for one that the network does not take.
+        how: any argument of the network's forward_test, over SAMPLE_ARGS of the config, over forward_test's own defaults. image,
+            mask and first_frame are a file, a PIL image or a tensor. Raises ConfigError for one that the network does not take.
         """
         wanted = [prompts] if isinstance(prompts, str) else prompts
         if wanted is not None and not accepted(self.model.forward_test, {'prompt': []}):
@@ -264,7 +266,7 @@ class Pipeline:
         row_seeds = streams.row_seeds(seed, count)
         for rows in self._batches(prompts, count, batch_size, arguments.get('n_prompt')):
             here = rows.stop - rows.start
-            own: dict[str, Any] = {key: arguments[key].expand(here, -1, -1, -1) for key in ('image', 'mask') if key in arguments}
+            own: dict[str, Any] = {key: arguments[key].expand(here, -1, -1, -1) for key in GIVEN if key in arguments}
             own |= {key: arguments[key][rows] for key in ('n_prompt', 'label') if isinstance(arguments.get(key), list)}
             own |= {'num_samples': here} if prompts is None else {'prompt': prompts[rows]}
             with torch.no_grad(), streams.current(seed, range(rows.start, rows.stop)), self._seeded(seed, rows.start):
@@ -305,13 +307,16 @@ class Pipeline:
         arguments['seed'] = default(arguments.get('seed'), own_seed if isinstance(own_seed, int) else we.seed)
         if arguments['seed'] < 0:
             arguments['seed'] = random.randrange(2 ** 32)
-        for key in ('image', 'mask'):
+        for key in GIVEN:
             if arguments.get(key) is None:
                 arguments.pop(key, None)
                 continue
             named[key] = str(arguments[key]) if isinstance(arguments[key], (str, os.PathLike)) else f'a {type(arguments[key]).__name__}'
         if 'mask' in named and 'image' not in named:
             raise DataError('a mask says which part of the image is made anew: give --image (image=...) too')
+        if 'first_frame' in named:
+            size = default(arguments.get('image_size'), getattr(self.model, 'drawn_size', None))
+            arguments['first_frame'] = read_image(arguments['first_frame'], size)
         if 'image' in named:
             arguments['image'] = read_image(arguments['image'], arguments.get('image_size'))
             if 'mask' in named:

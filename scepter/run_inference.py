@@ -21,16 +21,20 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+# flags that are arguments of forward_test
 OPTIONS = ('n_prompt', 'sampler', 'sample_steps', 'discretization', 'seed', 'guide_scale', 'guide_rescale', 'image_size',
-           'num_frames', 'denoising_strength', 'image', 'mask')    # flags that are arguments of forward_test
+           'num_frames', 'denoising_strength', 'image', 'mask', 'first_frame', 'motion_flow', 'sets', 'image_guide_scale',
+           'spatiotemporal_guide_scale', 'guide_renorm', 'guide_trunc', 'min_guide_scale', 'flow_shift')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line (default: this process's). Answers the exit code of docs/design.md, section 9."""
     parser = command_line()
     args = parser.parse_intermixed_args(argv)
-    if args.prompt is None and args.prompt_file is None:
-        parser.error('--prompt TEXT or --prompt_file FILE is required')
+    if args.prompt is None and args.prompt_file is None and args.label is None:
+        parser.error('--prompt TEXT, --prompt_file FILE or --label N is required')
+    if args.label is not None and (args.prompt is not None or args.prompt_file is not None):
+        parser.error('--label and --prompt: a network is told classes or texts, give one of them')
     from scepter.core.env import guarded  # from here on torch is needed
     return guarded(lambda: run(args))
 
@@ -48,6 +52,7 @@ def command_line() -> argparse.ArgumentParser:
     add('--ema', choices=('on', 'off'), default='on', help='draw with averaged weights where there are any (default on)')
     add('--prompt', help='what to draw')
     add('--prompt_file', metavar='FILE', help='a prompt on each line')
+    add('--label', type=_numbers, metavar='N or N,N,...', help='classes to draw, where the network is told a class')
     add('--n_prompt', help='what to stay away from')
     add('--num_samples', type=int, default=4, help='pictures of each prompt (default 4)')
     add('--batch_size', type=int, help='pictures drawn at once (default all, at most 16); has no part in what they show')
@@ -58,10 +63,21 @@ def command_line() -> argparse.ArgumentParser:
     add('--guide_scale', type=float, help='strength of guidance; 1 for none')
     add('--guide_rescale', type=float, help='share by which guided outputs get back the contrast of unguided ones')
     add('--image_size', type=_size, metavar='N or H,W', help='pixels')
-    add('--num_frames', type=int, help='frames of a clip, which is written as an animated PNG')
+    add('--num_frames', type=int, help='frames of a clip')
+    add('--clips', choices=('png', 'mp4'), default='png', help='how clips are written: animated PNG, which loses nothing (default), or MP4')
+    add('--first_frame', metavar='FILE', help='the picture that a clip begins with; scaled and cut in the middle to its size')
+    add('--motion_flow', type=float, help='how much moves in a clip, in pixels per frame')
     add('--image', metavar='FILE', help='a picture to begin with; scaled and cut in the middle where a size is asked for')
     add('--denoising_strength', type=float, help='how much of --image is made anew, 0..1 (default 0.75 with --image, 1 with --mask)')
     add('--mask', metavar='FILE', help='white where --image is made anew; the rest of it stays as it is')
+    nova = parser.add_argument_group('networks that draw tokens set by set (NOVA)').add_argument
+    nova('--sets', type=int, help='sets of tokens in a frame; --sample_steps are those of each set')
+    nova('--image_guide_scale', type=float, help='strength of guidance by the frames before; 0 for none')
+    nova('--spatiotemporal_guide_scale', type=float, help='as published: it changes nothing in these networks')
+    nova('--guide_renorm', type=float, help="below 1: bring the guided output's norm back to the unguided one's, at most by this factor")
+    nova('--guide_trunc', type=float, help='no guidance at times below this one, of 1000')
+    nova('--min_guide_scale', type=float, help='strength of guidance of the first set, from which it grows')
+    nova('--flow_shift', type=float, help='another shift of a flow than that of training')
     add('--dtype', choices=('auto', 'float32', 'bfloat16', 'float16'), default='auto', help='auto: float16 on CUDA, else float32')
     add('--save_folder', default='outputs/inference', help='where pictures go (default outputs/inference)')
     add('--grid', action='store_true', help='also save all pictures as one, a row for each prompt')
@@ -82,11 +98,15 @@ def run(args: argparse.Namespace) -> None:
         Path(args.save_cfg).write_text(pipe.cfg.dump(is_secure=True), encoding='utf-8')
         print(args.save_cfg)
     how = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    count = args.num_samples
+    if prompts is None:    # one draw of as many pictures as there are classes and samples of each
+        how['label'] = [label for label in args.label for _ in range(args.num_samples)]
+        count = len(how['label'])
     results = []
     try:
-        for result in pipe.draw(prompts, num_samples=args.num_samples, batch_size=args.batch_size,
+        for result in pipe.draw(prompts, num_samples=count, batch_size=args.batch_size,
                                 show_progress=sys.stderr.isatty(), **how):
-            print(*drawing.Drawn([result]).save(args.save_folder), sep='\n', flush=True)
+            print(*drawing.Drawn([result]).save(args.save_folder, args.clips), sep='\n', flush=True)
             if args.grid:
                 results.append(result)
     except ValueError as error:     # a size, a sampler, a number of steps that cannot be
@@ -95,9 +115,11 @@ def run(args: argparse.Namespace) -> None:
         print(drawing.Drawn(results).save_grid(args.save_folder, args.num_samples))
 
 
-def prompts_of(args: argparse.Namespace) -> list[str]:
-    """Every prompt, in order. Raises DataError where the file cannot be read or is empty."""
+def prompts_of(args: argparse.Namespace) -> list[str] | None:
+    """Every prompt, in order; None where classes are given instead. Raises DataError where the file cannot be read or is empty."""
     from scepter.core.errors import DataError
+    if args.prompt is None and args.prompt_file is None:
+        return None
     prompts = [] if args.prompt is None else [args.prompt]
     if args.prompt_file is not None:
         try:
@@ -108,6 +130,13 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
     if not prompts or args.num_samples < 1:
         raise DataError(f'nothing to draw: {len(prompts)} prompts, {args.num_samples} pictures of each')
     return prompts
+
+
+def _numbers(word: str) -> list[int]:
+    try:
+        return [int(number) for number in word.split(',')]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{word!r} is no class: give numbers, e.g. 7 or 3,5,7') from None
 
 
 def _size(word: str) -> int | list[int]:

@@ -12,7 +12,7 @@ from scepter.core.errors import CheckpointError
 from scepter.core.registry import need
 from scepter.weights.export import export_diffusers, export_single, note_parity
 from scepter.weights.families import autoencoder, unet
-from scepter.weights.families.sd import write_json
+from scepter.weights.families.sd import StableDiffusion, write_json
 from scepter.weights.families.sdxl import StableDiffusionXL
 from scepter.weights.family import family_of_network
 
@@ -20,12 +20,13 @@ PROMPTS = ['a photo of a cat', '']
 
 
 def export(model: nn.Module, target: str | Path, dtype: torch.dtype | None = None, is_checked: bool = True) -> float | None:
-    """Write a LatentDiffusion as one file (a target that ends in .safetensors) or as a diffusers folder, and check it.
+    """Write a network as one file (a target that ends in .safetensors) or as a folder, and check it where diffusers knows its kind.
 
     dtype: of the file; the model's own weights are rounded to it, so that both stay the same network. Answers as check_export, or None.
     Raises ValueError where diffusers has no such network, CheckpointError where it computes something else.
     """
     target = Path(target)
+    is_checked = is_checked and isinstance(family_of_network(model.state_dict()), StableDiffusion)
     if dtype is not None:
         own = next(model.parameters()).dtype
         model.to(dtype).to(own)
@@ -74,7 +75,8 @@ def open_with_diffusers(model: nn.Module, path: Path) -> dict[str, Any]:
         return {part: kind.from_pretrained(path / part, torch_dtype=torch.float32).eval() for part, kind in classes.items()
                 if (path / part / 'config.json').is_file()}
     with tempfile.TemporaryDirectory() as folder:
-        for part, config in (('unet', unet.write_config(model)), ('vae', autoencoder.write_config(model, model.IMAGE_SIZE, model.size_factor))):
+        configs = {'unet': unet.write_config(model), 'vae': autoencoder.write_config(model, model.IMAGE_SIZE, model.size_factor)}
+        for part, config in configs.items():
             write_json(Path(folder) / part / 'config.json', config)
         return {part: classes[part].from_single_file(str(path), config=folder, subfolder=part, torch_dtype=torch.float32).eval()
                 for part in ('unet', 'vae')}

@@ -1,4 +1,4 @@
-"""Pictures to PNG files, with what made them written inside."""
+"""Pictures to PNG files, and clips to these or MP4, with what made them written inside."""
 from __future__ import annotations
 
 import itertools
@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
+from scepter.core.clips import FRAME_RATE, read_comment, write_mp4
 from scepter.core.secrets import hide
 
 # our samplers -> what other programs call them
@@ -28,7 +29,6 @@ SAMPLERS = {
 
 # what a result shows -> the end of its file's name
 PICTURES = {'image': '.png', 'video': '.png', 'train_n_image': '-train_n.png', 'train_n_video': '-train_n.png'}
-FRAME_RATE = 12    # of a clip, per second
 
 
 def is_figure(value: Any) -> bool:
@@ -66,6 +66,11 @@ def save_png(image: Tensor | np.ndarray, path: str | Path, settings: dict[str, A
     return path
 
 
+def save_mp4(clip: Tensor, path: str | Path, settings: dict[str, Any] | None = None) -> Path:
+    """Write a clip [C, T, H, W] in 0..1, in place of any that is there; settings go into its comment. Raises as write_mp4."""
+    return write_mp4(np.stack([to_uint8(frame) for frame in clip.unbind(1)]), path, _as_json(settings) if settings else '')
+
+
 def save_new(images: dict[str, Tensor], folder: str | Path, prompt: str, settings: dict[str, Any]) -> list[Path]:
     """Write pictures of one prompt, told apart by the ends of their names, under the number behind the highest in the folder.
 
@@ -84,7 +89,7 @@ def save_new(images: dict[str, Tensor], folder: str | Path, prompt: str, setting
         except FileExistsError:
             continue
     try:
-        return [save_png(image, path, settings) for image, path in zip(images.values(), claimed)]
+        return [(save_mp4 if path.suffix == '.mp4' else save_png)(image, path, settings) for image, path in zip(images.values(), claimed)]
     except BaseException:
         for path in claimed:
             path.unlink(missing_ok=True)
@@ -111,10 +116,14 @@ def png_text(settings: dict[str, Any]) -> PngImagePlugin.PngInfo:
     """
     info = PngImagePlugin.PngInfo()
     if settings:
-        info.add_text('scepter', hide(json.dumps(settings, ensure_ascii=True, default=str)))
+        info.add_text('scepter', _as_json(settings))
     if 'seed' in settings and 'prompt' in settings:
         info.add_text('parameters', hide(parameters(settings)))
     return info
+
+
+def _as_json(settings: dict[str, Any]) -> str:
+    return hide(json.dumps(settings, ensure_ascii=True, default=str))
 
 
 def parameters(settings: dict[str, Any]) -> str:
@@ -137,7 +146,9 @@ def parameters(settings: dict[str, Any]) -> str:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """What save_png wrote into the picture."""
+    """What save_png or save_mp4 wrote into the file."""
+    if Path(path).suffix == '.mp4':
+        return json.loads(read_comment(path) or '{}')
     with Image.open(path) as image:
         return json.loads(image.text.get('scepter', '{}'))
 

@@ -16,7 +16,7 @@ from scepter.core.config import Config
 from scepter.core.errors import CheckpointError
 from scepter.core.registry import BACKBONES, EMBEDDERS, MODELS, SCHEDULES, Registry
 from scepter.core.schema import Component, schema_of
-from scepter.weights.families import autoencoder, process, text, unet
+from scepter.weights.families import autoencoder, nova, process, text, unet
 from scepter.weights.family import FAMILIES, may_be
 from scepter.weights.files import Weights
 from scepter.weights.said import Node, short, taken_of, values_of
@@ -24,7 +24,7 @@ from scepter.weights.said import Node, short, taken_of, values_of
 # section of a LatentDiffusion -> (its registry, keys that a component like ours has): what a user wrote in its place is not looked at
 SECTIONS: dict[str, tuple[Registry, set[str]]] = {
     'DIFFUSION_MODEL': (BACKBONES, {'NUM_HEADS_CHANNELS'}), 'FIRST_STAGE_MODEL': (MODELS, {'ENCODER'}),
-    'COND_STAGE_MODEL': (EMBEDDERS, {'EMBEDDERS', 'LAYER'})}
+    'COND_STAGE_MODEL': (EMBEDDERS, {'EMBEDDERS', 'LAYER', 'ROTARY_SHARE'})}
 
 
 class Contradiction(NamedTuple):
@@ -82,6 +82,8 @@ def said_beside(model: nn.Module, weights: Weights, ignore_keys: Collection[str]
         return {'DIFFUSION_MODEL': unet.read_config(values, name)}, {'DIFFUSION_MODEL': cfg}
     if {'ENCODER', 'DECODER'} <= cfg.keys() and (values := settings.get('vae', alone)):
         return {'FIRST_STAGE_MODEL': autoencoder.read_config(values, name)}, {'FIRST_STAGE_MODEL': cfg}
+    if 'ROTARY_SHARE' in cfg and alone:
+        return {'COND_STAGE_MODEL': nova.read_text(alone, name)}, {'COND_STAGE_MODEL': {**cfg, 'PRETRAINED_MODEL': None}}
     if 'HEADS' in cfg and alone:    # which state is handed on is for the embedder to say
         sizes = {key: value for key, value in text.read_config(alone, name).items() if not key.startswith('LAYER')}
         return {'COND_STAGE_MODEL': sizes}, {'COND_STAGE_MODEL': {**cfg, 'PRETRAINED_MODEL': None}}
@@ -150,6 +152,9 @@ def _heads(network: Mapping[str, Any]) -> Fact | None:
 
 def _tower(tower: Mapping[str, Any]) -> dict[str, Fact]:
     """Kind, heads and handed-on state of a text tower of ours; nothing where a file of its own says them."""
+    if tower.get('NAME') == 'FrozenPhiEmbedder' and tower.get('PRETRAINED_MODEL') is None:
+        tower = _filled(EMBEDDERS, tower)
+        return {key: Fact(tower[key], str(tower[key])) for key in ('HEADS', 'ROTARY_SHARE')}
     if tower.get('NAME') not in ('FrozenCLIPEmbedder', 'FrozenOpenCLIPEmbedder') or tower.get('PRETRAINED_MODEL') is not None:
         return {}
     tower = _filled(EMBEDDERS, tower)

@@ -172,7 +172,8 @@ def test_five_steps_and_five_more_are_ten_to_the_bit(tmp_path: Path, clips: Path
 def test_a_clip_begins_with_the_picture_that_is_given():
     model, (a, b) = build(CLIP, FIRST_STAGE_MODEL=AUTOENCODER, SCALE_FACTOR=0.5), torch.rand(2, 1, 3, 64, 64) * 2 - 1
 
-    first, again, other = (model.forward_test(prompt=[''], first_frame=x, num_frames=5, sets=2, sample_steps=2)[0]['video'] for x in (a, a, b))
+    how = {'num_frames': 5, 'sets': 2, 'sample_steps': 2}
+    first, again, other = (model.forward_test(prompt=[''], first_frame=x, **how)[0]['video'] for x in (a, a, b))
 
     assert list(first.shape) == [3, 5, 64, 64] and first.min() >= 0 and first.max() <= 1
     assert torch.equal(first, again) and not torch.equal(first, other)

@@ -44,8 +44,8 @@ class FrozenPhiEmbedder(BaseEmbedder):
         yield from super().check(cfg)
         turned = int(cfg.WIDTH // cfg.HEADS * cfg.ROTARY_SHARE)
         if cfg.WIDTH % cfg.HEADS or turned % 2 or not turned:
-            yield Fault('HEADS', f'{cfg.HEADS} heads of {cfg.WIDTH} channels, of which ROTARY_SHARE {cfg.ROTARY_SHARE} turn: expected whole '
-                                 'heads, and an even number of turned channels in each')
+            yield Fault('HEADS', f'{cfg.HEADS} heads of {cfg.WIDTH} channels, of which ROTARY_SHARE {cfg.ROTARY_SHARE} turn: expected '
+                                 'whole heads, and an even number of turned channels in each')
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
@@ -69,7 +69,7 @@ class FrozenPhiEmbedder(BaseEmbedder):
             network = transformers.PhiModel(config)
         network.to_empty(device='cpu')
         network.rotary_emb = type(network.rotary_emb)(config)    # its table is no weight, and nothing else would fill it
-        self._turns = network.rotary_emb.inv_freq
+        self._turns = network.rotary_emb.inv_freq.clone()    # no buffer of ours
         for module in network.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)

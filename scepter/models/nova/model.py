@@ -99,8 +99,12 @@ class NovaModel(TrainModule):
                 parameter.requires_grad_(False)
 
     def _check_parts(self) -> None:
-        """Refuse an autoencoder of other latents than the network's before anything is computed."""
+        """Refuse parts that give something else than the network takes before anything is computed."""
         autoencoder, network = self.first_stage_model, self.model
+        given = getattr(getattr(self.cond_stage_model, 'gives', None), 'context', None)
+        if given is not None and network.TEXT_TOKEN_DIM is not None and given != network.TEXT_TOKEN_DIM:
+            raise ConfigError(f'COND_STAGE_MODEL gives features {given} wide, but the network reads {network.TEXT_TOKEN_DIM} '
+                              '(TEXT_TOKEN_DIM)')
         if autoencoder is None:
             return
         channels, factor = getattr(autoencoder, 'EMBED_DIM', network.IMAGE_DIM), getattr(autoencoder, 'size_factor', network.IMAGE_STRIDE)
@@ -252,7 +256,7 @@ class NovaModel(TrainModule):
         return [{**result, 'seed': s, **drawn} for result, s, drawn in zip(results, seeds, self._shown(latents))]
 
     def _length(self, num_frames: int | None, length: int | None) -> int:
-        """Frames of the latents of what is drawn. Raises ValueError, with what would fit, for a length that the network was not made for."""
+        """Frames of the latents of what is drawn. Raises ValueError, with what would fit, for one that it was not made for."""
         space, longest = self.space, self.model.length
         if num_frames is None:
             count, asked = default(length, 1), f'{length} frames of latents'
@@ -316,7 +320,7 @@ class NovaModel(TrainModule):
             results = [{'label': number} for number in labels]
         else:
             if prompt is None:
-                raise ValueError('the network is told a text: give prompts')
+                raise ValueError('the network is told a text, not a class: give prompts')
             negative = [n_prompt] * len(prompt) if isinstance(n_prompt, str) else default(n_prompt, [''] * len(prompt))
             told, empty = self.features(prompt), self.features(negative)
             results = [{'prompt': p, 'n_prompt': n} if isinstance(p, str) else {} for p, n in zip(prompt, negative)]
@@ -346,7 +350,7 @@ def weighed(losses: Tensor) -> dict[str, Any]:
 
 
 def by_frames(convert: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """convert(x) of each frame by itself, for an autoencoder of pictures.    [B, C, T, ...] -> [B, D, T, ...];  [B, C, ...] -> [B, D, ...]"""
+    """convert(x) of each frame by itself, for an autoencoder of pictures.    [B, C, T, h, w] -> [B, D, T, H, W];  pictures as they are"""
     if x.ndim == 4:
         return convert(x)
     return convert(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).transpose(1, 2)

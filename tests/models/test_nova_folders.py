@@ -1,0 +1,168 @@
+"""Published folders of NOVA, in and out: opened without YAML, every weight in its place, and what they cannot be is named."""
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import PhiModel
+
+import scepter
+from scepter.commands import tool
+from scepter.core.clips import read_mp4
+from scepter.core.config import Config
+from scepter.core.errors import CheckpointError
+from scepter.core.images import read_settings
+from scepter.core.registry import BACKBONES, MODELS
+from scepter.run_inference import main as run_inference
+from scepter.weights import describe
+from tests.models.nova_folders import CLIP, DDPM, FLOW, NETWORK, TEXT, folder, write
+
+SHORT = {'sets': 3, 'sample_steps': 2, 'seed': 5}
+KINDS = {'text': (TEXT, FLOW), 'clip': (CLIP, DDPM), 'class': (NETWORK, DDPM)}
+ASKED: dict[str, dict[str, Any]] = {'text': {'prompts': ['a red fox', '']}, 'clip': {'prompts': ['a red fox'], 'num_frames': 5},
+                                    'class': {'label': 3, 'num_samples': 2}}
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: folder(tmp_path_factory.mktemp(kind) / 'nova', *values) for kind, values in KINDS.items()}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_folder_opens_without_a_word_about_keys_and_goes_out_as_it_came(folders, tmp_path: Path, kind: str, caplog):
+    pipe = scepter.load(folders[kind])
+    drawn = pipe(**ASKED[kind], **SHORT)
+    assert tool('export').main([str(folders[kind]), str(tmp_path / 'out')]) == 0
+    again = scepter.load(tmp_path / 'out')
+
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert pipe.model.model.cfg == again.model.model.cfg and describe(folders[kind]).config.SOLVER.keys() == again.cfg.SOLVER.keys()
+    for one, other in zip(drawn.results, again(**ASKED[kind], **SHORT).results):
+        shown = 'video' if kind == 'clip' else 'image'
+        assert one[shown].isfinite().all() and torch.equal(one[shown], other[shown])
+    for part in ('transformer', 'vae'):
+        theirs, ours = (load_file(root / part / 'diffusion_pytorch_model.safetensors') for root in (folders[kind], tmp_path / 'out'))
+        assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name].reshape(theirs[name].shape)) for name in theirs)
+
+
+def test_transformers_opens_the_text_encoder_that_we_wrote(folders, tmp_path: Path):
+    pipe = scepter.load(folders['text'])
+    tool('export').main([str(folders['text']), str(tmp_path / 'out')])
+
+    theirs = PhiModel.from_pretrained(tmp_path / 'out' / 'text_encoder').eval()
+
+    tokens = torch.tensor([[1, 2, 4]])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(input_ids=tokens).last_hidden_state, pipe.model.cond_stage_model.encode_text(tokens).context)
+
+
+@pytest.mark.parametrize('mixer', [None, 3], ids=['config names one', 'weights have one'])
+def test_a_mixer_that_config_or_weights_lack_is_refused(folders, tmp_path: Path, mixer: int | None):
+    """Published code builds by a recipe's config, and would leave the mixer's weights out without a word."""
+    torch.manual_seed(1)
+    root = folder(tmp_path / 'nova', {**CLIP, 'video_mixer_rank': mixer}, DDPM)
+    write(root / 'transformer' / 'config.json', {'_class_name': 'NOVATransformer3DModel', **CLIP, 'video_mixer_rank': None if mixer else 3})
+
+    with pytest.raises(CheckpointError, match=f'{"unexpected" if mixer else "missing"}:(?s:.*)video_encoder.mixer'):
+        scepter.load(root)
+
+
+@pytest.mark.parametrize('file, values, words', [
+    ('transformer/config.json', {**TEXT, 'depth': 3}, 'has depth, which no NOVATransformer3DModel is known to have'),
+    ('text_encoder/config.json', {'model_type': 'llama'}, "model_type 'llama', but the text encoder of NOVA has 'phi'"),
+    ('text_encoder/config.json', {'model_type': 'phi', 'num_attention_heads': 2, 'num_key_value_heads': 1}, 'as many as heads, 2'),
+    ('scheduler/scheduler_config.json', {'_class_name': 'PNDMScheduler'}, 'expected FlowMatchEulerDiscreteScheduler or DDPMScheduler'),
+    ('vae/config.json', {'_class_name': 'AutoencoderKLWan'}, 'no family that opens here')])
+def test_what_cannot_be_opened_says_why(folders, tmp_path: Path, file: str, values: dict, words: str):
+    import shutil
+    root = shutil.copytree(folders['text'], tmp_path / 'nova')
+    write(root / 'model_index.json', {'_class_name': 'NOVAPipeline'})
+    write(root / file, values)
+
+    with pytest.raises(CheckpointError, match=words):
+        scepter.load(root)
+
+
+def test_a_yaml_beside_a_folder_is_held_against_what_it_says(folders):
+    config = describe(folders['text']).config
+    config.SOLVER.MODEL.SCALE_FACTOR = 0.25
+    config.SOLVER.MODEL.SCHEDULE_ARGS.SHIFT = 3.0
+
+    with pytest.raises(CheckpointError, match=r'SCALE_FACTOR: the config has 0.25, but vae/config.json(?s:.*)SCHEDULE_ARGS: the config'):
+        MODELS.build(config.SOLVER.MODEL)
+
+
+def test_a_part_alone_opens_from_the_whole(folders):
+    network = BACKBONES.build(Config({'NAME': 'NovaTransformer', **{key.upper(): value for key, value in TEXT.items()},
+                                      'PRETRAINED_MODEL': str(folders['text'])}))
+
+    theirs = load_file(folders['text'] / 'transformer' / 'diffusion_pytorch_model.safetensors')
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in theirs.items())
+
+
+def test_a_network_that_no_published_folder_holds_is_not_written(folders, tmp_path: Path):
+    from scepter.weights import export_diffusers
+    model = scepter.load(folders['class']).model
+    model.first_stage_model = None
+
+    with pytest.raises(ValueError, match='a folder of NOVA has an autoencoder'):
+        export_diffusers(model, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+def draw(folder: Path, out: Path, *words: str) -> int:
+    return run_inference(['--pretrained_model', str(folder), '--save_folder', str(out), '--sets', '3', '--sample_steps', '2',
+                          '--num_samples', '1', *words])
+
+
+def test_the_command_draws_clips_as_mp4_with_their_settings(folders, tmp_path: Path):
+    words = ('--prompt', 'a red fox', '--num_frames', '5', '--motion_flow', '2', '--seed', '3')
+    assert draw(folders['clip'], tmp_path / 'png', *words) == 0
+    assert draw(folders['clip'], tmp_path / 'mp4', *words, '--clips', 'mp4') == 0
+
+    png, mp4 = next((tmp_path / 'png').iterdir()), next((tmp_path / 'mp4').iterdir())
+    told = read_settings(mp4)
+    assert told == read_settings(png) and (told['prompt'], told['num_frames'], told['motion_flow']) == ('a red fox', 5, 2.0)
+    frames = read_mp4(mp4).astype(int)
+    with Image.open(png) as image:
+        for i in range(5):
+            image.seek(i)
+            assert abs(frames[i] - torch.tensor(list(image.convert('RGB').getdata())).reshape(64, 64, 3).numpy()).mean() < 12
+
+
+def test_the_command_begins_a_clip_with_a_picture_of_any_size(folders, tmp_path: Path):
+    Image.new('RGB', (50, 80), (200, 30, 30)).save(tmp_path / 'red.png')
+
+    words = ('--prompt', 'a bird', '--num_frames', '5', '--first_frame', str(tmp_path / 'red.png'))
+    assert draw(folders['clip'], tmp_path / 'out', *words) == 0
+    assert read_settings(next((tmp_path / 'out').iterdir()))['first_frame'] == str(tmp_path / 'red.png')
+
+
+def test_the_command_draws_classes(folders, tmp_path: Path):
+    assert draw(folders['class'], tmp_path, '--label', '7,3', '--num_samples', '2', '--min_guide_scale', '1.5') == 0
+
+    assert [read_settings(file)['label'] for file in sorted(tmp_path.iterdir())] == [7, 7, 3, 3]
+
+
+@pytest.mark.parametrize('kind, words, told', [
+    ('class', ['--prompt', 'a fox'], 'told a class, not a prompt: give a label, 0 to 999'),
+    ('class', ['--label', '1000'], '1000 is no class: expected 0 to 999'),
+    ('text', ['--label', '1'], 'told a text, not a class: give prompts'),
+    ('text', ['--prompt', 'a', '--num_frames', '5'], 'AutoencoderKL makes pictures|made for images'),
+    ('clip', ['--prompt', 'a', '--num_frames', '6'], 'e.g. 5'),
+    ('clip', ['--prompt', 'a', '--num_frames', '17'], 'up to 4 of latents, 13 of the clip'),
+    ('clip', ['--prompt', 'a', '--image_size', '64,96'], 'positions of this network fit 64x64 alone'),
+    ('clip', ['--prompt', 'a', '--first_frame', 'PICTURE'], 'ask for a clip by num_frames, e.g. 5')])
+def test_what_a_network_was_not_made_for_is_refused_with_what_would_fit(folders, tmp_path: Path, capsys, kind: str, words: list, told: str):
+    Image.new('RGB', (64, 64)).save(tmp_path / 'a.png')
+
+    code = draw(folders[kind], tmp_path / 'out', *[str(tmp_path / 'a.png') if word == 'PICTURE' else word for word in words])
+
+    said = capsys.readouterr().err
+    assert code == 2 and any(part in said for part in told.split('|')), said
+    assert not (tmp_path / 'out').exists()
