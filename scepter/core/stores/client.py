@@ -97,6 +97,10 @@ class FileClient(Component, base=True):
         """Names of all files below the folder, relative to it, with /, sorted."""
         raise self.lacks(path, 'be listed')
 
+    def below(self, path: str, name: str) -> str:
+        """The address of a file that `list` names."""
+        return f'{path.rstrip("/")}/{name}'
+
     def remove(self, path: str) -> None:
         """Remove a file; where there is none, an error if the store says so."""
         raise self.lacks(path, 'have files removed')

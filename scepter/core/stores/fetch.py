@@ -69,7 +69,7 @@ class Cache:
             return {base_name(address): address}
         if not (names := client.list(address)):
             raise DataError(f'{shown(address)}: holds no file')
-        return {name: f'{address.rstrip("/")}/{name}' for name in names}
+        return {name: client.below(address, name) for name in names}
 
     def _sweep(self) -> None:
         """Once per process: what killed downloads left behind goes."""

@@ -176,8 +176,8 @@ class FileSystem:
 
     def walk_dir(self, path: str | os.PathLike, recurse: bool = True) -> Iterator[str]:
         """Addresses of all files below a folder, or of those right in it."""
-        root = os.fspath(path).rstrip('/')
-        yield from (f'{root}/{name}' for name in self.list(path) if recurse or '/' not in name)
+        below = self._client(os.fspath(path)).below
+        yield from (below(os.fspath(path), name) for name in self.list(path) if recurse or '/' not in name)
 
     def get_url(self, path: str | os.PathLike, seconds: int = 3600) -> str:
         """A web address at which anybody can read the file for so long. It is a secret: it holds the right to read."""

@@ -47,7 +47,7 @@ class HttpFs(FileClient):
         try:
             with self._request(path, method='HEAD') as answer:
                 return str((answer.headers['ETag'], answer.headers['Last-Modified'], answer.headers['Content-Length']))
-        except _Refused as error:
+        except Refused as error:
             if error.code in (404, 410):
                 raise
             return ''       # a server that does not answer HEAD may well answer GET
@@ -56,7 +56,7 @@ class HttpFs(FileClient):
         try:
             with self._request(path, method='HEAD'):
                 return 'file'
-        except _Refused as error:
+        except Refused as error:
             if error.code in (404, 410):
                 return None
             raise
@@ -77,7 +77,7 @@ class HttpFs(FileClient):
                     raise DataError(f'{shown(path)}: bytes from {start} on were asked for, the server cannot send a part alone')
                 data = io.BytesIO()
                 receive(answer.read1, data, self.TIMEOUT)
-        except _Refused as error:
+        except Refused as error:
             if error.code == 416:       # it ends before start
                 return b''
             raise
@@ -95,7 +95,7 @@ class HttpFs(FileClient):
         try:
             with self._request(path, headers) as answer:
                 return self._receive(path, answer, target, done if headers else 0)
-        except _Refused as error:
+        except Refused as error:
             if error.code != 416:
                 raise
             target.unlink(missing_ok=True)
@@ -116,15 +116,11 @@ class HttpFs(FileClient):
         etag = answer.headers.get('ETag', '')
         self._validators[target] = etag if etag.startswith('"') else answer.headers.get('Last-Modified', '')
         if total is not None:
-            self._within(path, total)
+            self._within(path, total, 0)
             need_space(path, target.parent, total - done)
         with open(target, 'r+b' if done else 'wb') as file:
             file.seek(done)
-            def more(size: int) -> bytes:
-                self._within(path, file.tell())
-                return answer.read1(size)
-
-            receive(more, file, self.TIMEOUT)
+            receive(lambda size: answer.read1(self._within(path, file.tell(), size)), file, self.TIMEOUT)
             found = file.tell()
         if total is not None and found != total:
             if found > total:
@@ -133,9 +129,15 @@ class HttpFs(FileClient):
         self._validators.pop(target, None)
         return total is not None or answer.chunked      # the end of a chunked body is marked, so a cut one does not get here
 
-    def _within(self, path: str, size: int) -> None:
-        if size > self.LARGEST:
+    def _within(self, path: str, found: int, more: int) -> int:
+        """How many more bytes to read. Raises DataError where there are too many already."""
+        if found > self.LARGEST:
             raise DataError(f'{shown(path)}: more than the {self.LARGEST:,} bytes that LARGEST allows')
+        return more
+
+    def _private_headers(self) -> dict[str, str]:
+        """Headers that are for the asked host alone, and not for where it redirects to."""
+        return {}
 
     def _request(self, path: str, headers: dict[str, str] | None = None, method: str = 'GET') -> Any:
         try:
@@ -146,8 +148,10 @@ class HttpFs(FileClient):
         url = quote(parts._replace(netloc=host, fragment='').geturl(), safe="%/:=&?~#+!$,;'@()*[]")
         request = urllib.request.Request(url, method=method,
                                          headers={'Accept-Encoding': 'identity', 'User-Agent': 'scepter', **(headers or {})})
-        if user:    # unredirected: the password is for this host alone
+        if user:
             request.add_unredirected_header('Authorization', 'Basic ' + base64.b64encode(unquote(user).encode()).decode())
+        for name, value in self._private_headers().items():    # unredirected: they, and the password, are for this host alone
+            request.add_unredirected_header(name, value)
         try:
             return (self._open_public if is_public_only.get() else self._open)(request, timeout=self.TIMEOUT)
         except urllib.error.HTTPError as error:
@@ -157,7 +161,7 @@ class HttpFs(FileClient):
                 raise Transient(f'{error.code} {error.reason}', float(wait) if wait.isdigit() else None) from error
             # urllib's own words about a redirect hold the new address, which may be signed
             why = 'redirects without end, or to an address that is refused' if 300 <= error.code < 400 else error.reason
-            raise _Refused(f'{shown(path)}: {error.code} {why}', error.code) from error
+            raise Refused(f'{shown(path)}: {error.code} {why}', error.code) from error
         except urllib.error.URLError as error:
             if isinstance(error.reason, ssl.SSLCertVerificationError):
                 raise DataError(f'{shown(path)}: {error.reason}') from error
@@ -168,7 +172,7 @@ class HttpFs(FileClient):
             raise Transient(reason(error)) from error
 
 
-class _Refused(DataError):
+class Refused(DataError):
     """An answer that is final."""
 
     def __init__(self, message: str, code: int):

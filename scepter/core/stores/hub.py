@@ -11,6 +11,7 @@ from scepter.core.disk import atomic
 from scepter.core.errors import DataError
 from scepter.core.registry import FILE_SYSTEMS, need
 from scepter.core.schema import param
+from scepter.core.secrets import hide
 from scepter.core.stores.client import FileClient, Kind
 
 T = TypeVar('T')
@@ -19,7 +20,7 @@ FOREIGN = ('*.msgpack', '*.h5', '*.ot', '*.onnx', '*.onnx_data', '*.tflite', '*.
 
 
 class Address(NamedTuple):
-    """The parts of `hf://org/name[:revision]@file`."""
+    """The parts of `hf://org/name[:revision]@file`, or of one with ms://."""
 
     repo: str
     revision: str | None
@@ -61,7 +62,9 @@ class HuggingfaceFs(FileClient):
             if is_folder:
                 folder = Path(hub.snapshot_download(address.repo, revision=address.revision, local_files_only=True)) / address.file
                 return folder if folder.is_dir() else None
-            return Path(hub.hf_hub_download(address.repo, address.file, revision=address.revision, local_files_only=True))
+            # not hf_hub_download: it asks the hub what kinds of callers there are, also where it is to look at local files only
+            found = hub.try_to_load_from_cache(address.repo, address.file, revision=address.revision)
+            return Path(found) if isinstance(found, str) else None
         except Exception:    # the library has a class of its own for each way of not having it
             return None
 
@@ -89,6 +92,9 @@ class HuggingfaceFs(FileClient):
         names = _explain(path, lambda: hub.list_repo_files(address.repo, revision=address.revision))
         return sorted(name[len(prefix):] for name in names if name.startswith(prefix))
 
+    def below(self, path: str, name: str) -> str:
+        return below(path, name)
+
     def _hub(self) -> Any:
         try:
             return need('huggingface_hub', 'clip')
@@ -114,22 +120,31 @@ class HuggingfaceFs(FileClient):
 
 
 def parse(path: str) -> Address:
-    """hf://org/model[:revision][@file]. Raises DataError where it is not of this form, or the file could lead elsewhere."""
-    match = re.fullmatch(r'hf://([\w.-]+/[\w.-]+)(?::([\w./-]+))?(?:@(.+))?', path)
-    if not match:
-        raise DataError(f'{path}: expected hf://org/model, hf://org/model:revision or hf://org/model@folder/file')
-    file = (match[3] or '').rstrip('/')
+    """hf://org/model[:revision][@file], or ms:// of the same form.
+
+    Raises DataError where it is not of this form, or the file could lead elsewhere.
+    """
+    match = re.fullmatch(r'(hf|ms)://([\w.-]+/[\w.-]+)(?::([\w./-]+))?(?:@(.+))?', path)
+    if not match or '..' in match[2] or '..' in (match[3] or ''):
+        scheme = path.partition('://')[0] or 'hf'
+        raise DataError(f'{path}: expected {scheme}://org/model, {scheme}://org/model:revision or {scheme}://org/model@folder/file')
+    file = (match[4] or '').rstrip('/')
     if file:
         try:
             atomic.safe_join(Path('/nowhere'), file)
         except ValueError as error:
             raise DataError(f'{path}: refused: {error}') from error
-    return Address(match[1], match[2], file)
+    return Address(match[2], match[3], file)
+
+
+def below(path: str, name: str) -> str:
+    """The address of a file in a repository, or in a folder of one."""
+    return f'{path.rstrip("/")}{"/" if parse(path).file else "@"}{name}'
 
 
 def _explain(path: str, work: Callable[[], T]) -> T:
     try:
         return work()
     except Exception as error:      # the library raises its own, httpx's and the standard library's errors, whatever the version
-        first = str(error).strip().split('\n')[0] or type(error).__name__
+        first = hide(str(error).strip().split('\n')[0]) or type(error).__name__
         raise DataError(f'{path}: the Hugging Face hub: {first}') from error
