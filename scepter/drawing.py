@@ -41,6 +41,7 @@ from scepter.core.logger import get_logger
 from scepter.core.registry import MODELS
 from scepter.core.schema import default, schema_of
 from scepter.core.stores import FS
+from scepter.core.stores.mirror import newest_at
 from scepter.data.images import UnreadableError, load_image, to_rgb
 from scepter.models.base import TrainModule
 from scepter.models.restore import config_of, has_config, restore
@@ -126,7 +127,7 @@ def _place_of(path: str) -> tuple[str, str]:
         path = str(newest_checkpoint(path) or path)
         return path, path
     if not path.split('?')[0].endswith(weights.FILES):
-        with weights.local_copy(path) as local:
+        with weights.local_copy(newest_at(path)) as local:
             if (checkpoint := newest_checkpoint(local)) is not None:
                 return str(checkpoint), path
     return path, path

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,8 @@ from scepter.core.errors import CheckpointError, DataError
 from scepter.core.lock import refusals
 from scepter.core.logger import set_up_logging
 from scepter.core.registry import DATASETS, METRICS, MODELS, SOLVERS
+from scepter.core.stores import FS
+from scepter.core.stores.mirror import newest_at
 from scepter.data.loader import Loader
 from scepter.solvers import caching, console, evaluation, lightning, parallel, state
 from scepter.solvers.optim import build_optimizers, rate_function
@@ -44,6 +47,8 @@ class BaseSolver(Run, base=True):
         with refusals(self.work_dir):
             if we.is_main:
                 self.lock.take()
+                if self.mirror is not None:
+                    self.mirror.begin(self.RESUME_FROM, self.kept)
             we.barrier()    # nobody writes into a folder that is not ours
             set_up_logging(self.work_dir, we.rank, we.debug)
             self.construct_data()
@@ -122,7 +127,7 @@ class BaseSolver(Run, base=True):
     def solve(self) -> None:
         """Run what MODE says, from the checkpoint of RESUME_FROM on; hooks hear of the end also after an error."""
         error, begin = None, time.monotonic()
-        with refusals(self.work_dir), contextlib.closing(self.lock):
+        with self.mirror or contextlib.nullcontext(), refusals(self.work_dir), contextlib.closing(self.lock):
             try:
                 self.before_solve()
                 with we.saving_on_stop():
@@ -136,8 +141,8 @@ class BaseSolver(Run, base=True):
                 raise
             finally:
                 self.after_solve(error)
-        if we.is_main:
-            self.logger.info(console.farewell(self, time.monotonic() - begin))
+            if we.is_main:
+                self.logger.info(console.farewell(self, time.monotonic() - begin))
 
     def before_solve(self) -> None:
         """Load the checkpoint, or the weights to test; then the hooks, which may load others."""
@@ -268,6 +273,8 @@ class BaseSolver(Run, base=True):
         """Write WORK_DIR/checkpoints/step-<step>; all processes take part."""
         if we.is_main:
             self.lock.check()
+            if self.mirror is not None:
+                self.mirror.check()
         self._saver.save(lambda line: state.to_save(self, self.work_dir / 'checkpoints', line))
         self._saved_step = self.step
 
@@ -283,9 +290,15 @@ class BaseSolver(Run, base=True):
 
     def _find_checkpoint(self) -> checkpoints.Checkpoint | None:
         """What RESUME_FROM means, in every process; the main one has read every byte of it, so that the others need not."""
-        found = checkpoints.resolve(self.work_dir, self.RESUME_FROM) if we.is_main else None
+        resume_from = self.RESUME_FROM
+        if we.is_main and resume_from is not None and '://' in resume_from:
+            resume_from = FS.get_dir_to_local_dir(newest_at(resume_from))
+        found = checkpoints.resolve(self.work_dir, resume_from) if we.is_main else None
         if we.is_main and 'train' in self._mode_set:
             checkpoints.preflight(self.work_dir / 'checkpoints')
         path = we.broadcast(str(found.path) if found is not None else None)
+        if path is not None and self.mirror is not None:
+            if we.local_rank == 0 and not we.is_main and self.RESUME_FROM in ('auto', 'latest'):
+                self.mirror.bring(checkpoints.step_of(Path(path)))      # on another machine
+            we.barrier()
         return found if found is not None or path is None else checkpoints.load(path, verify='size')
-

@@ -3,20 +3,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from scepter.core.config import Config
+from scepter.core.disk.writing import Kept
 from scepter.core.env import we
+from scepter.core.errors import DataError
 from scepter.core.faults import Fault
 from scepter.core.images import is_figure, is_picture
 from scepter.core.lock import WorkDirLock
 from scepter.core.logger import get_logger
-from scepter.core.registry import DATASETS, HOOKS, LR_SCHEDULERS, METRICS, MODELS, OPTIMIZERS
+from scepter.core.registry import DATASETS, FILE_SYSTEMS, HOOKS, LR_SCHEDULERS, METRICS, MODELS, OPTIMIZERS
 from scepter.core.schema import Component, param, part, parts
+from scepter.core.stores import FS
+from scepter.core.stores.mirror import Mirror
 from scepter.data.cache import Cache
 from scepter.solvers.optim import NamedOptimizer, OptimizerPlace
 from scepter.solvers.parallel import gathered
@@ -50,7 +53,8 @@ class Evaluation(Component):
 class Run(Component, base=True):
     """What evaluations, checkpoints, hooks and the words of the console know of a run. It is built and moved by a solver."""
 
-    WORK_DIR: str = param(doc='Folder of this run: checkpoints, logs, pictures.')
+    WORK_DIR: str = param(doc='Folder of this run: checkpoints, logs, pictures. An address (oss://bucket/run) follows a folder here.')
+    FILE_SYSTEM: dict | list | None = param(None, 'How stores are reached: one of FILE_SYSTEMS, or a list of them.')
     MODE: list[Literal['train', 'test']] | None = param(None, 'What to do; default train where there is TRAIN_DATA, test where TEST_DATA.')
     MODEL: dict = part(MODELS, 'The network.')
     TRAIN_DATA: dict | None = part(DATASETS, 'What to train on.', default=None)
@@ -96,6 +100,14 @@ class Run(Component, base=True):
     @classmethod
     def check(cls, cfg: Config) -> Iterator[Fault]:
         yield from super().check(cfg)
+        for i, node in enumerate(file_systems(cfg)):
+            yield from FILE_SYSTEMS.faults(node, f'FILE_SYSTEM[{i}]' if isinstance(cfg.FILE_SYSTEM, list) else 'FILE_SYSTEM')
+        try:
+            if not FS.can_write(cfg.WORK_DIR):
+                yield Fault('WORK_DIR', f'{cfg.WORK_DIR.partition(":")[0]}:// can only be read: give a folder, or an address of a store '
+                                        'that takes files (oss://, s3://, ...)')
+        except DataError as error:
+            yield Fault('WORK_DIR', str(error))
         modes = modes_of(cfg)
         if not modes:
             yield Fault('', 'nothing to do: give TRAIN_DATA, or TEST_DATA')
@@ -153,7 +165,9 @@ class Run(Component, base=True):
         super().__init__(cfg, logger=logger or get_logger())
         self.experiment = Config({'SOLVER': cfg})    # the whole file; the door replaces it, so that a checkpoint can rebuild all
         self.imports: Sequence[str] = ()    # the user's files that came along, for the command that draws
-        self.work_dir = Path(self.WORK_DIR)
+        for node in file_systems(self.cfg):
+            FS.init_fs_client(node, logger=self.logger)
+        self.work_dir, self.mirror = Mirror.of(self.WORK_DIR)
         self.lock = WorkDirLock(self.work_dir)
         self.hooks = {mode: [HOOKS.build(c, logger=self.logger) for c in self.cfg[f'{mode.upper()}_HOOKS']] for mode in MODES}
         self._mode_set = modes_of(self.cfg)
@@ -207,6 +221,11 @@ class Run(Component, base=True):
         logged, self._logged = {**self._logged, **of_hooks}, {}
         for hook in self.hooks['train']:
             hook.read_log(self, logged)
+
+    def kept(self) -> Kept:
+        """Which checkpoints stay."""
+        pinned = tuple(step for hook in self.hooks['train'] for step in hook.pinned_steps)
+        return Kept(self.KEEP_CHECKPOINTS, pinned, self.KEEP_EVERY)
 
     def train_mode(self) -> None:
         """The network learns: dropout, statistics, the training hooks."""
@@ -275,6 +294,12 @@ def evaluations_of(cfg: Config) -> dict[str, Evaluation]:
     short = {'DATA': cfg.EVAL_DATA, 'METRICS': cfg.METRICS, 'INTERVAL': cfg.EVAL_INTERVAL, 'LOSS': cfg.EVAL_LOSS}
     nodes = {**({'': short} if cfg.EVAL_INTERVAL else {}), **cfg.EVALS}
     return {name: Evaluation(name, node) for name, node in nodes.items()}
+
+
+def file_systems(cfg: Config) -> list[Config]:
+    """What FILE_SYSTEM holds, as a list."""
+    found = cfg.FILE_SYSTEM
+    return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def modes_of(cfg: Config) -> set[str]:

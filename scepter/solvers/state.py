@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scepter.core.config import Config, masked, plain
 from scepter.core.disk.checkpoints import Checkpoint
-from scepter.core.disk.writing import Kept, Save, as_json
+from scepter.core.disk.writing import Save, as_json
 from scepter.core.env import we
 from scepter.core.errors import CheckpointError
 from scepter.core.schema import schema_of
@@ -46,8 +46,7 @@ def to_save(run: Run, root: Path, line: Any = None) -> Save:
         groups, state = run.checkpoint_contents()
         return groups, {'state.json': as_json(state, 'the state'), 'config.yaml': masked(run.experiment).dump()}
 
-    pinned = [step for hook in run.hooks['train'] for step in hook.pinned_steps]
-    return Save.of(root, run.step, contents, run.SHARD_SIZE * 1e9, Kept(run.KEEP_CHECKPOINTS, tuple(pinned), run.KEEP_EVERY), line)
+    return Save.of(root, run.step, contents, run.SHARD_SIZE * 1e9, run.kept(), line)
 
 
 def check(loaded: Checkpoint) -> None:

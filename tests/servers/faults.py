@@ -70,7 +70,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.headers['Range'] and start >= total:
             self.answer(416)
             return
-        is_part = start > 0 or end < total
+        is_part = bool(self.headers['Range']) and (start > 0 or self.headers['If-Range'] in (None, headers.get('ETag')))
         headers = {**headers, 'Content-Length': str(end - start)}
         if is_part:
             headers['Content-Range'] = f'bytes {start}-{end - 1}/{total}'

@@ -49,7 +49,7 @@ class Handler(faults.Handler):
         for entry in entries:
             if entry['size'] >= LARGE:
                 entry['lfs'] = {'oid': sha256(files[entry['path']]), 'size': entry['size'], 'pointerSize': 130}
-        told: Any = entries if is_tree else {'id': repo, 'modelId': repo, 'sha': sha, 'private': False, 'tags': [], 'downloads': 0, 'likes': 0,
+        told: Any = entries if is_tree else {'id': repo, 'sha': sha, 'private': False, 'tags': [], 'downloads': 0, 'likes': 0,
                                              'siblings': [{'rfilename': name} for name in sorted(files)]}
         self.answer(200, {'Content-Type': 'application/json'}, json.dumps(told).encode())
 

@@ -135,6 +135,8 @@ class Handler(faults.Handler):
     def _put(self) -> None:
         count = sum(request == ('PUT', self.key) for request in self.server.requests)
         fault, body = self.server.put_fault, self.body
+        if self.key.startswith(self.server.refused):
+            raise Refused(500, 'InternalError')
         if fault == 'always_500' or (fault == 'flaky' and count < 3):
             raise Refused(500, 'InternalError')
         if fault == 'always_flipped' or (fault == 'flipped' and count == 1):
@@ -200,6 +202,7 @@ class OssServer(faults.Server):
         self.bucket, self.objects = bucket, {}
         self.id, self.secret, self.token = ID, SECRET, None
         self.expired: set[str] = set()
+        self.refused: tuple[str, ...] = ()      # beginnings of keys that cannot be written
         self.skew, self.fault, self.put_fault, self.page = 0.0, 'fine', 'fine', 1000
         self.uploads: dict[str, dict[int, Any]] = {}
         self.requests: list[tuple[str, str]] = []

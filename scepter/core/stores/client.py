@@ -82,7 +82,7 @@ class FileClient(Component, base=True):
         return folder / base_name(path)
 
     def put(self, source: Path, path: str) -> None:
-        """Make source, which may be consumed, the file at path: all of it, or nothing is seen there. Proves what arrived."""
+        """Make source, which the store of this machine consumes, the file at path: all of it, or nothing is seen. Proves what arrived."""
         raise self.lacks(path, 'be written')
 
     def kind(self, path: str) -> Kind | None:

@@ -44,14 +44,16 @@ class Cache:
 
     def fetched(self, client: FileClient, address: str, pin: str, is_folder: bool, wait: bool) -> Path:
         """Where the version that the store has now lies, after fetching it where it is not here. Raises DataError and OSError."""
+        sources = {base_name(address): address}
         try:
-            sources = self._sources(client, address, is_folder)
+            sources = files_of(client, address) if is_folder else sources
             version = pin or repr([(name, client.stamp(source)) for name, source in sources.items()])
         except Transient as error:
             if (old := self.newest(address, pin, is_folder)) is not None:
                 get_logger().warning(f'{shown(address)} cannot be asked whether it changed ({error}): using the copy in {old}')
                 return old
-            sources = persist(client, address, lambda: self._sources(client, address, is_folder))
+            if is_folder:
+                sources = persist(client, address, lambda: files_of(client, address))
             version = pin
         final = self.version(address, version)
         if not final.exists():
@@ -60,16 +62,8 @@ class Cache:
                 atomic.make_folder(final.parent)
             with _lock(final.parent, wait, shown(address)):
                 if not final.exists():
-                    _fetch_version(client, sources, pin, final)
+                    fetch_version(client, sources, pin, final)
         return final if is_folder else final / next(iter(sources))
-
-    def _sources(self, client: FileClient, address: str, is_folder: bool) -> dict[str, str]:
-        """Name below the version's folder -> address, of each file."""
-        if not is_folder:
-            return {base_name(address): address}
-        if not (names := client.list(address)):
-            raise DataError(f'{shown(address)}: holds no file')
-        return {name: client.below(address, name) for name in names}
 
     def _sweep(self) -> None:
         """Once per process: what killed downloads left behind goes."""
@@ -85,7 +79,15 @@ class Cache:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _fetch_version(client: FileClient, sources: Mapping[str, str], pin: str, final: Path) -> None:
+def files_of(client: FileClient, address: str) -> dict[str, str]:
+    """Name below a folder -> address, of each of its files."""
+    if not (names := client.list(address)):
+        raise DataError(f'{shown(address)}: holds no file')
+    return {name: client.below(address, name) for name in names}
+
+
+def fetch_version(client: FileClient, sources: Mapping[str, str], pin: str, final: Path) -> None:
+    """Bring files (name -> address) into a new folder `final`, which appears whole, by one rename. Raises DataError and OSError."""
     temp = atomic.beside(final, 'tmp')
     with _writable(final.parent):
         temp.mkdir()

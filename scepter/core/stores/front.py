@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ from scepter.core.disk import atomic
 from scepter.core.errors import DataError
 from scepter.core.registry import FILE_SYSTEMS
 from scepter.core.stores.client import FileClient, Kind, is_public_only, persist, shown
-from scepter.core.stores.fetch import PIN, Cache, explained, split_pin
+from scepter.core.stores.fetch import PIN, Cache, explained, fetch_version, files_of, split_pin
 from scepter.core.stores.generic import FsspecFs
 from scepter.core.stores.local import LocalFs
 
@@ -52,8 +53,8 @@ class FileSystem:
         self._clients: dict[str, FileClient] = {}
         self._caches: dict[Path, Cache] = {}
         self._fetched: dict[tuple[str, bool], Path] = {}
-        self._closed: tuple[str, frozenset[str]] | None = None
-        self._own: frozenset[str] = frozenset()
+        self._closed: ContextVar[tuple[str, frozenset[str]] | None] = ContextVar('closed', default=None)    # other threads go on
+        self._own: ContextVar[frozenset[str]] = ContextVar('own', default=frozenset())
 
     @property
     def cache(self) -> Path:
@@ -82,7 +83,15 @@ class FileSystem:
 
     def get_dir_to_local_dir(self, path: str | os.PathLike, local_dir: str | os.PathLike | None = None,
                              wait_finish: bool = True) -> LocalPath:
-        """A local path of the folder, all files in it; as `get_from`."""
+        """A local path of the folder, all files in it; as `get_from`.
+
+        local_dir: where there is no such folder yet, it is filled straight from the store and appears whole.
+        """
+        if local_dir is not None and not Path(local_dir).exists() and not self.is_local(path):
+            with explained(os.fspath(path)):
+                atomic.make_folder(Path(local_dir).absolute().parent)
+            self._ask(path, lambda client, address: fetch_version(client, files_of(client, address), '', Path(local_dir)))
+            return LocalPath(local_dir)
         found = self._local(os.fspath(path), True, wait_finish)
         if local_dir is None:
             return LocalPath(found)
@@ -119,6 +128,7 @@ class FileSystem:
                                 f'{"a folder" if temp.is_dir() else "nothing"} was')
             with explained(path):
                 persist(client, path, lambda: client.put(temp, path))
+            self._forget(path)
         finally:
             shutil.rmtree(temp) if temp.is_dir() else temp.unlink(missing_ok=True)
 
@@ -128,9 +138,15 @@ class FileSystem:
             atomic.write_file(Path(temp), [data.encode() if isinstance(data, str) else data])
 
     def put_object_from_local_file(self, local_path: str | os.PathLike, path: str | os.PathLike) -> None:
-        """Make a copy of a local file, as it is at this moment, the file at path."""
-        source = self._local(os.fspath(local_path), False, True)
-        with self.put_to(path) as temp, explained(os.fspath(path)):
+        """Make a copy of a local file, which must not change meanwhile, the file at path."""
+        source, address = self._local(os.fspath(local_path), False, True), os.fspath(path)
+        client = self._client(address)
+        if not isinstance(client, LocalFs):
+            with explained(address):
+                persist(client, address, lambda: client.put(source, address))
+            self._forget(address)
+            return
+        with self.put_to(path) as temp, explained(address):
             shutil.copyfile(source, temp)
 
     def put_dir_from_local_dir(self, local_dir: str | os.PathLike, path: str | os.PathLike, threads: int = 8) -> None:
@@ -147,8 +163,12 @@ class FileSystem:
     def delete_object(self, path: str | os.PathLike) -> None:
         """Remove a file; an error where there is none, as far as the store tells."""
         self._ask(path, lambda client, address: client.remove(address))
-        for is_folder in (False, True):
-            self._fetched.pop((os.fspath(path), is_folder), None)
+        self._forget(os.fspath(path))
+
+    def _forget(self, path: str) -> None:
+        """What this process itself has changed is to be looked at again; so is every folder that it is in."""
+        for known in [key for key in self._fetched if key[1] or key[0].partition(PIN)[0] == path]:
+            self._fetched.pop(known, None)
 
     # ---------------------------------------------------------------- asking
     def exists(self, path: str | os.PathLike) -> bool:
@@ -191,6 +211,10 @@ class FileSystem:
         """Whether a path is of this machine's own file system."""
         return isinstance(self._client(os.fspath(path)), LocalFs)
 
+    def can_write(self, path: str | os.PathLike) -> bool:
+        """Whether this kind of store takes files at all."""
+        return type(self._client(os.fspath(path))).put is not FileClient.put
+
     # ---------------------------------------------------------------- what strangers may have asked
     @contextmanager
     def without_requests(self, reason: str, but: Collection[str] = ()) -> Iterator[None]:
@@ -198,11 +222,11 @@ class FileSystem:
 
         For addresses that a stranger wrote. What is not here is a DataError that gives the reason.
         """
-        before, self._closed = self._closed, (reason, frozenset(address.partition(PIN)[0] for address in but))
+        token = self._closed.set((reason, frozenset(address.partition(PIN)[0] for address in but)))
         try:
             yield
         finally:
-            self._closed = before
+            self._closed.reset(token)
 
     @contextmanager
     def public_only(self, but: Collection[str] = ()) -> Iterator[None]:
@@ -211,13 +235,12 @@ class FileSystem:
         For addresses that a stranger wrote and the user lets be fetched: none may reach into the user's own network, by whatever
         spelling, name, redirect or second answer of a name server.
         """
-        before, self._own = self._own, frozenset(address.partition(PIN)[0] for address in but)
-        token = is_public_only.set(True)
+        own, token = self._own.set(frozenset(address.partition(PIN)[0] for address in but)), is_public_only.set(True)
         try:
             yield
         finally:
             is_public_only.reset(token)
-            self._own = before
+            self._own.reset(own)
 
     # ---------------------------------------------------------------- finding the client
     def _client(self, path: str) -> FileClient:
@@ -272,16 +295,16 @@ class FileSystem:
             return None
         if os.environ.get('SCEPTER_OFFLINE', '').lower() in ('1', 'true', 'yes', 'on'):
             return 'SCEPTER_OFFLINE is set'
-        if self._closed is not None and address not in self._closed[1]:
-            return self._closed[0]
-        if is_public_only.get() and address not in self._own and address.partition('://')[0].lower() not in OF_STRANGERS:
+        if (closed := self._closed.get()) is not None and address not in closed[1]:
+            return closed[0]
+        if is_public_only.get() and address not in self._own.get() and address.partition('://')[0].lower() not in OF_STRANGERS:
             return f'a stranger named it, and may name {", ".join(f"{scheme}://" for scheme in OF_STRANGERS)} alone'
         return None
 
     @contextmanager
     def _trusting(self, address: str) -> Iterator[None]:
         """Inside, what the user named may be asked for wherever it lies."""
-        token = is_public_only.set(is_public_only.get() and address not in self._own)
+        token = is_public_only.set(is_public_only.get() and address not in self._own.get())
         try:
             yield
         finally:

@@ -11,13 +11,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 from urllib.parse import quote, unquote, urlsplit
 
 from scepter.core.errors import DataError
 from scepter.core.registry import FILE_SYSTEMS
 from scepter.core.schema import param
-from scepter.core.stores.client import FileClient, Transient, is_public_only, need_space, reason, receive, shown
+from scepter.core.stores.client import FileClient, Kind, Transient, is_public_only, need_space, reason, receive, shown
 from scepter.core.stores.guard import public_handlers
 
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504, 507, 509)
@@ -27,7 +27,7 @@ TRANSIENT = (408, 425, 429, 500, 502, 503, 504, 507, 509)
 class HttpFs(FileClient):
     """Files of web servers, read only. A broken transfer goes on where it broke, if the server can prove the file is the same."""
 
-    schemes = ('http', 'https')
+    schemes: tuple[str, ...] = ('http', 'https')
 
     TIMEOUT: float = param(9.0, 'Seconds without an answer after which a server counts as stalled.', above=0)
     REDIRECTS: int = param(5, 'Redirects that are followed.', least=0)
@@ -52,7 +52,7 @@ class HttpFs(FileClient):
                 raise
             return ''       # a server that does not answer HEAD may well answer GET
 
-    def kind(self, path: str) -> Literal['file'] | None:
+    def kind(self, path: str) -> Kind | None:
         try:
             with self._request(path, method='HEAD'):
                 return 'file'
