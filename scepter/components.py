@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import scepter.core.stores
-import scepter.data.datasets
+import scepter.data.folders
 import scepter.data.latents
 import scepter.data.mixture
+import scepter.data.prompts
+import scepter.data.tables
 import scepter.data.tars
 import scepter.data.transforms
 import scepter.diffusion.levels

@@ -34,8 +34,9 @@ from scepter.core.disk import atomic
 from scepter.core.errors import DataError
 from scepter.core.logger import duration, get_logger
 from scepter.core.stores import FS
-from scepter.data.captions import Record, clean_caption, find_records
+from scepter.data.captions import clean_caption
 from scepter.data.clips import VIDEO_SUFFIXES, find_clips, read_clip
+from scepter.data.folders import Found, find_records
 from scepter.data.images import UnreadableError, load_image
 from scepter.data.motion import motion_score
 from scepter.data.records import RecordWriter, join_shards, write_metadata
@@ -88,7 +89,7 @@ class Sample(NamedTuple):
 class Samples:
     """The samples of a folder, in their order."""
     folder: str
-    records: Sequence[Record]
+    records: Sequence[Found]
     labels: dict[str, int] | None      # the number of each class
     size: tuple[int, int] | None       # height, width
     frames: int | None                 # of a clip at most; None: images
@@ -149,9 +150,9 @@ class Samples:
         top, left = (picture.height - size[0]) // 2, (picture.width - size[1]) // 2
         return picture.crop((left, top, left + size[1], top + size[0]))
 
-    def _text(self, caption: str | Path | None) -> str:
+    def _text(self, caption: list[str] | Path | None) -> str:
         if not isinstance(caption, Path):
-            return caption or ''
+            return caption[0] if caption else ''
         with open(os.path.join(self.folder, caption), encoding='utf-8-sig') as file:
             return clean_caption(file.read())
 

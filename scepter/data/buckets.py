@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 Size = tuple[int, int]    # (height, width)
+BLOCK = 1 << 18           # pictures that are looked at at once
 
 
 def bucket_sizes(side: int, step: int, shortest: int, longest: int) -> list[Size]:
@@ -26,4 +27,19 @@ def bucket_sizes(side: int, step: int, shortest: int, longest: int) -> list[Size
 def nearest(sizes: Sequence[Size], heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
     """int64 [N]: for each picture the size whose ratio of sides is nearest in its logarithm, so that turning a picture turns its size."""
     ratios = np.array([math.log(height / width) for height, width in sizes])
-    return np.abs(np.log(heights / widths)[:, None] - ratios).argmin(1)
+    asked = np.log(heights / widths)
+    parts = [np.abs(asked[i:i + BLOCK, None] - ratios).argmin(1) for i in range(0, len(asked), BLOCK)]
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def occupancy(sizes: Sequence[Size], bucket_of: np.ndarray, shapes: np.ndarray) -> str:
+    """What becomes of the pictures, in words.    bucket_of: [N].  shapes: [N, 2], height and width"""
+    counts = np.bincount(bucket_of, minlength=len(sizes))
+    filled = ', '.join(f'{height}x{width} ({count})' for (height, width), count in zip(sizes, counts) if count)
+    target = np.array(sizes)[bucket_of]
+    scale = (target / shapes).max(1)    # until the size is just covered
+    cut = 1 - float((target.prod(1) / (shapes.prod(1, dtype=np.float64) * scale ** 2)).mean())
+    enlarged = int((scale > 1).sum())
+    by = f' by up to {scale.max():.2g} times' if enlarged else ''
+    return (f'images by height x width of their bucket: {filled}. {cut:.1%} of the pixels are cut off, {enlarged} images are enlarged{by}, '
+            'none is left out')

@@ -11,13 +11,14 @@ from PIL import Image
 
 from scepter.core.errors import DataError
 from scepter.core.registry import need
-from scepter.data.captions import CAPTION_SUFFIXES, METADATA_FILES, Record, find_records
+from scepter.data.captions import CAPTION_SUFFIXES
+from scepter.data.folders import METADATA_FILES, Found, find_records
 from scepter.data.images import IMAGE_SUFFIXES, UnreadableError, load_image
 
 VIDEO_SUFFIXES = ('.mp4', '.m4v', '.webm', '.mov', '.mkv', '.avi')
 
 
-def find_clips(folder: str, shown: str) -> list[Record]:
+def find_clips(folder: str, shown: str) -> list[Found]:
     """The video files and the folders of frames below a folder, each with its caption (<name>.txt beside it); or what its sheet lists.
 
     shown: what messages call the folder. Raises DataError where there are none.

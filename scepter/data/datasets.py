@@ -11,30 +11,28 @@ import contextlib
 import copy
 import hashlib
 import inspect
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
-from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import scepter.data.transforms  # noqa: F401  fills TRANSFORMS
 from scepter.core.config import Config, plain
 from scepter.core.errors import DataError
-from scepter.core.faults import Fault
+from scepter.core.faults import ConfigError, Fault
 from scepter.core.logger import get_logger
-from scepter.core.registry import DATASETS, TRANSFORMS
+from scepter.core.registry import TRANSFORMS
 from scepter.core.schema import Component, param, parts
-from scepter.core.stores import FS
-from scepter.data.buckets import Size, bucket_sizes, nearest
-from scepter.data.captions import MAX_CAPTION_BYTES, Record, clean_caption, find_records, prompts_of_file
+from scepter.data.buckets import Size, bucket_sizes, nearest, occupancy
+from scepter.data.captions import Captions, Texts
 from scepter.data.images import UnreadableError, load_image, size_of_image, to_mask, to_tensor
+from scepter.data.index import Index
 from scepter.data.order import Bucketed, Order, Shuffled
 from scepter.data.sources import Source
+from scepter.data.transforms import RecordedCrop
 
 T = TypeVar('T')
 PICTURES = ('image', 'video')    # what a sample's picture, or clip, is called
@@ -109,6 +107,19 @@ class BaseDataset(Component, base=True):
         return False
 
 
+class Record(NamedTuple):
+    """One image of a dataset, in values that JSON has."""
+
+    name: str                                # what messages call it: its path, where it has one
+    place: Any                               # where the picture is, as `open_image` understands it
+    texts: Texts | None = None               # its captions, where they are known already
+    sidecar: Any = None                      # else where they are, as `texts_in` understands it; None: nowhere
+    label: int | None = None
+    size: Sequence[int] | None = None        # (height, width), where the source tells it
+    beside: dict[str, Any] | None = None     # further pictures of the sample, e.g. its mask: key -> place
+    stamp: Any = None                        # changes when the picture does, where that is known
+
+
 class ImageTextDataset(BaseDataset):
     """Images with captions, wherever they lie: a subclass finds and opens them.    index  ->  image [3, H, W] in -1..1, prompt
 
@@ -116,6 +127,7 @@ class ImageTextDataset(BaseDataset):
     """
 
     PROMPT_PREFIX: str = param('', 'Put before every caption.')
+    CAPTIONS: Captions = param({}, 'How the prompt is made of what is written of an image: tags shuffled, templates, one of several.')
     REPEATS: int = param(1, 'How often each image is seen in one epoch.', least=1)
     TRANSFORMS: list = parts(TRANSFORMS, 'What is done to a sample, in this order; the result must be of one size, or of its bucket.')
     BUCKETS: int | None = param(None, 'Cut each image to the nearest of several sizes of at most so many pixels squared; null: one size.',
@@ -138,13 +150,15 @@ class ImageTextDataset(BaseDataset):
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
         self.logger = logger or get_logger()
+        self.captions = Captions(self.cfg['CAPTIONS'], logger=logger)
         self.transforms = [TRANSFORMS.build(t, logger=logger) for t in self.TRANSFORMS]
-        self.records = self.find()
-        without = [name for name, caption, *_ in self.records if caption is None]
-        self.missing_captions = len(without)
-        if without:
-            self.logger.warning(f'{self.place}: {len(without)} of {len(self.records)} images have no caption, e.g. {without[0]}; '
-                                "their prompt is ''")
+        self.times: np.ndarray | None = None       # [N] how often each image comes, where that is not alike
+        self.index = self.listed()
+        self.missing_captions = self.index.told['missing']
+        if self.missing_captions:
+            self.logger.warning(f'{self.place}: {self.missing_captions} of {self.file_count} images have no caption, e.g. '
+                                f"{self.index.told['without']}; their prompt is ''")
+        self.rows = None if self.times is None else np.repeat(np.arange(self.file_count), self.times)
         self.sizes: list[Size] = []
         if self.BUCKETS is not None:
             self._sort()
@@ -152,52 +166,88 @@ class ImageTextDataset(BaseDataset):
     # ---------------------------------------------------------------- what a subclass says
     place: str    # what messages call all of it
 
-    def find(self) -> Sequence[Any]:
-        """A tuple for each image: its name, its caption or where that is (None: there is none), and what else open_image needs."""
+    def sources(self) -> list[str]:
+        """Sets `place`, and answers the local files that are read for what there is; where one changes, they are read again."""
         raise NotImplementedError
 
-    def open_image(self, record: Any) -> str | BinaryIO:
-        """Its file, or the path of it. Raises UnreadableError or OSError."""
+    def find(self) -> Iterable[Record]:
+        """Each of the images. Asked after `sources`, unless an index of them is kept. Raises DataError."""
         raise NotImplementedError
 
-    def caption_of(self, record: Any) -> str:
-        """Its caption, whole, in one line. Raises UnreadableError."""
+    def open_image(self, place: Any) -> str | BinaryIO:
+        """The file at a record's place, or the path of it. Raises UnreadableError or OSError."""
         raise NotImplementedError
+
+    def texts_in(self, sidecar: Any) -> list[str]:
+        """The captions at a record's sidecar, each in one line. Raises ValueError or OSError."""
+        raise NotImplementedError
+
+    @property
+    def weights(self) -> Sequence[float]:
+        """How often each kind of text is the prompt, against the others."""
+        return (1.0,)
+
+    def listed(self) -> Index:
+        """All records and how many have no caption, from the index that is kept, or anew."""
+        account = Account()
+        sources, settings = self.sources(), {key: value for key, value in self.cfg.items() if key not in ImageTextDataset.para_dict}
+        return Index.made(self.place, [type(self).__name__, plain(settings)], sources, lambda: account.of(self.find()), account.told,
+                          self.logger)
 
     # ---------------------------------------------------------------- samples
     def __len__(self) -> int:
-        return len(self.records) * self.REPEATS
+        return (self.file_count if self.rows is None else len(self.rows)) * self.REPEATS
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.records[index % len(self.records)]
-        sample: dict[str, Any] = {'image': self._decoded(record, load_image), **self.beside(index)}
+        record, words = self.record(index), self.beside(index)    # words first: what is drawn for them is drawn before all else
+        first = self.transforms[0] if self.transforms else None
+        load = partial(load_image, least=first.size_of(words) if isinstance(first, RecordedCrop) else None)
+        sample: dict[str, Any] = {'image': self._read(record.place, load), **words}
+        for key, place in (record.beside or {}).items():
+            sample[key] = self._read(place, load_image if key == 'mask' else load)    # a mask is never blended
+            (h, w), (height, width) = sample[key].info['original_size'], sample['image'].info['original_size']
+            if (h, w) != (height, width):
+                raise UnreadableError(f'its {key} is {w}x{h} pixels, the image {width}x{height}')
         for transform in self.transforms:
             sample = transform(sample)
-        sample['image'] = to_tensor(sample['image'])
-        if 'mask' in sample:
-            sample['mask'] = to_mask(sample['mask'])
+        for key in ('image', *(record.beside or {})):
+            sample[key] = to_mask(sample[key]) if key == 'mask' else to_tensor(sample[key])
         if self.sizes and sample['image'].shape[-2:] != sample['target_size']:
             raise DataError(f'{self.name_of(index)} is {tuple(sample["image"].shape[-2:])} after TRANSFORMS, but its bucket is '
                             f'{sample["target_size"]} (height, width): cut by {{NAME: RecordedCrop}} without a SIZE')
         return sample
 
+    def record(self, index: int) -> Record:
+        """Where the picture and the captions of a sample are."""
+        return Record(*self.index.rows[self._row(index)])
+
+    def prompt_of(self, record: Record) -> str:
+        """The prompt that this draw gets. Raises UnreadableError."""
+        texts = record.texts
+        if texts is None and record.sidecar is not None:
+            try:
+                texts = [self.texts_in(record.sidecar)]
+            except (OSError, ValueError, RecursionError) as error:    # UnicodeDecodeError is a ValueError
+                raise UnreadableError(f'caption of {record.name}: {error}') from error
+        return self.PROMPT_PREFIX + self.captions.prompt(texts or [], self.weights)
+
     def name_of(self, index: int) -> str:
-        return str(self.records[index % len(self.records)][0])
+        return self.record(index).name
 
     @property
     def file_count(self) -> int:
-        return len(self.records)
+        return len(self.index.rows)
 
     # ---------------------------------------------------------------- what a cache asks
     def beside(self, index: int) -> dict[str, Any]:
-        i = index % len(self.records)
-        sample: dict[str, Any] = {'prompt': self.PROMPT_PREFIX + self.caption_of(self.records[i])}
-        return {**sample, 'target_size': self.sizes[self.bucket_of[i]]} if self.sizes else sample
+        record = self.record(index)
+        sample: dict[str, Any] = {'prompt': self.prompt_of(record), **({} if record.label is None else {'label': record.label})}
+        return {**sample, 'target_size': self.sizes[self.bucket_of[self._row(index)]]} if self.sizes else sample
 
     def source_of(self, index: int) -> Source | None:
         try:
-            file = self.open_image(self.records[index % len(self.records)])
-        except (OSError, UnreadableError):
+            file = self.open_image(self.record(index).place)
+        except (OSError, ValueError, DataError, UnreadableError):
             return None
         if isinstance(file, str):
             return Source(file)
@@ -205,7 +255,9 @@ class ImageTextDataset(BaseDataset):
         return None
 
     def view_of(self, index: int) -> Any:
-        return self._view, self.sizes[self.bucket_of[index % len(self.records)]] if self.sizes else None
+        if further := self.record(index).beside:
+            raise ConfigError(f'CACHE keeps the image of a sample, and not its {" and ".join(further)}: leave CACHE or BESIDE out')
+        return self._view, self.sizes[self.bucket_of[self._row(index)]] if self.sizes else None
 
     @cached_property
     def _view(self) -> Any:
@@ -223,10 +275,14 @@ class ImageTextDataset(BaseDataset):
     def draws_mirror(self, index: int) -> bool:
         return sum(t.draws_mirror() for t in self.transforms if hasattr(t, 'draws_mirror')) % 2 == 1
 
-    def _decoded(self, record: Any, read: Callable[[str | BinaryIO], T]) -> T:
+    def _row(self, index: int) -> int:
+        """The record of a sample."""
+        return index % self.file_count if self.rows is None else int(self.rows[index % len(self.rows)])
+
+    def _read(self, place: Any, read: Callable[[str | BinaryIO], T]) -> T:
         try:
-            file = self.open_image(record)
-        except OSError as error:
+            file = self.open_image(place)
+        except (OSError, ValueError, DataError) as error:
             raise UnreadableError(f'{type(error).__name__}: {error}') from error
         if isinstance(file, str):
             return read(file)
@@ -251,25 +307,54 @@ class ImageTextDataset(BaseDataset):
 
     def _members(self) -> list[np.ndarray]:
         """The indices of each bucket's samples."""
-        bucket_of = np.tile(self.bucket_of, self.REPEATS)
+        bucket_of = np.tile(self.bucket_of if self.rows is None else self.bucket_of[self.rows], self.REPEATS)
         return [np.flatnonzero(bucket_of == b) for b in range(len(self.sizes))]
 
     def _sort(self) -> None:
-        """Give each image its bucket, by its header; one that cannot be read is met, and replaced, when its turn comes."""
-        shapes = np.zeros((len(self.records), 2), np.int64)
-        for i, record in enumerate(self.records):
-            with contextlib.suppress(UnreadableError):
-                shapes[i] = self._decoded(record, size_of_image)
+        """Give each image its bucket, by its size; one that cannot be read is met, and replaced, when its turn comes."""
+        shapes = self.index.sizes(self._measured)
         is_read = shapes.all(1)
         if not is_read.any():
-            raise DataError(f'{self.place}: not one of {len(self.records)} images can be read')
+            raise DataError(f'{self.place}: not one of {self.file_count} images can be read')
         self.sizes = _sizes(self.cfg)
-        self.bucket_of = np.zeros(len(self.records), np.int64)
+        self.bucket_of = np.zeros(len(shapes), np.int16)
         self.bucket_of[is_read] = nearest(self.sizes, shapes[is_read, 0], shapes[is_read, 1])
-        counts = np.bincount(self.bucket_of[is_read], minlength=len(self.sizes))
-        self.bucket_of[~is_read] = counts.argmax()
-        filled = ', '.join(f'{height}x{width} ({count})' for (height, width), count in zip(self.sizes, counts) if count)
-        self.logger.info(f'{self.place}: images by height x width of their bucket: {filled}')
+        self.bucket_of[~is_read] = np.bincount(self.bucket_of[is_read]).argmax()
+        self.logger.info(f'{self.place}: {occupancy(self.sizes, self.bucket_of[is_read], shapes[is_read])}')
+
+    def _measured(self, before: Index | None, earlier: np.ndarray | None) -> np.ndarray:
+        """[N, 2] int32 (height, width) of each picture, 0 where it cannot be read: from its header, unless it is known."""
+        known = {} if before is None or earlier is None else {
+            (row.name, str(row.stamp)): size for row, size in zip((Record(*r) for r in before.rows), earlier.tolist()) if row.stamp}
+        shapes = np.zeros((self.file_count, 2), np.int32)
+        for i, record in enumerate(Record(*row) for row in self.index.rows):
+            if (size := record.size or known.get((record.name, str(record.stamp)))) is not None:
+                shapes[i] = size
+                continue
+            with contextlib.suppress(UnreadableError):
+                shapes[i] = self._read(record.place, size_of_image)
+        return shapes
+
+
+class Account:
+    """Records on their way into an index: counts those without a caption."""
+
+    def __init__(self) -> None:
+        self.missing, self.without = 0, ''
+
+    def of(self, records: Iterable[Record]) -> Iterator[list[Any]]:
+        """Each record as a list that is as short as it can be."""
+        for record in records:
+            if not any(record.texts or []) and record.sidecar is None:
+                self.missing, self.without = self.missing + 1, self.without or record.name
+            row = list(record)
+            while row[-1] is None:
+                row.pop()
+            yield row
+
+    def told(self) -> dict[str, Any]:
+        """What an index tells of all of them."""
+        return {'missing': self.missing, 'without': self.without}
 
 
 def code_of(transform: Any) -> str:
@@ -285,88 +370,6 @@ def code_of(transform: Any) -> str:
 def _sizes(cfg: Config) -> list[Size]:
     shortest, longest = cfg.BUCKET_SIDES or (max(1, cfg.BUCKETS // 2), cfg.BUCKETS * 2)
     return bucket_sizes(cfg.BUCKETS, cfg.BUCKET_STEP, shortest, longest)
-
-
-@DATASETS.register_class()
-class ImageTextFolderDataset(ImageTextDataset):
-    """A folder of images with their captions.    index  ->  image [3, H, W] float32 in -1..1, prompt str
-
-    Captions come from metadata.jsonl or metadata.csv in the folder (file_name, text), else from a .txt or .caption file beside
-    each image; the folder is then searched to its bottom. Raises DataError where there is nothing to read.
-    """
-
-    DATA_FOLDER: str = param(doc='Folder of the images, local or in any store.')
-
-    def find(self) -> list[Record]:
-        self.place = self.DATA_FOLDER
-        with FS.get_dir_to_local_dir(self.DATA_FOLDER, wait_finish=True) as folder:
-            self.folder = os.path.abspath(folder)
-        return find_records(self.folder, self.DATA_FOLDER)
-
-    def open_image(self, record: Record) -> str:
-        return os.path.join(self.folder, record[0])
-
-    def name_of(self, index: int) -> str:
-        return os.path.join(self.folder, super().name_of(index))
-
-    def caption_of(self, record: Record) -> str:
-        caption = record[1]
-        if not isinstance(caption, Path):
-            return caption or ''
-        try:
-            with open(os.path.join(self.folder, caption), 'rb') as file:
-                return clean_caption(file.read(MAX_CAPTION_BYTES + 1).decode('utf-8-sig'))
-        except (OSError, ValueError) as error:    # UnicodeDecodeError is one
-            raise UnreadableError(f'caption {caption}: {error}') from error
-
-
-@DATASETS.register_class()
-class PromptListDataset(BaseDataset):
-    """Prompts to draw, for TEST_DATA.    index  ->  prompt, and what its line says besides: n_prompt, image_size, seed, ...
-
-    A line of PROMPT_FILE is a prompt; in a .jsonl file it is an object ({"prompt": ..., "seed": 7, "guide_scale": 5.0}), whose keys are
-    arguments of the network's forward_test. Those that hold for a whole batch must be equal in it: BATCH_SIZE 1 allows all.
-    """
-
-    PROMPTS: list[str] = param([], 'The prompts themselves.')
-    PROMPT_FILE: str | None = param(None, 'A file with a prompt per line, or .jsonl with an object per line.')
-    N_PROMPT: str | None = param(None, "Negative prompt where a line gives none; null: the network's own.")
-    PROMPT_PREFIX: str = param('', 'Put before every prompt.')
-    IMAGE_SIZE: int | tuple[int, int] | None = param(
-        None, "Pixels, or [height, width], where a line gives none; null: the network's own.", least=1)
-
-    @classmethod
-    def check(cls, cfg: Config) -> Iterator[Fault]:
-        yield from super().check(cfg)
-        if bool(cfg.PROMPTS) == bool(cfg.PROMPT_FILE):
-            yield Fault('PROMPTS', f'give either PROMPTS (got {len(cfg.PROMPTS)}) or PROMPT_FILE (got {cfg.PROMPT_FILE})')
-
-    def __init__(self, cfg: dict, logger: Any = None):
-        super().__init__(cfg, logger=logger)
-        lines = prompts_of_file(self.PROMPT_FILE) if self.PROMPT_FILE else [{'prompt': p} for p in self.PROMPTS]
-        common = {key: value for key, value in (('n_prompt', self.N_PROMPT), ('image_size', self.IMAGE_SIZE)) if value is not None}
-        self.lines = [{**common, **line, 'prompt': self.PROMPT_PREFIX + line['prompt']} for line in lines]
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return dict(self.lines[index])
-
-    def name_of(self, index: int) -> str:
-        return f'prompt {index + 1} ({self.lines[index]["prompt"]:.40})'
-
-    def collate(self, samples: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
-        """Lists of prompts, negative prompts and seeds; every other setting once."""
-        batch: dict[str, Any] = {}
-        for key in {key: None for sample in samples for key in sample}:
-            values = [sample.get(key) for sample in samples]
-            for value, name in zip(values, names):
-                if value is None or (key not in ('prompt', 'n_prompt', 'seed') and value != values[0]):
-                    raise DataError(f'{names[0]} and {name} are drawn in one batch, but have {key} {values[0]!r} and {value!r}: '
-                                    'make them equal, or set BATCH_SIZE: 1')
-            batch[key] = values if key in ('prompt', 'n_prompt', 'seed') else values[0]
-        return batch
 
 
 def _stack(key: str, values: list[Any], names: list[str]) -> Any:

@@ -26,16 +26,35 @@ class UnreadableError(Exception):
     """One sample cannot be read. The loader names it once and puts another sample in its place."""
 
 
-def load_image(file: str | BinaryIO) -> Image.Image:
+def load_image(file: str | BinaryIO, least: tuple[int, int] | None = None) -> Image.Image:
     """An image file as RGB, upright: the first frame, EXIF orientation applied, transparency laid on white, 16 bits scaled to 8.
 
-    `info['original_size']` of the result is its (height, width). Raises UnreadableError for whatever cannot be decoded whole.
+    least: the (height, width) that is made of it, covered and cut. A JPEG is then decoded at half, a quarter or an eighth of its size,
+    where that is not smaller still; `info['shrunk']` says which part of the result (left, top, right, bottom) is the whole picture.
+    `info['original_size']` is its (height, width). Raises UnreadableError for whatever cannot be decoded whole.
     """
     with _opened(file) as image:
+        turn, size = image.getexif().get(ExifTags.Base.Orientation, 1), image.size
+        full = size[::-1] if turn < 5 else size
+        if least is not None and image.format == 'JPEG':
+            image.draft(None, least[::-1] if turn < 5 else least)
+        is_shrunk = image.size != size
         image.load()
-        image = to_rgb(_upright(image))
-    image.info = {'original_size': (image.height, image.width)}
+        image = _turned(to_rgb(image), turn)
+    image.info = {'original_size': full, **({'shrunk': _whole(image.size, full, turn)} if is_shrunk else {})}
     return image
+
+
+def _whole(size: tuple[int, int], full: tuple[int, int], turn: int) -> tuple[float, float, float, float]:
+    """The box of the whole picture in one that was decoded at a part of its size, whose last row and column hold less than others.
+
+    size: (width, height), upright.  full: (height, width) of the file, upright.
+    """
+    parts = next(n for n in (2, 4, 8) if size == (-(-full[1] // n), -(-full[0] // n)))
+    width, height = full[1] / parts, full[0] / parts
+    left = size[0] - width if turn in (2, 3, 6, 7) else 0.0    # the last column of the file may have become the first
+    top = size[1] - height if turn in (3, 4, 7, 8) else 0.0
+    return left, top, left + width, top + height
 
 
 def size_of_image(file: str | BinaryIO) -> tuple[int, int]:
@@ -81,15 +100,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in image.info:
         image = image.convert('RGBA')
         return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
-    return image.convert('RGB')
+    return image if image.mode == 'RGB' else image.convert('RGB')    # convert would copy
 
 
 _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    turn = _TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
 
 
@@ -100,7 +119,9 @@ def to_tensor(image: Image.Image | np.ndarray | Tensor) -> Tensor:
     if isinstance(image, np.ndarray):
         image = torch.from_numpy(image[..., None] if image.ndim == 2 else image).movedim(-1, 0)
     image = image.as_subclass(Tensor)    # torchvision's own tensor class stays behind
-    return image.float().div(127.5).sub(1).contiguous() if image.dtype == torch.uint8 else image.float().contiguous()
+    if image.dtype != torch.uint8:
+        return image.float().contiguous()
+    return image.contiguous().float().div_(127.5).sub_(1)    # the bytes are laid out anew, since they are a quarter of the floats
 
 
 def to_mask(mask: Image.Image | Tensor) -> Tensor:

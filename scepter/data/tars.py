@@ -6,11 +6,9 @@ Only places of members are kept, so a shard is never unpacked: where a member's 
 """
 from __future__ import annotations
 
-import glob
 import io
 import json
 import os
-import re
 import tarfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
@@ -19,9 +17,10 @@ from scepter.core.errors import DataError
 from scepter.core.registry import DATASETS
 from scepter.core.schema import param
 from scepter.core.stores import FS
-from scepter.data.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, clean_caption
-from scepter.data.datasets import ImageTextDataset
-from scepter.data.images import IMAGE_SUFFIXES, UnreadableError
+from scepter.data.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, texts_of
+from scepter.data.datasets import ImageTextDataset, Record
+from scepter.data.images import IMAGE_SUFFIXES
+from scepter.data.rows import addresses
 from scepter.data.sources import Source
 
 CAPTION_KEYS = ('text', 'caption')    # of a .json member, where there is no .txt
@@ -30,18 +29,10 @@ BLOCK = 512                           # bytes; a tar ends with two blocks of zer
 
 class Member(NamedTuple):
     """Where the bytes of one member are."""
+    shard: int
     suffix: str
     offset: int
     size: int
-
-
-class Record(NamedTuple):
-    """Where a sample lies in the shards."""
-
-    name: str                # shard/key.suffix, for messages
-    caption: Member | None
-    image: Member
-    shard: int
 
 
 @DATASETS.register_class()
@@ -55,60 +46,43 @@ class ImageTextTarDataset(ImageTextDataset):
 
     SHARDS: list[str] = param(doc='Tar files, local or in any store; {000..012} counts, and a local name may hold * and ?.')
 
-    def find(self) -> list[Record]:
+    def sources(self) -> list[str]:
         self.place = self.SHARDS[0] if len(self.SHARDS) == 1 else f'{self.SHARDS[0]} and {len(self.SHARDS) - 1} more'
+        self.addresses = [found for word in self.SHARDS for found in addresses(word, 'SHARDS')]
         self.paths: list[str] = []
-        records: list[Record] = []
-        for address in (found for word in self.SHARDS for found in _addresses(word)):
+        for address in self.addresses:
             with FS.get_from(address) as path:
-                records += _records(os.path.abspath(path), address, len(self.paths))
                 self.paths.append(os.path.abspath(path))
-        if not records:
-            raise DataError(f'SHARDS: {self.place} hold no sample')
-        return records
+        return self.paths
 
-    def open_image(self, record: Record) -> BinaryIO:
-        return _open(self.paths[record.shard], record.image)
+    def find(self) -> Iterator[Record]:
+        if not self.paths:
+            raise DataError(f'SHARDS: {self.place} hold no sample')
+        for shard, (path, address) in enumerate(zip(self.paths, self.addresses)):
+            yield from _records(path, address, shard)
+
+    def open_image(self, place: list[Any]) -> BinaryIO:
+        return self._open(Member(*place))
 
     def source_of(self, index: int) -> Source:
-        record = self.records[index % len(self.records)]
-        return Source(self.paths[record.shard], record.image.offset, record.image.size)
+        member = Member(*self.record(index).place)
+        return Source(self.paths[member.shard], member.offset, member.size)
 
-    def caption_of(self, record: Record) -> str:
-        if record.caption is None:
-            return ''
-        try:
-            with _open(self.paths[record.shard], record.caption) as file:
-                text = file.read(MAX_CAPTION_BYTES + 1).decode('utf-8-sig')
-            return clean_caption(_text_of_json(text) if record.caption.suffix == '.json' else text)
-        except (OSError, ValueError, RecursionError) as error:
-            raise UnreadableError(f'caption of {record.name}: {error}') from error
+    def texts_in(self, sidecar: list[Any]) -> list[str]:
+        member = Member(*sidecar)
+        with self._open(member) as file:
+            data = file.read(MAX_CAPTION_BYTES + 1)
+        return self.captions.texts_of_file(data) if member.suffix != '.json' else texts_of(_text_of_json(data.decode('utf-8-sig')))
+
+    def _open(self, member: Member) -> BinaryIO:
+        return io.BufferedReader(_Window(self.paths[member.shard], member))
 
 
-def _text_of_json(text: str) -> str:
+def _text_of_json(text: str) -> Any:
     row = json.loads(text)
-    found = next((row[key] for key in CAPTION_KEYS if key in row), '') if isinstance(row, dict) else None
-    if found is not None and not isinstance(found, str):
-        raise ValueError(f'{found!r:.60} is not a text')
     if not isinstance(row, dict):
         raise ValueError(f'expected an object, got {text[:60]}')
-    return found or ''
-
-
-def _addresses(word: str) -> list[str]:
-    """What one entry of SHARDS names. Raises DataError where it is nothing."""
-    if (counted := re.search(r'\{(\d+)\.\.(\d+)\}', word)) is not None:
-        first, last = counted.groups()
-        if int(last) < int(first):
-            raise DataError(f'SHARDS: {word} counts from {first} down to {last}')
-        numbers = (str(i).zfill(len(first)) for i in range(int(first), int(last) + 1))
-        return [address for i in numbers for address in _addresses(word[:counted.start()] + i + word[counted.end():])]
-    if '://' in word or not re.search(r'[*?]', word):
-        return [word]
-    found = sorted(glob.glob(os.path.expanduser(word), recursive=True))
-    if not found:
-        raise DataError(f'SHARDS: no file is called {word}')
-    return found
+    return next((row[key] for key in CAPTION_KEYS if key in row), None)
 
 
 def _records(path: str, address: str, shard: int) -> list[Record]:
@@ -123,12 +97,12 @@ def _records(path: str, address: str, shard: int) -> list[Record]:
         suffix = (dot + suffix).lower()
         if suffix in beside:
             raise DataError(f'{address} holds {name} twice: which one is meant?')
-        beside[suffix] = Member(suffix, offset, size)
+        beside[suffix] = Member(shard, suffix, offset, size)
     records = []
     for key, beside in members.items():
         images = [member for suffix, member in beside.items() if suffix in IMAGE_SUFFIXES]
         caption = next((beside[suffix] for suffix in (*CAPTION_SUFFIXES, '.json') if suffix in beside), None)
-        records += [Record(f'{address}/{key}{image.suffix}', caption, image, shard) for image in images]
+        records += [Record(f'{address}/{key}{image.suffix}', image, sidecar=caption) for image in images]
     if not records:
         found = ', '.join(list(members)[:3]) or 'nothing'
         raise DataError(f'{address} holds no image, i.e. no member that ends in {" ".join(IMAGE_SUFFIXES)}; it holds {found}')
@@ -187,6 +161,3 @@ class _Window(io.RawIOBase):
         self.file.close()
         super().close()
 
-
-def _open(path: str, member: Member) -> BinaryIO:
-    return io.BufferedReader(_Window(path, member))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -23,8 +23,8 @@ from scepter.core.schema import Component, param
 class RecordedCrop(Component):
     """Scale until the size is just covered, cut the rest off, and record what was done, as SDXL is told it (2307.01952, section 2.2).
 
-    image (and mask, if there is one)  ->  SIZE, with the same cut and flip; adds original_size, the [h, w] of the file before any
-    transform, crop_top_left, the [top, left] of the cut in the scaled image, and target_size [h, w]. Needs no torchvision.
+    image, and whatever else is a picture (mask)  ->  SIZE, with the same cut and flip; adds original_size, the [h, w] of the file before
+    any transform, crop_top_left, the [top, left] of the cut in the scaled image, and target_size [h, w]. Needs no torchvision.
     """
 
     SIZE: int | tuple[int, int] | None = param(
@@ -42,21 +42,20 @@ class RecordedCrop(Component):
         image, mask = sample['image'], sample.get('mask')
         if not isinstance(image, Image.Image):
             raise DataError(f'RecordedCrop cuts PIL images, got a {type(image).__name__}: put it before what makes tensors')
-        size = self._size_of(sample)
+        size = self.size_of(sample)
         height, width = size
-        scale = max(height / image.height, width / image.width)
-        h, w = max(height, round(image.height * scale)), max(width, round(image.width * scale))
+        full = image.info['original_size'] if 'shrunk' in image.info else (image.height, image.width)
+        scale = max(height / full[0], width / full[1])
+        h, w = max(height, round(full[0] * scale)), max(width, round(full[1] * scale))
         top, left = h - height, w - width    # how far the cut may go
         top, left = (random.randint(0, top), random.randint(0, left)) if self.RANDOM else (top // 2, left // 2)
-        flip = self.draws_mirror()
-        sample = {**sample, 'image': _cut(image.resize((w, h), self.resample), top, left, size, flip),
-                  'original_size': image.info.get('original_size', (image.height, image.width)),
-                  'crop_top_left': (top, left), 'target_size': size}
-        if isinstance(mask, Image.Image):
-            sample['mask'] = _cut(mask.resize((w, h), Image.Resampling.NEAREST), top, left, size, flip)
-        elif isinstance(mask, Tensor):
-            rows, columns = _nearest(h, mask.shape[-2])[top:top + height], _nearest(w, mask.shape[-1])[left:left + width]
-            sample['mask'] = mask[..., rows[:, None], columns.flip(0) if flip else columns]
+        cut = _Cut((h, w), (top, left), size, self.draws_mirror())
+        sample = {**sample, 'original_size': image.info.get('original_size', full), 'crop_top_left': (top, left), 'target_size': size}
+        for key, picture in sample.items():
+            if isinstance(picture, Image.Image):
+                sample[key] = cut.of_image(picture, Image.Resampling.NEAREST if key == 'mask' else self.resample)
+        if isinstance(mask, Tensor):
+            sample['mask'] = cut.of_mask(mask)
         return sample
 
     def draws_mirror(self) -> bool:
@@ -69,7 +68,8 @@ class RecordedCrop(Component):
         still.flip = 0.0
         return still
 
-    def _size_of(self, sample: dict[str, Any]) -> tuple[int, int]:
+    def size_of(self, sample: dict[str, Any]) -> tuple[int, int]:
+        """(height, width) of what becomes of this sample. Raises DataError where nothing says it."""
         if isinstance(self.SIZE, int):
             return self.SIZE, self.SIZE
         if (size := self.SIZE or sample.get('target_size')) is None:
@@ -77,9 +77,24 @@ class RecordedCrop(Component):
         return size[0], size[1]
 
 
-def _cut(image: Image.Image, top: int, left: int, size: tuple[int, int], flip: bool) -> Image.Image:
-    image = image.crop((left, top, left + size[1], top + size[0]))
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+class _Cut(NamedTuple):
+    """What is done to every picture of a sample alike."""
+    scaled: tuple[int, int]      # (height, width)
+    corner: tuple[int, int]      # (top, left) of the cut in the scaled picture
+    size: tuple[int, int]
+    flip: bool
+
+    def of_image(self, image: Image.Image, resample: Image.Resampling) -> Image.Image:
+        (h, w), (top, left), (height, width) = self.scaled, self.corner, self.size
+        image = image.resize((w, h), resample, box=image.info.get('shrunk'))
+        image = image.crop((left, top, left + width, top + height))
+        image.info = {key: value for key, value in image.info.items() if key != 'shrunk'}
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else image
+
+    def of_mask(self, mask: Tensor) -> Tensor:
+        (h, w), (top, left), (height, width) = self.scaled, self.corner, self.size
+        rows, columns = _nearest(h, mask.shape[-2])[top:top + height], _nearest(w, mask.shape[-1])[left:left + width]
+        return mask[..., rows[:, None], columns.flip(0) if self.flip else columns]
 
 
 def _nearest(size: int, source: int) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import scepter.components  # noqa: F401  (registers)
 from scepter.core.logger import get_logger
 
 

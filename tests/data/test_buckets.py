@@ -13,7 +13,7 @@ from scepter.core.config import Config
 from scepter.core.errors import DataError
 from scepter.core.registry import DATASETS
 from scepter.data.buckets import bucket_sizes, nearest
-from scepter.data.datasets import ImageTextFolderDataset
+from scepter.data.folders import ImageTextFolderDataset
 from scepter.data.images import size_of_image
 from scepter.data.loader import Loader, OrderedLoader
 

@@ -16,9 +16,10 @@ from PIL import Image, ImageFile
 from scepter.core.errors import DataError
 from scepter.core.faults import ConfigError
 from scepter.core.registry import DATASETS
-from scepter.data.datasets import ImageTextFolderDataset, PromptListDataset
+from scepter.data.folders import ImageTextFolderDataset
 from scepter.data.images import UnreadableError, load_image, to_tensor
 from scepter.data.loader import Loader, OrderedLoader
+from scepter.data.prompts import PromptListDataset
 
 
 def build(folder: Path, **options: Any) -> ImageTextFolderDataset:
@@ -74,16 +75,16 @@ def test_repeats_make_an_epoch_longer(folder):
 
 
 @pytest.mark.parametrize(('name', 'text', 'message'), [
-    ('metadata.jsonl', '{"file_name": "../secret.png", "text": ""}', 'line 1.*leads out of the folder'),
-    ('metadata.jsonl', '{"file_name": "/etc/secret.png", "text": ""}', 'leads out of the folder'),
-    ('metadata.jsonl', r'{"file_name": "a\\..\\..\\b.png", "text": ""}', 'leads out of the folder'),
-    ('metadata.jsonl', '{"file_name": "C:/b.png", "text": ""}', 'leads out of the folder'),
-    ('metadata.csv', 'file_name,text\nx/../../b.png,a', 'line 2.*leads out of the folder'),
+    ('metadata.jsonl', '{"file_name": "../secret.png", "text": ""}', 'line 1.*leads out of '),
+    ('metadata.jsonl', '{"file_name": "/etc/secret.png", "text": ""}', 'leads out of '),
+    ('metadata.jsonl', r'{"file_name": "a\\..\\..\\b.png", "text": ""}', 'leads out of '),
+    ('metadata.jsonl', '{"file_name": "C:/b.png", "text": ""}', 'leads out of '),
+    ('metadata.csv', 'file_name,text\nx/../../b.png,a', 'line 2.*leads out of '),
     ('metadata.jsonl', '{"file_name": "1.png", "text": ""}\n{"file', 'line 2: not JSON'),
     ('metadata.jsonl', '[1]', 'expected an object'),
     ('metadata.jsonl', '{"image": "1.png"}', 'expected a file_name, got the keys image'),
     ('metadata.jsonl', '{"file_name": "1.png", "caption": "x"}', 'only file_name, caption: name the captions "text"'),
-    ('metadata.jsonl', '{"file_name": "1.png", "text": 5}', 'text is a string'),
+    ('metadata.jsonl', '{"file_name": "1.png", "text": 5}', 'a caption is a string'),
     ('metadata.jsonl', json.dumps({'file_name': '1.png', 'text': 'x' * 70_000}), 'longer than 65536'),
     ('metadata.jsonl', '', 'lists no image'),
     ('metadata.csv', 'file_name,text\n1.png,one, two', 'line 2: more fields than headings'),
@@ -232,7 +233,7 @@ def test_half_a_picture_is_refused_even_if_another_library_allows_it(folder):
 @pytest.mark.parametrize('content', [b'x' * 10_000_000, b'\xff\xfe\xfa'], ids=['10 MB', 'not UTF-8'])
 def test_a_caption_file_that_is_none_makes_its_sample_unreadable(content, folder):
     (folder / '3.txt').write_bytes(content)
-    with pytest.raises(UnreadableError, match=r'caption 3\.txt'):
+    with pytest.raises(UnreadableError, match=r'caption of 3\.png'):
         build(folder)[3]
 
 

@@ -161,7 +161,7 @@ def test_a_damaged_member_is_replaced_and_named_once(tmp_path, workers, said):
         assert next(loader)[0]['image'].shape == (4, 3, 10, 12)
     loader.close()
     skipped = {Path(row['path']).name: row['reason'] for row in map(json.loads, (tmp_path / 'skipped.jsonl').read_text().splitlines())}
-    assert sorted(skipped) == ['2.png', '5.png', '6.png'] and '3 is not a text' in skipped['5.png']
+    assert sorted(skipped) == ['2.png', '5.png', '6.png'] and 'a caption is a string, got 3' in skipped['5.png']
     assert 'object at' not in skipped['2.png']
     assert len([n for _, n in OrderedLoader(dataset, 1)]) == 5
 
