@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,19 @@ def test_two_processes_one_of_which_is_killed_and_a_third_write_the_same_bytes(w
 
     assert third == 0 and other.wait() == 0 and is_begun, other.communicate()[0]
     assert files(target) == files(whole)
+
+
+def test_where_locks_do_nothing_the_bytes_are_the_same(whole: Path, source: Path, vae: Path, tmp_path: Path):
+    """A lock on a byte is a process's own, so two threads see none of one another's: as on a file system that has no locks."""
+    caching, model = tool('caching'), tool('caching').open_autoencoder(str(vae), 'cpu', 'float32')
+    samples = caching.Samples.find(str(source), model, clips=False, labels=False, size=None, frames=33, every=1)
+
+    with ThreadPoolExecutor(3) as pool:
+        works = [caching.Work(tmp_path / 'records', samples, model, 2, 3, 1) for _ in range(3)]
+        said = list(pool.map(lambda work: work.carry_out(), works))
+
+    assert all('21 records' in text for text in said) and sum(work.encoded for work in works) > 21
+    assert files(tmp_path / 'records') == files(whole)
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ Nothing depends on the locks but that work is not done twice: a chunk's bytes fo
 """
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -298,23 +297,26 @@ class Work:
     def _join(self, shard: int) -> None:
         """Put the chunks of a shard together where all are there; then take them away."""
         chunks = range(shard * self.chunks_per_shard, min((shard + 1) * self.chunks_per_shard, self.chunks))
-        parts, stem = [self._part(chunk) for chunk in chunks], self._stem(shard)
-        is_joined = stem.with_suffix('.index').is_file()
-        if not is_joined and not all(part.is_dir() for part in parts):
+        parts, index = [self._part(chunk) for chunk in chunks], self._stem(shard).with_suffix('.index')
+        if not (index.is_file() or all(part.is_dir() for part in parts)) or not self.claims.take(self.chunks + shard):
             return
-        if not self.claims.take(self.chunks + shard):
-            return
-        with contextlib.suppress(FileNotFoundError) if is_joined else contextlib.nullcontext():
-            if not stem.with_suffix('.index').is_file():
-                skipped = [part / 'skipped.jsonl' for part in parts if (part / 'skipped.jsonl').is_file()]
-                if skipped:
-                    with atomic.replacing(stem.with_suffix('.skipped.jsonl')) as file:
-                        file.write_bytes(b''.join(one.read_bytes() for one in skipped))
-                join_shards(parts, stem)
+        try:
+            if not index.is_file():
+                self._write_shard(parts, self._stem(shard))
             for part in parts:
                 if part.is_dir():
                     atomic.trash(part)
+        except FileNotFoundError:    # somebody whose lock we did not see has done the same meanwhile
+            if not index.is_file():
+                raise
         self.claims.release(self.chunks + shard)
+
+    def _write_shard(self, parts: Sequence[Path], stem: Path) -> None:
+        skipped = b''.join(file.read_bytes() for part in parts if (file := part / 'skipped.jsonl').is_file())
+        if skipped:
+            with atomic.replacing(stem.with_suffix('.skipped.jsonl')) as file:
+                file.write_bytes(skipped)
+        join_shards(parts, stem)
 
     def _finish(self) -> None:
         """All shards are there: say so, and tidy up."""
