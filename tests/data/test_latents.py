@@ -1,6 +1,7 @@
 """Cached latents as samples: what a record becomes, which caption is taken, and batches through the loader."""
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,25 @@ def test_one_record_fills_the_batches_of_many_ranks(tmp_path: Path):
     for rank in range(4):
         batch, n = next(Loader(data, 2, seed=3, rank=rank, world_size=4))
         assert list(batch['moments'].shape) == [2, 8, 2, 3] and n.tolist() == [2 * rank, 2 * rank + 1]
+
+
+def test_every_rank_sees_what_the_public_reader_shares_out_and_none_is_left_without():
+    """reader_order.json has what the public one emits: whole epochs, partitions that stay or turn, and an end where a rank gets nothing."""
+    public = json.loads((HERE / 'records' / 'reader_order.json').read_text(encoding='utf-8'))
+    folder = HERE / 'records' / 'img_sharded'
+    names = [record['text'] or record['caption'] for record in RecordReader(folder)]
+    data = dataset(folder, CAPTION_PROB=0.0)
+    short = {data[i]['prompt']: i for i in range(len(data))}
+
+    assert public['part3of4(5 examples)'] == {'values': [], 'error': 'StopIteration'} and len(names) == len(short) == 5
+    for world in (1, 2, 4, 8):
+        ranks = [Loader(data, 1, seed=5, rank=rank, world_size=world) for rank in range(world)]
+        seen = [[short[next(rank)[0]['prompt'][0]] for _ in range(40 // world)] for rank in ranks]
+        stream = [number for step in zip(*seen) for number in step]
+        # of each epoch every example once, as the public reader has it with one partition; no rank waits, whatever the number of ranks
+        assert [sorted(stream[first:first + 5]) for first in range(0, 40, 5)] == [list(range(5))] * 8
+        assert world == 1 or all(len(set(numbers)) > 1 for numbers in seen)    # nobody keeps a partition of its own
+    assert sorted(public['no_shuffle'][:5]) == sorted(public['part1of2_unstick'][:5]) and len(set(public['part1of2'])) == 2
 
 
 def test_a_second_set_goes_over_the_first(tmp_path: Path):
