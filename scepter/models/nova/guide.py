@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from scepter.core.config import Config
+from scepter.core.config import Config, plain
+from scepter.core.errors import CheckpointError
 from scepter.core.faults import ConfigError, Fault
 from scepter.models.nova.model import FROZEN
-from scepter.weights import describe
-from scepter.weights.said import short
+from scepter.weights import describe, read_json
+from scepter.weights.families import nova
+from scepter.weights.family import family_of_folder
+from scepter.weights.said import short, values_of
 
 KINDS = {'nova_train_t2i': 'image', 'nova_train_t2v': 'clip', 'nova_train_c2i': 'class'}
 HOOKS = 'SOLVER.TRAIN_HOOKS.'
@@ -46,7 +50,11 @@ def translate(theirs: Config) -> tuple[Config, list[Row]]:
         section, key = path.split('.')
         if not theirs[section][key]:
             raise ConfigError([Fault(path, 'is needed to train', theirs[section].origin(key))], theirs.file or 'the config')
-    ours = describe(theirs.MODEL.WEIGHTS).config
+    ours = _assembled(theirs) if theirs.PIPELINE.MODULES else describe(theirs.MODEL.WEIGHTS).config
+    if theirs.MODEL.CONFIG:
+        place = ours.SOLVER.MODEL.NETWORK.get('PRETRAINED_MODEL')
+        _take(ours.SOLVER.MODEL, 'transformer', theirs.MODEL.CONFIG, 'MODEL.CONFIG')
+        ours.SOLVER.MODEL.NETWORK.update({} if place is None else {'PRETRAINED_MODEL': place})
     rows = [*_model(theirs, ours.SOLVER.MODEL), *_machine(theirs), *_data(theirs.TRAIN), *_steps(theirs.SOLVER), *_rates(theirs.SOLVER),
             *_average(theirs)]
     for row in rows:
@@ -55,6 +63,32 @@ def translate(theirs: Config) -> tuple[Config, list[Row]]:
     ours.SOLVER.TRAIN_HOOKS = [{'NAME': name, **node} for name, node in ours.SOLVER.TRAIN_HOOKS.items()]
     object.__setattr__(ours, 'file', theirs.file)
     return ours, rows
+
+
+def _assembled(theirs: Config) -> Config:
+    """What is described of parts that lie in several folders: those of PIPELINE.MODULES, else of MODEL.WEIGHTS."""
+    model, modules = Config({'NAME': 'NovaModel'}), theirs.PIPELINE.MODULES
+    for part in (*PARTS, 'scheduler'):
+        place = modules.get(part, f'{theirs.MODEL.WEIGHTS}/{part}')
+        file = Path(place) / ('scheduler_config.json' if part == 'scheduler' else 'config.json')
+        if place and (part in modules or part != 'text_encoder' or file.is_file()):
+            _take(model, part, read_json(file), str(place))
+            if part in PARTS:
+                model[PARTS[part]].PRETRAINED_MODEL = str(place)
+    if 'COND_STAGE_MODEL' in model:
+        model.COND_STAGE_MODEL.TOKENIZER_PATH = modules.get('tokenizer', f'{theirs.MODEL.WEIGHTS}/tokenizer')
+        model.COND_STAGE_MODEL.MAX_LENGTH = model.NETWORK.TEXT_TOKEN_LEN
+    return Config({'SOLVER': {'NAME': 'LatentDiffusionSolver', 'MODEL': model}})
+
+
+def _take(model: Config, part: str, values: Mapping[str, Any], name: str) -> None:
+    """Let a part of the network be as its published config says."""
+    told = {'transformer': {'_class_name': nova.NETWORK_CLASS}, 'vae': values if part == 'vae' else {'_class_name': 'AutoencoderKL'}}
+    family = family_of_folder(told)
+    if family is None:
+        raise CheckpointError(f'{name}: no autoencoder that NOVA has, but {values.get("_class_name")!r}')
+    for key, value in values_of(family.said({part: values}, name)).items():
+        model[key] = value
 
 
 def _model(theirs: Config, described: Config) -> Iterator[Row]:
@@ -66,8 +100,13 @@ def _model(theirs: Config, described: Config) -> Iterator[Row]:
                                  theirs.PIPELINE.origin('TYPE'))], theirs.file or 'the config')
     frozen = {'SOLVER.MODEL.FREEZE': FROZEN['image']} if kind == 'image' and is_for_clips else {}
     yield Row('PIPELINE.TYPE', theirs.PIPELINE.TYPE, {'SOLVER.MODEL.NAME': 'NovaModel', **frozen})
+    places = {f'SOLVER.MODEL.{key}.PRETRAINED_MODEL': described[key].PRETRAINED_MODEL for key in PARTS.values()
+              if theirs.PIPELINE.MODULES and described.get(key)}
+    yield Row('PIPELINE.MODULES', theirs.PIPELINE.MODULES, places, '' if places else 'all parts are those of MODEL.WEIGHTS')
     yield Row('MODEL.TYPE', theirs.MODEL.TYPE, {}, 'the transformer is what is trained')
-    yield Row('MODEL.WEIGHTS', theirs.MODEL.WEIGHTS, {'SOLVER.MODEL.PRETRAINED_MODEL': theirs.MODEL.WEIGHTS},
+    yield Row('MODEL.CONFIG', theirs.MODEL.CONFIG, {'SOLVER.MODEL.NETWORK': plain(network)} if theirs.MODEL.CONFIG else {},
+              '' if theirs.MODEL.CONFIG else 'the transformer has its own')
+    yield Row('MODEL.WEIGHTS', theirs.MODEL.WEIGHTS, {} if places else {'SOLVER.MODEL.PRETRAINED_MODEL': theirs.MODEL.WEIGHTS},
               'with NETWORK, FIRST_STAGE_MODEL, COND_STAGE_MODEL and the process as its files say')
     yield Row('MODEL.PRECISION', theirs.MODEL.PRECISION, {'SOLVER.DTYPE': theirs.MODEL.PRECISION, 'SOLVER.PARAM_DTYPE': 'float32'},
               'weights, gradients and averages are float32')
