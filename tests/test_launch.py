@@ -17,57 +17,12 @@ import pytest
 import torch
 import yaml
 
+from launched import ALONE, CUT, ENVIRONMENT, LONG, ROOT, STEPS, command, end, ranks, samples, start, wait_for
 from scepter import run_train
 from scepter.core.disk import checkpoints
-from tiny import config, groups, same
+from tiny import groups, same
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = ROOT / 'tests' / 'tiny.py'
-
-STEPS, CUT = 50, 20
-SCRIPT = 'scepter/run_train.py'
 slow = pytest.mark.slow
-ENVIRONMENT = {**{k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')},
-               'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
-
-# the words of a command line before and after those of the run itself
-LAUNCHERS: dict[str, tuple[list[str], list[str]]] = {
-    'single': ([sys.executable, SCRIPT], ['ENV.NPROC=1']),
-    'spawn': ([sys.executable, SCRIPT], ['ENV.NPROC=2']),
-    'torchrun': (['torchrun', '--nproc_per_node', '2', SCRIPT], ['--launcher', 'torchrun']),
-    'lightning': ([sys.executable, SCRIPT], ['ENV.NPROC=1', 'ENV.USE_PL=true']),
-    'lightning-2': ([sys.executable, SCRIPT], ['ENV.NPROC=2', 'ENV.USE_PL=true']),
-    'fsdp': ([sys.executable, SCRIPT], ['ENV.NPROC=2', 'SOLVER.PARALLEL=fsdp']),
-    'torchrun-fsdp': (['torchrun', '--nproc_per_node', '2', SCRIPT], ['--launcher', 'torchrun', 'SOLVER.PARALLEL=fsdp']),
-    'lightning-fsdp': ([sys.executable, SCRIPT], ['ENV.NPROC=2', 'ENV.USE_PL=true', 'SOLVER.PARALLEL=fsdp']),
-    'torchrun-lightning': (['torchrun', '--nproc_per_node', '2', SCRIPT], ['--launcher', 'torchrun', 'ENV.USE_PL=true']),
-}
-ALONE = ('single', 'lightning')
-
-
-def command(folder: Path, launcher: str, *words: str) -> list[str]:
-    """A run of fifty steps of twelve samples, checkpoint and log included, in folder/work."""
-    folder.mkdir(exist_ok=True)
-    hooks = [{'NAME': 'ModelEmaHook', 'BETA': 0.9}, {'NAME': 'CheckpointHook', 'INTERVAL': CUT}, {'NAME': 'NoteSamples'},
-             {'NAME': 'LogHook', 'LOG_INTERVAL': 1, 'PROGRESS': False}]
-    cfg = config(folder / 'work', STEPS, GLOBAL_BATCH_SIZE=12, LR_SCHEDULER=None, RESUME_FROM='auto', TRAIN_HOOKS=hooks)
-    cfg.update(IMPORTS=[str(TINY)], ENV={'DEVICE': 'cpu', 'SEED': 5, 'THREADS': 1})
-    (folder / 'run.yaml').write_text(str(cfg), encoding='utf-8')
-    before, after = LAUNCHERS[launcher]
-    return [*before, '--cfg', str(folder / 'run.yaml'), *after, *words]
-
-
-def start(words: list[str], folder: Path, **environment: str) -> subprocess.Popen:
-    with open(folder / 'said.txt', 'a') as said:
-        return subprocess.Popen(words, cwd=ROOT, env={**ENVIRONMENT, **environment}, stdout=said, stderr=said, start_new_session=True)
-
-
-def end(process: subprocess.Popen, folder: Path, code: int = 0) -> None:
-    try:
-        assert process.wait(120) == code, (folder / 'said.txt').read_text()[-4000:]
-    finally:
-        if process.poll() is None:
-            process.kill()
 
 
 def train(folder: Path, launcher: str, *words: str) -> Path:
@@ -83,10 +38,6 @@ def losses(work_dir: Path) -> list[float]:
     rows = [json.loads(line) for line in (work_dir / 'log.jsonl').read_text().splitlines()]
     assert [row['step'] for row in rows] == list(range(1, STEPS + 1))
     return [row['train/loss'] for row in rows]
-
-
-def samples(work_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (work_dir / 'samples.jsonl').read_text().splitlines()]
 
 
 @pytest.fixture(scope='module')
@@ -135,22 +86,6 @@ def test_a_run_may_change_the_number_of_its_processes_and_keeps_its_samples(whol
 
 
 # ------------------------------------------------------------------------------------------------ the ends
-LONG = 'SOLVER.MAX_STEPS=20000'
-
-
-def wait_for(step: int, folder: Path, process: subprocess.Popen) -> None:
-    log = folder / 'work' / 'log.jsonl'
-    while not (log.exists() and f'"step": {step},' in log.read_text()):
-        assert process.poll() is None, (folder / 'said.txt').read_text()[-4000:]
-        time.sleep(0.01)
-
-
-def ranks(process: subprocess.Popen) -> list[int]:
-    """The processes of a run that train, below the one that was started."""
-    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
-    return [int(pid) for pid in children if re.search(rb'spawn_main|run_train', Path(f'/proc/{pid}/cmdline').read_bytes())]
-
-
 @pytest.mark.skipif(sys.platform != 'linux', reason='looks up processes in /proc')
 @pytest.mark.parametrize(('launcher', 'code'), [pytest.param('torchrun', 1), pytest.param('lightning-2', 143, marks=slow),
                                                 pytest.param('torchrun-lightning', 1, marks=slow)])

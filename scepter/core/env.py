@@ -5,10 +5,12 @@ import contextlib
 import datetime
 import random
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from scepter.core.errors import ScepterError
+from scepter.core import pulse
+from scepter.core.errors import PeerError, ScepterError
 from scepter.core.faults import ConfigError
 from scepter.core.logger import get_logger, note_traceback
 from scepter.core.schema import Component, param
@@ -20,6 +22,20 @@ if TYPE_CHECKING:
 LONG_TALK = 86400.0    # seconds that the others wait while the main process writes a checkpoint
 
 
+class Limits(Component):
+    """Seconds in which a process must have done something, by what it is doing; null for no limit. A step may always take three times as
+    long as the longest one before it."""
+
+    START: float | None = param(None, 'Building, loading and downloading, before the first step.', above=0)
+    FIRST_STEP: float | None = param(300.0, 'Each part of the first step, which warms up.', above=0)
+    STEP: float | None = param(120.0, 'Each part of a step: a batch forward and backward, the optimizers, a hook.', above=0)
+    COMPILE: float | None = param(1800.0, 'One graph of torch.compile.', above=0)
+    DATA: float | None = param(600.0, 'Waiting for a batch.', above=0)
+    EVALUATION: float | None = param(600.0, 'Each batch of an evaluation or a test run; in drawing, each step of the sampler.', above=0)
+    SAVING: float | None = param(1800.0, 'Each piece of a checkpoint.', above=0)
+    CACHING: float | None = param(600.0, 'Each batch of what is computed once and kept.', above=0)
+
+
 class Env(Component):
     """The section ENV of a config: what differs between machines."""
 
@@ -28,6 +44,7 @@ class Env(Component):
     NPROC: int | None = param(None, 'Processes on this machine in spawn mode; default one per visible GPU, else one.', least=1)
     BACKEND: Literal['nccl', 'gloo'] | None = param(None, 'How processes talk; default nccl with CUDA, else gloo.')
     TIMEOUT: float = param(300.0, 'Seconds after which a process that does not answer is taken for lost; a save may take longer.', above=0)
+    LIMITS: Limits = param({}, 'After how many seconds without progress a process is taken for stuck, by phase; it is named, and all end.')
     DETERMINISTIC: bool = param(False, 'Only algorithms that give the same bits on each run; slower on CUDA.')
     ALLOW_TF32: bool = param(True, 'Let CUDA use TF32 for float32 matrix products and convolutions.')
     USE_PL: bool = param(False, "PyTorch Lightning's Trainer turns the loop of training; steps, checkpoints and signals stay the solver's.")
@@ -84,17 +101,23 @@ class WorkEnv:
             self.defers_stop = False
 
     # ---------------------------------------------------------------- talking; each is free in a single process
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, whatever takes long is the doing of another process, where there are others (core/watch.py)."""
+        return pulse.waiting() if self.is_distributed else contextlib.nullcontext()
+
     def barrier(self) -> None:
         """Until all are here, however long the main process writes or reads."""
         if self.is_distributed:
             import torch.distributed as dist
-            dist.barrier(self._talk)
+            with pulse.waiting():
+                dist.barrier(self._talk)
 
     def all_reduce(self, value: Tensor, op: Literal['sum', 'mean', 'max', 'min'] = 'sum') -> Tensor:
         """The value, reduced over all processes, in place."""
         if self.is_distributed:
             import torch.distributed as dist
-            dist.all_reduce(value, {'max': dist.ReduceOp.MAX, 'min': dist.ReduceOp.MIN}.get(op, dist.ReduceOp.SUM))
+            with pulse.waiting():
+                dist.all_reduce(value, {'max': dist.ReduceOp.MAX, 'min': dist.ReduceOp.MIN}.get(op, dist.ReduceOp.SUM))
             if op == 'mean':
                 value /= self.world_size
         return value
@@ -104,7 +127,8 @@ class WorkEnv:
         if not self.is_distributed:
             return int(flag)
         import torch
-        return int(self.all_reduce(torch.tensor(int(flag), device=self.device), 'max'))
+        with pulse.waiting():      # on a GPU it is here that the host waits
+            return int(self.all_reduce(torch.tensor(int(flag), device=self.device), 'max'))
 
     def broadcast(self, value: Any) -> Any:
         """The main process's value (anything plain), in every process."""
@@ -112,7 +136,8 @@ class WorkEnv:
             return value
         import torch.distributed as dist
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._talk)
+        with pulse.waiting():
+            dist.broadcast_object_list(box, src=0, group=self._talk)
         return box[0]
 
     def gather(self, value: Any, line: Any = None) -> list[Any]:
@@ -121,7 +146,8 @@ class WorkEnv:
             return [value]
         import torch.distributed as dist
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=line or self._talk)
+        with self.waiting() if line is None else contextlib.nullcontext():      # another thread's wait is not this process's
+            dist.all_gather_object(values, value, group=line or self._talk)
         return values
 
     def new_line(self) -> Any:
@@ -156,7 +182,8 @@ def guarded(main: Callable[[], None]) -> int:
     try:
         main()
     except ScepterError as error:
-        get_logger().error('\n'.join([str(error), *getattr(error, '__notes__', [])]))
+        who = '' if isinstance(error, PeerError) else _who()
+        get_logger().error(who + '\n'.join([str(error), *getattr(error, '__notes__', [])]))
         note_traceback()
         return error.exit_code
     except KeyboardInterrupt:
@@ -170,9 +197,13 @@ def guarded(main: Callable[[], None]) -> int:
     except Exit as end:
         return int(end.code or 0)
     except Exception:
-        get_logger().exception('an error that should not happen')
+        get_logger().exception(f'{_who()}an error that should not happen')
         return 1
     return 0
+
+
+def _who() -> str:
+    return f'rank {we.rank} on {socket.gethostname()}: ' if we.is_distributed else ''
 
 
 class Stopped(BaseException):

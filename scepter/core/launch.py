@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import re
@@ -19,14 +20,16 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scepter.core.config import Config
-from scepter.core.env import Env, Exit, _choose_device, guarded, seed_everything, we
+from scepter.core.env import Env, Exit, Limits, Stopped, _choose_device, guarded, seed_everything, we
 from scepter.core.errors import PeerError
 from scepter.core.faults import ConfigError
 from scepter.core.logger import get_logger
 from scepter.core.signals import STOP_SIGNALS, Wish, handle_stop_signals, listening
+from scepter.core.watch import Board, FolderBoard, StoreBoard, Watch
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -102,28 +105,50 @@ def _run(fn: Task, cfg: Config, env: Env, place: Place, debug: bool) -> None:
     if env.DETERMINISTIC:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
-    with _peers_explained():
-        try:
+    if not faulthandler.is_enabled():
+        faulthandler.enable()           # a crash in native code shows where
+    limits = {name.lower(): getattr(env.LIMITS, name) for name in vars(Limits) if name.isupper()}
+    watch = Watch(limits, place.rank, place.world_size, has_launcher=place.launcher == 'torchrun')
+    try:
+        with _ends_told(watch):
             if we.is_distributed:
-                _connect(place, env)
+                watch.board = _connect(place, env)
+            watch.start()
             seed_everything(env.SEED, 'start')    # the same on every rank: networks begin equal
             fn(cfg)
-        finally:
-            _disconnect()
+    finally:
+        _disconnect()
 
 
 _PEER_GONE = re.compile(r'closed by peer|reset by peer|connection refused|timed out|broken pipe|gloo/|nccl', re.IGNORECASE)
 
 
 @contextlib.contextmanager
-def _peers_explained() -> Iterator[None]:
-    """Turn what talking to a rank that is gone raises into a PeerError."""
+def _ends_told(watch: Watch) -> Iterator[None]:
+    """Tell the others how this process ends, and turn what talking to one that is gone raises into a PeerError that names it."""
+    told: BaseException | None = None
     try:
         yield
+    except (Exit, Stopped, KeyboardInterrupt, PeerError):
+        raise
+    except SystemExit as end:
+        told = RuntimeError(f'sys.exit({end.code!r}) was called in the midst of the run')
+        raise told from end
     except RuntimeError as error:
         if not we.is_distributed or not _PEER_GONE.search(str(error)):
+            told = error
             raise
-        raise PeerError(f'rank {we.rank}: another rank is gone or does not answer ({str(error).splitlines()[0][:200]})') from error
+        story, is_first = watch.explain()
+        if not is_first:
+            get_logger().info(story)
+            raise Exit(PeerError.exit_code) from error
+        raise PeerError(story or f'rank {we.rank}: another rank is gone or does not answer '
+                                 f'({str(error).splitlines()[0][:200]})') from error
+    except BaseException as error:
+        told = error
+        raise
+    finally:
+        watch.close(told)
 
 
 def _processes_here(env: Env) -> int:
@@ -136,8 +161,8 @@ def _visible_devices(wish: str) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ finding one another
-def _connect(place: Place, env: Env) -> None:
-    """Join the processes of the run. Raises PeerError where some do not come within ENV.TIMEOUT."""
+def _connect(place: Place, env: Env) -> Board:
+    """Join the processes of the run; where they leave word for one another. Raises PeerError where some do not come within ENV.TIMEOUT."""
     import torch.distributed as dist
     if env.BACKEND == 'nccl' and we.device.type != 'cuda':
         raise ConfigError(f'ENV.BACKEND is nccl, which talks between GPUs, but ENV.DEVICE is {we.device.type}: use gloo')
@@ -147,6 +172,8 @@ def _connect(place: Place, env: Env) -> None:
         dist.init_process_group(env.BACKEND or ('nccl' if we.device.type == 'cuda' else 'gloo'), store=store, rank=place.rank,
                                 world_size=place.world_size, timeout=timeout)
         we._talk = we.new_line()
+        scheme, _, address = place.rendezvous.partition('://')
+        return FolderBoard(Path(address).parent) if scheme == 'file' else StoreBoard(store)
     except RuntimeError as error:    # of torch's own classes and without
         raise PeerError(f'rank {place.rank} cannot join the others at {place.rendezvous} ({str(error).splitlines()[0][:200]})') from error
 
@@ -240,7 +267,7 @@ def _spawn(fn: Task, cfg: Config, here: int, machine: int, machines: int, debug:
         with _passing_on([theirs for _, theirs in pipes]) as wish:
             try:
                 _start(processes)
-                _wait(processes, machine * here, wish)
+                _wait(processes, machine * here, wish, FolderBoard(Path(folder)))
             finally:
                 for process in processes:
                     if process.is_alive():
@@ -283,10 +310,17 @@ def _passing_on(pipes: list[Connection]) -> Iterator[Wish]:
             pipe.close()
 
 
-def _wait(processes: list, first_rank: int, wish: Wish) -> None:
-    """Until all have ended; one that fails ends the others. Raises PeerError, or Exit with the code of the first that failed."""
+def _wait(processes: list, first_rank: int, wish: Wish, board: Board) -> None:
+    """Until all have ended; one that fails ends the others. Raises Exit with the code of the first that failed."""
     while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes) and not wish.is_second:
         time.sleep(0.02)
+    for rank, process in enumerate(processes, first_rank):
+        number = -(process.exitcode or 0)
+        if number > 0 and not (wish.number and number in STOP_SIGNALS):
+            story = (f'rank {rank} on {socket.gethostname()} (pid {process.pid}) was killed by {signal.Signals(number).name}'
+                     + (': was the machine out of memory?' if number == signal.SIGKILL else ''))
+            if board.decide(story):
+                get_logger().error(story)
     # a rank that fails takes its peers along through the collective: give them time to say so, and after a signal to save
     grace = time.monotonic() + (60 if wish.number and not wish.is_second else 10 if wish.is_second else 3)
     while any(p.is_alive() for p in processes) and time.monotonic() < grace:
@@ -299,10 +333,8 @@ def _wait(processes: list, first_rank: int, wish: Wish) -> None:
     codes = [128 - code if code < 0 else code for code, _ in failed]     # a signal that came before a rank could listen for it
     if codes[0] > 128 and set(codes) == {codes[0]} and (wish.number or failed[0][0] > 0):
         raise Exit(codes[0])
-    for code, rank in failed:
-        if code < 0:
-            raise PeerError(f'rank {rank} was killed by {signal.Signals(-code).name}'
-                            + (': was the machine out of memory?' if code == -signal.SIGKILL else ''))
+    if any(code < 0 for code, _ in failed):
+        raise Exit(PeerError.exit_code)
     raise Exit(next((code for code in codes if code != PeerError.exit_code), PeerError.exit_code))
 
 

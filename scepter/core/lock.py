@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -19,13 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from scepter.core import processes
 from scepter.core.disk import atomic
 from scepter.core.errors import CheckpointError
 from scepter.core.logger import get_logger
 
 HEARTBEAT = 20.0    # seconds
 STALE = 180.0       # seconds
-UNKNOWN = 'some time'
 
 
 class WorkDirLock:
@@ -75,7 +74,7 @@ class WorkDirLock:
         except FileExistsError:
             return
         try:
-            os.write(file, json.dumps(_myself()).encode())
+            os.write(file, json.dumps({**processes.myself(), 'time': time.time()}).encode())
         finally:
             os.close(file)
         if max(self._numbers()) > newest + 1:      # the look that led here was older than two runs
@@ -89,11 +88,11 @@ class WorkDirLock:
     def _is_alive(self, number: int, owner: dict[str, Any]) -> bool:
         if 'ended' in owner:
             return False
-        if 'pid' in owner and owner.get('place') == _place():
-            start = _start_of(owner['pid'])
+        if 'pid' in owner and owner.get('place') == processes.place():
+            start = processes.start_of(owner['pid'])
             if start is None or start != owner['start'] or owner['pid'] == os.getpid():    # gone, or ours and given up
                 return False
-            if start != UNKNOWN:
+            if start != processes.UNKNOWN:
                 return True
         return self._age(number) < STALE
 
@@ -164,36 +163,3 @@ def _spelled(owner: dict[str, Any] | None) -> str:
     if not owner or 'pid' not in owner:
         return 'a run that is just beginning'
     return f'a run on {owner["host"]} (pid {owner["pid"]}, since {time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["time"]))})'
-
-
-def _myself() -> dict[str, Any]:
-    return {'host': socket.gethostname(), 'pid': os.getpid(), 'start': _start_of(os.getpid()), 'place': _place(), 'time': time.time()}
-
-
-def _place() -> list[str]:
-    """Where a pid means the same process: this machine since it was switched on, in this container."""
-    def look(read: Any, path: str) -> str:
-        try:
-            return read(path).strip()
-        except OSError:
-            return ''
-
-    boot = look(lambda path: Path(path).read_text(), '/proc/sys/kernel/random/boot_id')
-    return [socket.gethostname(), boot, look(os.readlink, '/proc/self/ns/pid')]
-
-
-def _start_of(pid: int) -> str | None:
-    """When a process began, so that its pid cannot be taken for another's; None where there is no such process, or it is a zombie."""
-    try:
-        fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
-        return None if fields[0] in 'ZX' else fields[19]
-    except FileNotFoundError:
-        if os.path.exists('/proc/self/stat'):
-            return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except OSError:
-        pass
-    return UNKNOWN

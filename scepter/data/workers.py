@@ -30,10 +30,12 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from scepter.core import pulse
 from scepter.core.errors import DataError
 from scepter.core.signals import STOP_SIGNALS
 
 MAX_RESTARTS, PERIOD = 3, 3600.0    # so many within so many seconds: a run of weeks may see a few
+SLICE = 10.0      # seconds of a wait after which it is said that it goes on
 ALIGNMENT = 64    # bytes; vector instructions want it
 
 # A fork has the dataset and the user's registered components without pickling either, and starts in milliseconds. It is safe here:
@@ -87,7 +89,10 @@ class Workers(Iterator[Any]):
     def _receive(self, worker: int) -> tuple[str, Any] | None:
         """The worker's next answer, or None where it died or is stuck."""
         process, pipe = self.workers[worker]
-        if pipe not in wait([pipe, process.sentinel], self.timeout):
+        end = time.monotonic() + self.timeout
+        while not (ready := wait([pipe, process.sentinel], min(SLICE, max(0.0, end - time.monotonic())))) and time.monotonic() < end:
+            pulse.beat()      # TIMEOUT is the limit of this wait, and no other
+        if pipe not in ready:
             return None
         try:
             return unpack(reduction.recv_handle(pipe))

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from scepter.core import streams
+from scepter.core import pulse, streams
 from scepter.core.registry import SAMPLERS, sampler_named
 from scepter.diffusion.guidance import GuideScale, ModelKwargs, bounded, guided, shaped_like
 
@@ -216,6 +216,7 @@ class Diffusion:
         progress = _progress_bar(len(steps_made)) if show_progress else None
 
         def denoise(xt: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+            pulse.beat()
             t = torch.full((len(xt),), level.t, device=xt.device, dtype=torch.int64 if isinstance(level.t, int) else torch.float32)
             x0, eps = self.split(predict(xt.to(kind), t), xt, level)
             if adjusts:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scepter.core import jsonl, streams
+from scepter.core import jsonl, pulse, streams
 from scepter.core.calls import accepted
 from scepter.core.env import we
 from scepter.core.faults import ConfigError
@@ -79,7 +79,7 @@ class ProbeDataHook(Hook):
         count = lengths[0] if lengths else int(self.ARGUMENTS.get('num_samples', 1))
         how = {**solver.test_arguments(), **({'prompt': list(self.PROMPTS)} if self.PROMPTS else {}), **given,
                'seed': self.SEED, 'row_seeds': streams.row_seeds(self.SEED, count)}
-        with solver.ema_weights(), torch.no_grad(), solver.autocast(), streams.current(self.SEED, range(count)):
+        with pulse.phase('evaluation'), solver.ema_weights(), torch.no_grad(), solver.autocast(), streams.current(self.SEED, range(count)):
             solver.test_mode()
             results = solver.model('test', **accepted(solver.model.forward_test, how))
             solver.train_mode()

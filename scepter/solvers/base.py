@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from scepter.core import streams
+from scepter.core import pulse, streams
 from scepter.core.config import Config
 from scepter.core.disk import checkpoints
 from scepter.core.env import Stopped, seed_everything, we
@@ -102,6 +102,7 @@ class BaseSolver(Run, base=True):
         if self.CHANNELS_LAST and not is_sharded:    # a share of a weight has no layout; pictures have it
             self.model.lay_channels_last()
         if self.COMPILE:
+            pulse.hear_compiler()
             streams.hide_from_compilers()
             parallel.compile_blocks(self.model) if is_sharded else self.model.compile_network()
         if is_sharded:
@@ -169,6 +170,7 @@ class BaseSolver(Run, base=True):
 
     def run_train(self) -> None:
         """The loop. An evaluation that a stop signal cut off comes first."""
+        pulse.enter('first_step')
         self.train_mode()
         self.before_all_iter()
         if self.evals_due:    # a stop signal had cut them off; the checkpoint of this step is written anew, or they would be made twice
@@ -185,6 +187,7 @@ class BaseSolver(Run, base=True):
 
     def one_step(self) -> None:
         """Batches, a step of the optimizers, hooks, the evaluations that are due, a checkpoint where one is asked for."""
+        pulse.at(self.step)
         self.before_iter()
         self.outputs = self.run_step_train(self.batches)
         self.step, self.samples = self.step + 1, self.samples + self.plan.global_size
@@ -193,6 +196,7 @@ class BaseSolver(Run, base=True):
         if self.evals_due:
             self.run_eval()
         self.save_if_requested()
+        pulse.enter('step')
 
     def run_step_train(self, batches: Batches) -> Outputs:
         """One step of the optimizers from ACCU_STEP batches (solvers/step.py)."""
@@ -208,7 +212,9 @@ class BaseSolver(Run, base=True):
 
     def after_solve(self, error: BaseException | None = None) -> None:
         """End the workers and tell the hooks. error: what ended the run, if anything did."""
-        self._saver.end(error)
+        with pulse.phase('saving'):
+            self._saver.end(error)
+        pulse.enter('end')
         if self._loader is not None:
             self._loader.close()
         for mode in MODES:
@@ -233,7 +239,8 @@ class BaseSolver(Run, base=True):
         """Take the step's batches, then the hooks."""
         self._begin = time.monotonic()
         seed_everything(we.seed, 'step', we.rank, self.step)    # for code that draws from torch's own generator: dropout, a user's network
-        self.batches = [next(self._loader) for _ in range(self.plan.accu)]
+        with pulse.phase('data'):
+            self.batches = [next(self._loader) for _ in range(self.plan.accu)]
         self._seconds['data'] = time.monotonic() - self._begin
         self.call_hooks('before_iter', 'train')
 
@@ -275,7 +282,8 @@ class BaseSolver(Run, base=True):
             self.lock.check()
             if self.mirror is not None:
                 self.mirror.check()
-        self._saver.save(lambda line: state.to_save(self, self.work_dir / 'checkpoints', line))
+        with pulse.phase('saving'):
+            self._saver.save(lambda line: state.to_save(self, self.work_dir / 'checkpoints', line))
         self._saved_step = self.step
 
     def checkpoint_contents(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from scepter.core import jsonl, streams
+from scepter.core import jsonl, pulse, streams
 from scepter.core.calls import accepted
 from scepter.core.env import Stopped, seed_everything, we
 from scepter.core.errors import DataError
@@ -109,8 +109,9 @@ def run_over(run: Run, mode: Literal['eval', 'test'], dataset: Any, tasks: Itera
     loader = OrderedLoader(dataset, seed=we.seed, rank=we.rank, world_size=we.world_size,
                            skipped_file=run.work_dir / 'skipped.jsonl', logger=run.logger)
     run.call_hooks('before_all_iter', mode)
-    with contextlib.closing(iter(loader)) as batches, run.ema_weights():
+    with pulse.phase('evaluation'), contextlib.closing(iter(loader)) as batches, run.ema_weights():
         for _ in range(we.any(len(loader))):
+            pulse.beat()
             if stop := we.any(we.stop_signal):
                 return stop
             batch, n = next(batches, ({}, NONE))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scepter.core import pulse
 from scepter.core.env import we
 from scepter.core.faults import ConfigError
 from scepter.core.shards import is_share, local
@@ -47,7 +48,8 @@ def share_buffers(buffers: Sequence[Tensor]) -> None:
     holds one set of them, so a resumed run would go on with others than an undisturbed one."""
     if we.is_distributed:
         import torch.distributed as dist
-        _in_buckets(buffers, lambda flat: dist.broadcast(flat, src=0))
+        with pulse.waiting():
+            _in_buckets(buffers, lambda flat: dist.broadcast(flat, src=0))
 
 
 def _in_buckets(tensors: Sequence[Tensor], exchange: Callable[[Tensor], Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from scepter.core import pulse
 from scepter.core.config import Config
 from scepter.core.disk.writing import Kept
 from scepter.core.env import we
@@ -190,6 +191,7 @@ class Run(Component, base=True):
         """One moment (hooks/base.py) of all hooks of a mode, in list order."""
         for hook in self.hooks[mode]:
             getattr(hook, moment)(self)
+            pulse.beat()
 
     def request_save(self, reason: str = 'asked for') -> None:
         """Have the solver save at the end of this step, after all hooks and the evaluation."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scepter.core import streams
+from scepter.core import pulse, streams
 from scepter.core.env import we
 from scepter.core.errors import NonFiniteError
 from scepter.core.faults import ConfigError
@@ -54,6 +54,7 @@ class TrainStep:
                 with self.autocast():
                     outputs = self.model('train', **self.prepare(batch))
                 self._backward(outputs, due, len(batches))
+            pulse.beat()
             for key, value in outputs.items():
                 if isinstance(value, Tensor) and value.ndim == 0:
                     totals[key] = totals.get(key, 0) + value.detach().float() / len(batches)
@@ -65,7 +66,8 @@ class TrainStep:
         norm = total_norm(parameters)
         names = list(totals)
         # the step's one look at the device
-        figures = we.all_reduce(torch.stack([*totals.values(), norm.float().to(we.device)]), 'mean').tolist()
+        with we.waiting():
+            figures = we.all_reduce(torch.stack([*totals.values(), norm.float().to(we.device)]), 'mean').tolist()
         scalars = dict(zip([*names, 'grad_norm'], figures))
         for o in self.optimizers:
             o.set_rate(self.factor(step))

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from scepter.core import pulse
+
 CHUNK = 1 << 23     # bytes; large enough that hashing and writing overlap, small enough to stay out of the way
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -36,6 +38,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> Digest:
         with ThreadPoolExecutor(1) as hasher:
             for view in _pieces(chunks):
                 size += len(view)
+                pulse.beat()
                 hashed = hasher.submit(sha.update, view)
                 while view:
                     view = view[os.write(file, view):]

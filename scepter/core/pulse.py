@@ -1,0 +1,96 @@
+"""Where this process is, said so cheaply that it can be said everywhere: a phase, a step, and a count that rises while things go on.
+
+    with pulse.phase('evaluation'):      # which limit of ENV.LIMITS holds
+        pulse.beat()                     # something was done: the limit begins anew
+    with pulse.waiting():                # for another process: whatever takes long is that one's doing
+
+Nobody reads the clock here. core/watch.py looks at the count now and then, from a thread of its own.
+"""
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+phase_name = 'start'
+step = 0             # of the optimizer
+beats = 0            # rises with everything that is done
+waits = 0            # waits for another process that this one is in, one within the other
+compiles = 0         # of torch.compile, that have ended
+_owner = threading.get_ident()
+
+
+def beat() -> None:
+    """Something was done. By the thread of the run: what another one writes is no progress of its, but where the run waits for that."""
+    global beats
+    if threading.get_ident() == _owner or phase_name == 'saving':
+        beats += 1
+
+
+def at(number: int) -> None:
+    """A step begins."""
+    global step
+    step = number
+    beat()
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Inside, this process is in another phase: start, first_step, step, compile, data, evaluation, saving or caching."""
+    before = phase_name
+    enter(name)
+    try:
+        yield
+    finally:
+        enter(before)
+
+
+def enter(name: str) -> None:
+    """From here on this process is in that phase."""
+    global phase_name
+    phase_name = name
+    beat()
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Inside, this process waits for another one."""
+    global waits
+    waits += 1
+    try:
+        yield
+    finally:
+        waits -= 1
+        beat()
+
+
+def reset() -> None:
+    """A run begins."""
+    global step, waits, _owner
+    step, waits, _owner = 0, 0, threading.get_ident()
+    enter('start')
+
+
+_before_compiling: list[str] = []
+
+
+def hear_compiler() -> None:
+    """From now on what torch.compile does is a phase of its own, whenever it does it: also for a shape that comes late."""
+    from torch._dynamo.callback import callback_handler
+
+    def begin(_: object) -> None:
+        _before_compiling.append(phase_name)
+        enter('compile')
+
+    def end(_: object) -> None:
+        global compiles
+        compiles += 1
+        enter(_before_compiling.pop())
+
+    if not _is_heard:
+        _is_heard.append(True)
+        callback_handler.register_start_callback(begin)
+        callback_handler.register_end_callback(end)
+
+
+_is_heard: list[bool] = []
