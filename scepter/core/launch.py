@@ -322,7 +322,7 @@ def _wait(processes: list, first_rank: int, wish: Wish, board: Board) -> None:
             if board.decide(story):
                 get_logger().error(story)
     # a rank that fails takes its peers along through the collective: give them time to say so, and after a signal to save
-    grace = time.monotonic() + (60 if wish.number and not wish.is_second else 10 if wish.is_second else 3)
+    grace = time.monotonic() + (60 if wish.number and not wish.is_second else 1.8 if wish.is_second else 3)
     while any(p.is_alive() for p in processes) and time.monotonic() < grace:
         time.sleep(0.02)
     if wish.is_second and any(p.is_alive() for p in processes):

@@ -2,11 +2,13 @@
 
 SIGTERM, SIGHUP and Ctrl-C ask for the same. Where there is something to save (`we.saving_on_stop()`) the first one lets the step end and
 be saved, and a second one ends the process at once; everywhere else the first one does. One wish often comes as several signals: timeout
-and torchrun signal a process and then its group, a terminal signals all of them. So what comes within ECHO seconds is the same wish,
-and a process that another one has started hears of its parent's through a pipe, where it cannot be taken for a second one.
+and torchrun signal a process and then its group, a terminal signals all of them, within milliseconds. So what arrives within ECHO seconds
+is the same wish, by the clock of the thread that hears it at once: Python runs a handler only when the main thread is back from wherever
+it is. A process that another one has started hears of its parent's through a pipe, where it cannot be taken for a second one.
 """
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -20,8 +22,9 @@ from scepter.core.env import Stopped, we
 from scepter.core.logger import get_logger
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP') if hasattr(signal, name))
-ECHO = 5.0     # seconds within which a signal repeats the one before it
+ECHO = 1.0     # seconds within which a signal repeats the one before it
 GRACE = 5.0    # seconds to tidy up in, when a process is to end at once; it may be waiting where Python cannot interrupt it
+SHORT_GRACE = 1.5     # ... after a second wish
 
 
 class Wish:
@@ -84,17 +87,28 @@ class _Listener(threading.Thread):
     def __init__(self, parent: Connection | None):
         super().__init__(name='scepter-signals', daemon=True)
         self.parent, self.wish, self.closed = parent, Wish(), threading.Event()
-        self.has_told = False
+        self.done, self.seen = 0, 0       # how often the main thread, and this one, has taken up that it was asked
+        self.lock = threading.RLock()     # a handler may interrupt a handler
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
+        os.set_blocking(self.reader, False)
+
+    @property
+    def asked(self) -> int:
+        """How often this process was asked to end: 0, 1, or 2 for more than once."""
+        return 2 if self.wish.is_second else min(1, self.wish.number)
 
     def handle(self, number: int, frame: Any) -> None:
-        """In the main thread: note the wish, or raise."""
-        meaning = self.wish.hear(number)
-        if meaning == 'stop':
-            we.stop_signal = number
-        if meaning == 'now' or (meaning == 'stop' and not we.defers_stop):
-            raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
+        """In the main thread: note the wish, or raise. It may come long after the signal, which has been heard by then."""
+        self._hear()
+        if self.done == self.asked:
+            return
+        self.done = self.asked
+        os.write(self.writer, b'\0')      # this thread sees to it as well
+        if self.done == 1:
+            we.stop_signal = self.wish.number
+        if self.done == 2 or not we.defers_stop:
+            raise KeyboardInterrupt if self.wish.number == signal.SIGINT else Stopped(self.wish.number)
 
     def run(self) -> None:
         sources: list[Any] = [self.reader] if self.parent is None else [self.reader, self.parent]
@@ -103,9 +117,8 @@ class _Listener(threading.Thread):
             if self.parent in ready:
                 self._hear_parent()
             if self.reader in ready:
-                for number in os.read(self.reader, 64):
-                    if number in STOP_SIGNALS:
-                        self._see_to(number)
+                self._hear()
+                self._see_to()
 
     def close(self) -> None:
         self.closed.set()
@@ -114,6 +127,13 @@ class _Listener(threading.Thread):
         if not self.is_alive():
             os.close(self.reader)
             os.close(self.writer)
+
+    def _hear(self) -> None:
+        """Take in what signals have arrived, whichever thread is the first to look."""
+        with self.lock, contextlib.suppress(BlockingIOError):
+            for number in os.read(self.reader, 64):
+                if number in STOP_SIGNALS:
+                    self.wish.hear(number)
 
     def _hear_parent(self) -> None:
         assert self.parent is not None
@@ -126,12 +146,16 @@ class _Listener(threading.Thread):
         if is_urgent or not self.wish.number:
             signal.pthread_kill(threading.main_thread().ident or 0, number)
 
-    def _see_to(self, number: int) -> None:
-        if we.defers_stop and not (self.wish.is_second or self.wish.is_repeated):
-            if we.is_main and not self.has_told:
-                self.has_told = True
+    def _see_to(self) -> None:
+        if self.seen == self.asked:
+            return
+        self.seen, number = self.asked, self.wish.number
+        if not self.closed.wait(0.05) and self.done < self.seen:     # its handler may have looked before the signal was in the pipe
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+        if we.defers_stop and self.seen == 1:
+            if we.is_main:
                 get_logger().warning(f'{signal.Signals(number).name}: this step ends, is saved, and then the run stops; '
                                      f'another signal after {ECHO:g} s ends it at once')
-        elif not self.closed.wait(GRACE):
+        elif not self.closed.wait(GRACE if self.seen == 1 else SHORT_GRACE):
             os.write(2, f'{signal.Signals(number).name}: ended in the midst of what could not be interrupted\n'.encode())
             os._exit(128 + number)

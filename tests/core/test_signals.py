@@ -1,10 +1,13 @@
 """Stop signals: one wish however often it is sent, heard also where Python does not come back, and passed on from the parent."""
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,22 @@ def test_a_signal_ends_what_has_nothing_to_save_at_once_and_waits_for_what_has(n
         signal.raise_signal(number)
         signal.raise_signal(number)      # as `timeout` does: to the process, then to its group
         assert we.stop_signal == number
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='calls libc')
+def test_an_echo_whose_handler_comes_late_is_still_one_and_what_comes_later_is_not():
+    libc, mutex, was_spared = ctypes.CDLL(None), ctypes.create_string_buffer(64), False
+    libc.pthread_mutex_lock(mutex)
+    with pytest.raises(Stopped), listening(), we.saving_on_stop():
+        signal.raise_signal(signal.SIGTERM)
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        threading.Timer(0.1 + 1.2 * ECHO, libc.pthread_mutex_unlock, (mutex,)).start()
+        libc.pthread_mutex_lock(mutex)      # like a collective: Python runs no handler until it is back
+        time.sleep(0.1)
+        was_spared = we.stop_signal == signal.SIGTERM
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail('it was asked a second time')
+    assert was_spared
 
 
 def test_a_stop_that_something_swallowed_is_not_forgotten():
