@@ -170,7 +170,7 @@ class BaseSolver(Run, base=True):
 
     def run_train(self) -> None:
         """The loop. An evaluation that a stop signal cut off comes first."""
-        pulse.enter('first_step')
+        pulse.enter('start')
         self.train_mode()
         self.before_all_iter()
         if self.evals_due:    # a stop signal had cut them off; the checkpoint of this step is written anew, or they would be made twice
@@ -187,6 +187,7 @@ class BaseSolver(Run, base=True):
 
     def one_step(self) -> None:
         """Batches, a step of the optimizers, hooks, the evaluations that are due, a checkpoint where one is asked for."""
+        pulse.enter('first_step' if pulse.phase_name == 'start' else 'step')
         pulse.at(self.step)
         self.before_iter()
         self.outputs = self.run_step_train(self.batches)
@@ -196,7 +197,6 @@ class BaseSolver(Run, base=True):
         if self.evals_due:
             self.run_eval()
         self.save_if_requested()
-        pulse.enter('step')
 
     def run_step_train(self, batches: Batches) -> Outputs:
         """One step of the optimizers from ACCU_STEP batches (solvers/step.py)."""
