@@ -9,6 +9,7 @@ weights, the types, the format. So nothing in a cache can be out of date: what h
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import time
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scepter.core import streams
 from scepter.core.errors import DataError
 from scepter.core.faults import ConfigError
 from scepter.core.logger import duration, get_logger
@@ -43,6 +45,7 @@ class Cache(Component):
     FOLDER: str | None = param(None, 'Where moments of pictures are kept, for any number of runs; null: every step encodes its pictures.')
     DTYPE: Literal['float32', 'bfloat16', 'float16'] | None = param(None, 'What they are kept in; null: as they are computed, so that '
                                                                     'nothing is rounded.')
+    PROMPTS: bool = param(True, 'Keep features of prompts too, where the text encoder is not trained and each sample always has the same.')
     ROWS: int = param(256, 'Samples of one file: what a kill costs at most.', least=1)
     BATCH_SIZE: int = param(16, 'Samples that are encoded at once.', least=1)
 
@@ -112,7 +115,7 @@ class Table:
         try:
             return self.shards[number]
         except (ValueError, OSError) as error:
-            raise UnreadableError(f'{error}; scepter cache prune drops it, and the next run computes it again') from error
+            raise UnreadableError(f'{error}; `scepter latents prune` drops it, and the next run computes it again') from error
 
 
 class Pictures(Table):
@@ -195,12 +198,68 @@ class Pictures(Table):
                 raise DataError(f'{self.dataset.name_of(index)} has changed while the cache was filled: start again')
 
 
-class CachedDataset(BaseDataset):
-    """A dataset whose samples have `moments` in the place of their picture. Order, batches and names are the dataset's own."""
+class Texts(Table):
+    """Features of each of some prompts: name -> a tensor of one shape."""
 
-    def __init__(self, dataset: BaseDataset, pictures: Pictures):
+    def __init__(self, prompts: Sequence[str], folder: Path, encoder: str, dtype: torch.dtype | None = None, rows: int = 256,
+                 logger: logging.Logger | None = None):
+        super().__init__(folder / 'texts', rows, logger)
+        self.prompts, self.encoder, self.dtype = list(prompts), encoder, dtype
+        self.place = {prompt: i for i, prompt in enumerate(self.prompts)}
+        keys = [key_of('text', prompt, encoder, str(dtype)) for prompt in self.prompts]
+        self.keys, self.has_key = np.frombuffer(b''.join(keys), np.uint8).reshape(-1, KEY_BYTES), np.ones(len(keys), bool)
+        self.look()
+
+    def missing(self) -> list[list[int]]:
+        """The prompts whose features are missing, by the shard that each is to be in."""
+        return self.parts([range(len(self.prompts))])
+
+    def fill(self, encode: Callable[[list[str]], Row], batch_size: int, parts: Sequence[Sequence[int]] | None = None) -> None:
+        """Compute what is missing, or these parts of it. encode: prompts -> name -> [B, ...]"""
+        parts = self.missing() if parts is None else parts
+        clock = Clock(sum(map(len, parts)), 'prompts', self.logger)
+        for part in parts:
+            found: list[Row] = []
+            for first in range(0, len(part), batch_size):
+                found.append(encode([self.prompts[i] for i in part[first:first + batch_size]]))
+                clock.tick(len(part[first:first + batch_size]))
+            rows = {name: torch.cat([row[name] for row in found]).cpu() for name in found[0]}
+            self.write(part, {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in rows.items()},
+                       lambda i: repr(self.prompts[i]))
+
+    def of(self, prompt: str) -> Row:
+        """The features of a prompt. Raises DataError for one that was not there, UnreadableError where they are damaged."""
+        if prompt not in self.place:
+            raise DataError(f'{prompt!r:.200} was no prompt of TRAIN_DATA when the cache was filled: captions have changed meanwhile, or '
+                            'are drawn by chance. Start again; where they are drawn, set SOLVER.CACHE.PROMPTS to false')
+        return self.row(self.place[prompt])
+
+
+def prompts_of(dataset: BaseDataset) -> list[str] | None:
+    """Every prompt of a dataset, in the order of its samples; None where they are no words, or differ from draw to draw."""
+    found: dict[str, None] = {}
+    for index in range(len(dataset)):
+        with generators_restored():
+            drawn: list[Any] = []
+            for attempt in range(2):    # of every sample, so that of words that are drawn at all some are seen to be
+                seed_generators(streams.seed_global(attempt, 'words', index))
+                with contextlib.suppress(UnreadableError):
+                    drawn.append(dataset.beside(index).get('prompt'))
+        if any(prompt != drawn[0] or not isinstance(prompt, str) for prompt in drawn):
+            return None
+        found |= dict.fromkeys(drawn)
+    return list(found)
+
+
+class CachedDataset(BaseDataset):
+    """A dataset whose samples have `moments` in the place of their picture, and beside their prompt its features, each as text_<name>.
+
+    Order, batches and names are the dataset's own.
+    """
+
+    def __init__(self, dataset: BaseDataset, pictures: Pictures, texts: Texts | None = None):
         self.__dict__.update(cfg=dataset.cfg, logger=dataset.logger)
-        self.dataset, self.pictures = dataset, pictures
+        self.dataset, self.pictures, self.texts = dataset, pictures, texts
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -214,6 +273,10 @@ class CachedDataset(BaseDataset):
         if self.dataset.mirrors:
             moments = moments[int(is_mirrored)]
         sample['moments'] = moments if self.pictures.dtype is None else moments.float()
+        if self.texts is not None:
+            features = self.texts.of(sample['prompt'])
+            sample |= {f'text_{name}': value if self.texts.dtype is None or not value.is_floating_point() else value.float()
+                       for name, value in features.items()}
         return sample | {name.removeprefix(BESIDE): value for name, value in row.items()}
 
     def name_of(self, index: int) -> str:

@@ -8,6 +8,7 @@ import fnmatch
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -130,19 +131,57 @@ class LatentDiffusion(TrainModule):
                 probe['label'] = tokens
             elif prompt is not None:
                 probe['prompt'] = [self.train_n_prompt if drop else p for p, drop in zip(prompt, dropped.tolist())]
-                tokens = self.tokenizer(probe['prompt']).to(self.device)
+                tokens = self.tokenizer(probe['prompt']).to(self.device) if self.unsaid is None else None
             else:
                 raise ValueError(f'{type(self.cond_stage_model).__name__} reads the {"label" if self.reads_labels else "prompt"} of each '
                                  f'sample, but the batch has only {", ".join(["image", *batch])}: add it to the dataset, '
                                  'or set COND_STAGE_MODEL to null')
-            model_kwargs = {'cond': self.encode_condition(tokens, **self._read_sizes(batch))}
+            model_kwargs = {'cond': self._kept_condition(dropped, batch) if tokens is None else
+                            self.encode_condition(tokens, **self._read_sizes(batch))}
         weight = self.diffusion.min_snr(self.MIN_SNR_GAMMA) if self.MIN_SNR_GAMMA is not None else None
         loss = self.diffusion.loss(x0, t.to(x0.device), self.model, model_kwargs, noise, criterion=self.loss, weight=weight,
                                    offset_noise=self.OFFSET_NOISE, input_perturbation=self.INPUT_PERTURBATION)
         return {'loss': loss.mean(), 'probe_data': probe}
 
+    # ---------------------------------------------------------------- what is computed once, before training
+    unsaid: dict[str, Tensor] | None = None    # features of TRAIN_N_PROMPT, where training is given features in the place of words
+
     def encoders(self) -> dict[Literal['picture', 'prompt'], Encoder]:
-        return {'picture': Encoder('first_stage_model', self.space.moments)} if self.first_stage_model is not None else {}
+        found: dict[Literal['picture', 'prompt'], Encoder] = {}
+        if self.first_stage_model is not None:
+            found['picture'] = Encoder('first_stage_model', self.space.moments)
+        if self.cond_stage_model is not None and self._can_keep_words(self.cond_stage_model):
+            found['prompt'] = Encoder('cond_stage_model', self._words)
+        return found
+
+    @staticmethod
+    def _can_keep_words(embedder: Any) -> bool:
+        """Whether features of a prompt depend on it alone: nothing is trained, and no longer prompt of its batch adds a chunk to it."""
+        parameters, parts = list(embedder.parameters()), embedder.modules()
+        is_chunked = any(m.cfg.get('LONG_PROMPT') == 'chunk' for m in parts if isinstance(getattr(m, 'cfg', None), dict))
+        return embedder.reads == 'prompt' and parameters != [] and not is_chunked and not any(p.requires_grad for p in parameters)
+
+    def _words(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Features of prompts, name -> [B, ...]: the parts of a Condition, without the sizes."""
+        embedder = self.cond_stage_model
+        tokens = self.tokenizer(prompts).to(embedder.device)
+        with torch.autocast(tokens.device.type, enabled=False):
+            told = Condition.of(embedder.encode_words(tokens))._asdict()
+        return {name: value for name, value in told.items() if value is not None}
+
+    def rest(self, part: str, file: Path, is_writer: bool = True) -> bool:
+        if part == 'cond_stage_model':
+            self.unsaid = {name: value[0] for name, value in self._words([self.train_n_prompt]).items()}
+        return super().rest(part, file, is_writer)
+
+    def _kept_condition(self, dropped: Tensor, batch: Mapping[str, Any]) -> Any:
+        """What encode_condition would give, of features that come with the batch (text_context, ...) in the place of words."""
+        kept = {name: batch[f'text_{name}'] for name in self.unsaid}
+        rows = {name: torch.where(dropped.to(value.device).view(-1, *[1] * (value.ndim - 1)), self.unsaid[name].to(value), value)
+                for name, value in kept.items()}
+        words = rows['context'] if rows.keys() == {'context'} else Condition(**rows)
+        with torch.autocast(self.device.type, enabled=False):
+            return self.cond_stage_model.with_sizes(words, **self._read_sizes(batch))
 
     @property
     def space(self) -> LatentSpace:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from scepter.core.config import plain
 from scepter.core.disk import atomic
 from scepter.core.disk.tensors import TensorFile, write_tensors
+from scepter.core.errors import CheckpointError
 from scepter.weights import marks
 
 
@@ -60,12 +61,19 @@ def can_rest(model: nn.Module, part: nn.Module) -> bool:
 
 def rest(part: nn.Module, file: Path, is_writer: bool = True) -> None:
     """Put the weights of a part into a file, if they are not there yet, and free their memory. Buffers stay."""
-    if is_writer and not file.is_file():
-        atomic.make_folder(file.parent)
+    if is_writer and not _holds(file, part):
         with atomic.replacing(file) as temporary:
             write_tensors(temporary, _parameters(part))
     part.__dict__['_resting'] = Resting(file)
     _put(part, {name: torch.empty_like(p, device='meta') for name, p in _parameters(part).items()})
+
+
+def _holds(file: Path, part: nn.Module) -> bool:
+    try:
+        found, expected = TensorFile(file), _parameters(part)
+        return found.keys() == expected.keys() and all(torch.equal(found[name], p.detach().cpu()) for name, p in expected.items())
+    except CheckpointError:
+        return False
 
 
 @contextmanager

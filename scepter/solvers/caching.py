@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from scepter.core.env import we
 from scepter.core.faults import ConfigError
-from scepter.data.cache import Cache, CachedDataset, Pictures
+from scepter.data.cache import Cache, CachedDataset, Pictures, Table, Texts, prompts_of
+from scepter.data.shards import key_of
 from scepter.solvers.run import Run
 from scepter.solvers.step import DTYPES
 
@@ -20,50 +20,77 @@ def prepare(run: Run) -> None:
 
     The network is whole, on the CPU. Raises ConfigError where there is nothing that a cache could keep, and DataError.
     """
-    pictures = pictures_of(run)
-    part, encode = run.model.encoders()['picture']
-    module = run.model.get_submodule(part)
-    module.to(we.device, DTYPES[run.PARAM_DTYPE])
-    fill(run, pictures, encode)
-    run.datasets['train'] = CachedDataset(run.datasets['train'], pictures)
+    pictures, texts = open_cache(run)
+    fill(run, pictures, texts)
+    run.datasets['train'] = CachedDataset(run.datasets['train'], pictures, texts)
     run.model.agree_on_sources()
-    file = pictures.folder.parent / 'encoders' / f'{pictures.encoder[:32]}.safetensors'
-    if not run.model.rest(part, file, we.is_main):
-        run.logger.info(f'cache: {part} stays in memory: its weights came from no file, so each checkpoint holds them')
+    for name, table in (('picture', pictures), ('prompt', texts)):
+        if table is None:
+            continue
+        part = run.model.encoders()[name].part
+        file = table.folder.parent / 'encoders' / f'{key_of(table.encoder).hex()}.safetensors'
+        if not run.model.rest(part, file, we.is_main):
+            run.logger.info(f'cache: {part} stays in memory: its weights came from no file, so each checkpoint holds them')
     we.barrier()
 
 
-def pictures_of(run: Run, anew: bool = False) -> Pictures:
-    """What the cache of a run has of its training data, and what is missing. Every process calls it."""
+def open_cache(run: Run, anew: bool = False) -> tuple[Pictures, Texts | None]:
+    """What the cache of a run has of its training data, and what is missing. Every process calls it.
+
+    anew: read every source, also those whose stat has not changed.
+    """
     encoders = run.model.encoders()
     if 'picture' not in encoders:
         raise ConfigError(f'CACHE: {type(run.model).__name__} has no autoencoder whose moments could be kept: leave CACHE out')
     cache, dataset = Cache(run.CACHE), run.datasets['train']
-    told = [run.model.fingerprint(encoders['picture'].part), str(run.dtype), run.PARAM_DTYPE] if we.is_main else None
-    encoder = ' '.join(we.broadcast(told))
+    how = {'folder': Path(str(cache.FOLDER)), 'dtype': DTYPES.get(str(cache.DTYPE)), 'rows': cache.ROWS, 'logger': run.logger}
 
-    def open_cache(**keys: Any) -> Pictures:
-        return Pictures(dataset, Path(str(cache.FOLDER)), encoder, DTYPES.get(str(cache.DTYPE)), cache.ROWS, logger=run.logger, **keys)
+    def told(name: str) -> str:
+        return ' '.join([run.model.fingerprint(encoders[name].part), str(run.dtype), run.PARAM_DTYPE])
 
-    found = open_cache(anew=anew) if we.is_main else None
+    encoder = we.broadcast(told('picture') if we.is_main else None)
+    found = Pictures(dataset, encoder=encoder, anew=anew, **how) if we.is_main else None
     keys = we.broadcast((found.keys, found.has_key) if found is not None else None)
-    return found if found is not None else open_cache(keys=keys)
+    pictures = found if found is not None else Pictures(dataset, encoder=encoder, keys=keys, **how)
+    if not cache.PROMPTS or 'prompt' not in encoders:
+        return pictures, None
+    encoder, prompts = we.broadcast((told('prompt'), prompts_of(dataset)) if we.is_main else None)
+    if not prompts:
+        run.logger.info(f'cache: words of samples differ from draw to draw, so {encoders["prompt"].part} stays in memory to read them')
+        return pictures, None
+    return pictures, Texts(prompts, encoder=encoder, **how)
 
 
-def fill(run: Run, pictures: Pictures, encode: Callable[[Tensor], Tensor]) -> None:
+def fill(run: Run, pictures: Pictures, texts: Texts | None) -> None:
     """Compute what is missing, each shard in one process."""
-    parts = pictures.missing()
-    for fault in pictures.faults:
+    encoders, cache = run.model.encoders(), Cache(run.CACHE)
+    encode_picture, encode_words = (_on_device(run, encoders[name]) if name in encoders else None for name in ('picture', 'prompt'))
+    told = run.work_dir / 'skipped.jsonl'
+    _complete(run, pictures, 'pictures', lambda parts: pictures.fill(encode_picture, cache.BATCH_SIZE, parts, told))
+    if texts is not None:
+        _complete(run, texts, 'prompts', lambda parts: texts.fill(encode_words, cache.BATCH_SIZE, parts))
+
+
+def _on_device(run: Run, encoder: Any) -> Callable[[Any], Any]:
+    """An encoder as the training would use it: on the device, in the types of its arithmetic and weights."""
+    run.model.get_submodule(encoder.part).to(we.device, DTYPES[run.PARAM_DTYPE])
+
+    def encode(given: Any) -> Any:
+        with torch.no_grad(), run.autocast():
+            return encoder.encode(run.to_device({'given': given})['given'])
+
+    return encode
+
+
+def _complete(run: Run, table: Table, what: str, compute: Callable[[list[list[int]]], None]) -> None:
+    parts = table.missing()
+    for fault in table.faults:
         run.logger.warning(f'cache: {fault.file}: {fault.what}; what is lost is computed again')
-    there, missing = int((pictures.numbers >= 0).sum()), sum(map(len, parts))
-    run.logger.info(f'cache {pictures.folder.parent}: moments of {there:,} of {len(pictures.keys):,} samples are there, '
-                    f'{missing:,} pictures to encode')
+    there, missing = int((table.numbers >= 0).sum()), sum(map(len, parts))
+    run.logger.info(f'cache {table.folder.parent}: {there:,} of {len(table.keys):,} {what} are there, {missing:,} {what} to encode')
     we.barrier()    # all have looked before anybody writes
-    cache = Cache(run.CACHE)
-    with torch.no_grad(), run.autocast():
-        pictures.fill(lambda x: encode(run.to_device({'x': x})['x']), cache.BATCH_SIZE, parts[we.rank::we.world_size],
-                      run.work_dir / 'skipped.jsonl')
+    compute(parts[we.rank::we.world_size])
     if we.is_main:
-        pictures.restore_indices()
+        table.restore_indices()
     we.barrier()
-    pictures.look()
+    table.look()

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import tiny
 from scepter.core.config import Config
 from scepter.core.faults import ConfigError
 from scepter.core.logger import get_logger
-from scepter.core.registry import MODELS, SOLVERS
+from scepter.core.registry import DATASETS, MODELS, SOLVERS
+from scepter.data.datasets import BaseDataset
 from scepter.drawing import load
 from tests.models.oracles import randomize
 
@@ -24,6 +26,17 @@ AUTOENCODER = tiny.autoencoder(1, 1)
 WITH_TEXT = tiny.LATENT_DIFFUSION
 WITHOUT_TEXT = {**WITH_TEXT, 'COND_STAGE_MODEL': None, 'DIFFUSION_MODEL': {**WITH_TEXT['DIFFUSION_MODEL'], 'CONTEXT_DIM': None}}
 CROP = {'NAME': 'RecordedCrop', 'SIZE': 16, 'FLIP': 0.5}
+
+
+@DATASETS.register_class()
+class TinyWordings(BaseDataset):
+    """Eight pictures that no file holds, each with words that are drawn."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {'image': torch.full((3, 16, 16), index / 4 - 1), 'prompt': f'{random.choice(["a", "one"])} gray {index}'}
 
 
 @pytest.fixture(scope='module')
@@ -139,6 +152,36 @@ def test_a_run_from_the_cache_goes_on_exactly_and_workers_change_nothing(tmp_pat
     run('halves', 3)
     run('halves', 6, NUM_WORKERS=2)
     assert tiny.same(tiny.groups(tmp_path / 'whole', 6), tiny.groups(tmp_path / 'halves', 6))
+
+
+def test_features_of_prompts_are_kept_too_and_the_text_encoder_rests(tmp_path, photos, vae, said):
+    tiny.run(config(tmp_path / 'whole', photos, vae, steps=1, text=True))
+    more = {'text': True, 'P_ZERO': 0.5, 'TRAIN_N_PROMPT': 'nothing at all', 'PRETRAINED_MODEL': str(tmp_path / 'whole')}
+
+    def run(name: str, cache: Path | None = None, **solver: Any) -> Any:
+        cfg = config(tmp_path / name, photos, None, 3, cache, **{'text': True, **solver})
+        cfg.SOLVER.MODEL |= {key: value for key, value in more.items() if key.isupper()}
+        return tiny.run(cfg)
+
+    run('pictures')
+    solver = run('cached', tmp_path / 'cache')
+    assert not far(tiny.groups(tmp_path / 'pictures', 3), tiny.groups(tmp_path / 'cached', 3))
+    assert all(p.is_meta for p in solver.model.cond_stage_model.parameters()) and solver.batches[0][0]['text_context'].shape == (3, 8, 32)
+    assert set(solver.outputs['probe_data']['prompt']) & {'nothing at all'}
+    drawn = next(iter(load(tmp_path / 'cached').draw(['picture 3'], sample_steps=1)))
+    assert drawn['image'].isfinite().all()
+
+    (photos / '3.txt').write_text('another caption')
+    run('edited', tmp_path / 'cache')
+    assert '9 of 10 prompts are there, 1 prompts to encode' in next(line for line in reversed(said) if 'prompts to encode' in line)
+
+
+def test_words_that_are_drawn_are_read_by_the_text_encoder_itself(tmp_path, vae, said):
+    cfg = config(tmp_path / 'run', tmp_path, vae, 2, tmp_path / 'cache', text=True, TRAIN_DATA={'NAME': 'TinyWordings', 'BATCH_SIZE': 3})
+    solver = tiny.run(cfg)
+
+    assert any('differ from draw to draw' in line for line in said) and 'moments' in solver.batches[0][0]
+    assert not any(p.is_meta for p in solver.model.cond_stage_model.parameters())
 
 
 def test_evaluations_draw_and_encode_in_the_middle_of_it(tmp_path, photos, vae):

@@ -50,6 +50,14 @@ class BaseEmbedder(BaseModel, base=True):
         """int64 [B, L] -> context [B, L, D], or a Condition, which may have more."""
         raise TypeError(f'{type(self).__name__} has no encode_text(tokens, tokenizer=None, append_sentence_embedding=False): write one')
 
+    def encode_words(self, tokens: Tensor) -> Tensor | Condition:
+        """What encode_text makes of the tokens alone: with_sizes does the rest. Rows are as if each were encoded by itself."""
+        return self.encode_text(tokens, tokenizer=getattr(self, 'tokenizer', None))
+
+    def with_sizes(self, words: Tensor | Condition, **sizes: Tensor) -> Tensor | Condition:
+        """What encode_words gave, and what the embedder is told beside it (`reads_too`), as encode_text gives both."""
+        return words
+
     def forward(self, prompts: list[str]) -> Tensor | Condition:
         return self.encode_text(self.tokenize(prompts).to(self.device))
 

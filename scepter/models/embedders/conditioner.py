@@ -83,12 +83,19 @@ class GeneralConditioner(BaseEmbedder):
         missing = [name for name in self.SIZES if sizes.get(name) is None]
         if missing:
             raise ValueError(f'the condition needs {", ".join(missing)} of every picture, but got only {sorted(sizes) or "prompts"}')
+        return self.with_sizes(self.encode_words(tokens), **sizes)
+
+    def encode_words(self, tokens: Tensor) -> Condition:
+        """The vector is the pooled one alone."""
         context, pooled, mask = self._side_by_side(tokens)
         if self.ZERO_EMPTY:
             has_words = (tokens[:, 0, 1] != self.embedders[0].tokenizer.eos).to(context)
             context, pooled = context * has_words[:, None, None], pooled * has_words[:, None]
-        vectors = [self._embed(sizes[name], NUMBERS[name], pooled) for name in self.SIZES]
-        return Condition(context, torch.cat([pooled, *vectors], dim=-1), mask=mask)
+        return Condition(context, pooled, mask=mask)
+
+    def with_sizes(self, words: Condition, **sizes: Tensor) -> Condition:    # type: ignore[override]
+        vectors = [self._embed(sizes[name], NUMBERS[name], words.vector) for name in self.SIZES]
+        return words._replace(vector=torch.cat([words.vector, *vectors], dim=-1))
 
     def _side_by_side(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(contexts beside one another, the last tower's pooled vector, what any tower sees where one of them has a mask)"""

@@ -25,6 +25,7 @@ from scepter.models.nova.guidance import Guidance
 from scepter.models.nova.steps import Spacing, chains
 from scepter.models.nova.training import Chance, frame_losses, visible_tokens
 from scepter.models.process import process_of
+from scepter.models.resting import Encoder
 from scepter.models.unfilled import unfilled
 
 FROZEN = {    # as published, by what the network is for
@@ -203,6 +204,9 @@ class NovaModel(TrainModule):
             (self.logger or get_logger()).warning(f'a text has {len(text)} tokens, and those beyond {limit} (TEXT_TOKEN_LEN) are cut '
                                                   '(further ones without a word)')
         return text[:limit]
+
+    def encoders(self) -> dict[Literal['picture', 'prompt'], Encoder]:
+        return {'picture': Encoder('first_stage_model', self.space.moments)} if self.first_stage_model is not None else {}
 
     @property
     def space(self) -> LatentSpace:
