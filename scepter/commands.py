@@ -1,4 +1,4 @@
-"""The one command that an installation brings: scepter train | draw | export | convert | cache | config | checkpoint | docs.
+"""The one command that an installation brings: scepter train | draw | export | convert | cache | latents | config | checkpoint | docs.
 
 Each is a file that also runs by itself; `scepter draw --help` is `python scepter/run_inference.py --help`.
 """
@@ -17,6 +17,7 @@ COMMANDS = {
     'export': ('scepter.tools.export', 'write what was trained as a file that other programs open'),
     'convert': ('scepter.tools.convert_weights', 'turn published weights from one form into another'),
     'cache': ('scepter.tools.cache_latents', 'turn images or clips into latents once, before training'),
+    'latents': ('scepter.tools.latents', 'fill, check and thin out the cache of a run (SOLVER.CACHE)'),
     'config': ('scepter.tools.convert_config', "write a config of NOVA's own program as one of ours"),
     'checkpoint': ('scepter.tools.checkpoint', 'look at checkpoints, and make one file of one'),
     'docs': ('scepter.tools.make_docs', 'the reference of components, or a JSON Schema for editors'),

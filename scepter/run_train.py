@@ -108,15 +108,22 @@ def load(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def run_task(cfg: Config, imports: Sequence[str] = (), force: bool = False) -> None:
-    """What each process of a run does. A spawned one begins with empty registries, so it fills its own."""
+def run_task(cfg: Config, imports: Sequence[str] = (), force: bool = False, only_cache: bool = False) -> None:
+    """What each process of a run does. A spawned one begins with empty registries, so it fills its own.
+
+    only_cache: fill the cache that SOLVER.CACHE names, and stop.
+    """
     import scepter.components  # noqa: F401
     from scepter.core.experiment import import_user_code
     from scepter.core.logger import get_logger
     from scepter.core.registry import SOLVERS
+    from scepter.solvers import caching
     for word in imports:
         import_user_code(word)
     solver = SOLVERS.build(cfg.SOLVER, logger=get_logger())
+    if only_cache:
+        caching.fill_alone(solver)
+        return
     solver.experiment, solver.imports = cfg, imports    # a checkpoint's config.yaml holds all of it
     solver.is_forced = force
     solver.set_up()

@@ -65,8 +65,8 @@ def train(cfg: Config) -> Any:
     solver.set_up()
     solver.solve()
     if cfg.SOLVER.get('PARALLEL') == 'fsdp' and we.is_distributed:
-        held = sum(local(p).numel() for p in solver.model.parameters())
-        total = sum(p.numel() for p in solver.model.parameters())
+        parameters = [p for p in solver.model.parameters() if not p.is_meta]    # of a part that rests nobody holds any
+        held, total = sum(local(p).numel() for p in parameters), sum(p.numel() for p in parameters)
         assert total / 2 <= held < 0.52 * total or we.rank, (held, total)
         moments = [value for o in solver.optimizers for value in o.state_tensors().values() if value.ndim]
         assert moments and all(map(is_share, moments))

@@ -62,6 +62,10 @@ class Table:
     def __init__(self, folder: Path, rows: int, logger: logging.Logger | None = None):
         self.folder, self.rows, self.logger = folder, rows, logger or get_logger()
 
+    def missing(self) -> list[list[int]]:
+        """What is to be computed, by the shard that each is to be in."""
+        raise NotImplementedError
+
     def look(self) -> None:
         """Find the rows that are there. Raises nothing for a damaged shard: `faults` tells, and its rows are missing."""
         self.shards = Shards(self.folder)
@@ -155,7 +159,6 @@ class Pictures(Table):
                 continue    # the loader names it, and puts another in its place
 
     def missing(self) -> list[list[int]]:
-        """The indices whose rows are missing, by the shard that each is to be in."""
         return self.parts(self.dataset.batches(max(1, len(self.dataset))))
 
     def fill(self, encode: Encode, batch_size: int, parts: Sequence[Sequence[int]] | None = None,
@@ -211,7 +214,6 @@ class Texts(Table):
         self.look()
 
     def missing(self) -> list[list[int]]:
-        """The prompts whose features are missing, by the shard that each is to be in."""
         return self.parts([range(len(self.prompts))])
 
     def fill(self, encode: Callable[[list[str]], Row], batch_size: int, parts: Sequence[Sequence[int]] | None = None) -> None:

@@ -24,7 +24,7 @@ from scepter.solvers.optim import build_optimizers, rate_function
 from scepter.solvers.plan import Plan
 from scepter.solvers.run import MODES, Run
 from scepter.solvers.saving import Saver
-from scepter.solvers.step import DTYPES, Batches, Outputs, TrainStep, best_dtype
+from scepter.solvers.step import DTYPES, Batches, Outputs, TrainStep, arithmetic
 
 SAVE_FAILED = 1 << 16    # beyond what a stop signal can say
 
@@ -91,7 +91,7 @@ class BaseSolver(Run, base=True):
 
     def model_to_device(self) -> None:
         """Move the network, or its share of it, in PARAM_DTYPE and its memory layout, and compile it where that is asked for."""
-        self.dtype = best_dtype(we.device) if self.DTYPE == 'auto' else DTYPES[self.DTYPE]
+        self.dtype = arithmetic(self.DTYPE)
         if self.CACHE.FOLDER is not None and 'train' in self._mode_set:
             caching.prepare(self)
         kind = DTYPES[self.PARAM_DTYPE] if self.PARAM_DTYPE != 'float32' else None

@@ -9,10 +9,11 @@ import torch
 
 from scepter.core.env import we
 from scepter.core.faults import ConfigError
+from scepter.core.registry import DATASETS, MODELS
 from scepter.data.cache import Cache, CachedDataset, Pictures, Table, Texts, prompts_of
 from scepter.data.shards import key_of
 from scepter.solvers.run import Run
-from scepter.solvers.step import DTYPES
+from scepter.solvers.step import DTYPES, arithmetic
 
 
 def prepare(run: Run) -> None:
@@ -21,7 +22,7 @@ def prepare(run: Run) -> None:
     The network is whole, on the CPU. Raises ConfigError where there is nothing that a cache could keep, and DataError.
     """
     pictures, texts = open_cache(run)
-    fill(run, pictures, texts)
+    fill(run, pictures, texts, run.work_dir / 'skipped.jsonl')
     run.datasets['train'] = CachedDataset(run.datasets['train'], pictures, texts)
     run.model.agree_on_sources()
     for name, table in (('picture', pictures), ('prompt', texts)):
@@ -32,6 +33,18 @@ def prepare(run: Run) -> None:
         if not run.model.rest(part, file, we.is_main):
             run.logger.info(f'cache: {part} stays in memory: its weights came from no file, so each checkpoint holds them')
     we.barrier()
+
+
+def open_alone(run: Run, anew: bool = False) -> tuple[Pictures, Texts | None]:
+    """The cache of a run that is built for this alone: its WORK_DIR is not touched."""
+    run.datasets = {'train': DATASETS.build(run.TRAIN_DATA, logger=run.logger)}
+    run.model, run.dtype = MODELS.build(run.MODEL, logger=run.logger), arithmetic(run.DTYPE)
+    return open_cache(run, anew)
+
+
+def fill_alone(run: Run) -> None:
+    """Fill the cache of such a run. Every process calls it."""
+    fill(run, *open_alone(run), skipped_file=None)
 
 
 def open_cache(run: Run, anew: bool = False) -> tuple[Pictures, Texts | None]:
@@ -61,12 +74,11 @@ def open_cache(run: Run, anew: bool = False) -> tuple[Pictures, Texts | None]:
     return pictures, Texts(prompts, encoder=encoder, **how)
 
 
-def fill(run: Run, pictures: Pictures, texts: Texts | None) -> None:
+def fill(run: Run, pictures: Pictures, texts: Texts | None, skipped_file: Path | None) -> None:
     """Compute what is missing, each shard in one process."""
     encoders, cache = run.model.encoders(), Cache(run.CACHE)
     encode_picture, encode_words = (_on_device(run, encoders[name]) if name in encoders else None for name in ('picture', 'prompt'))
-    told = run.work_dir / 'skipped.jsonl'
-    _complete(run, pictures, 'pictures', lambda parts: pictures.fill(encode_picture, cache.BATCH_SIZE, parts, told))
+    _complete(run, pictures, 'pictures', lambda parts: pictures.fill(encode_picture, cache.BATCH_SIZE, parts, skipped_file))
     if texts is not None:
         _complete(run, texts, 'prompts', lambda parts: texts.fill(encode_words, cache.BATCH_SIZE, parts))
 

@@ -174,6 +174,11 @@ class LossScale:
             self.value, self.steps = float(state['scale']), int(state['_growth_tracker'])
 
 
+def arithmetic(word: str) -> torch.dtype:
+    """What DTYPE means on this process's device."""
+    return best_dtype(we.device) if word == 'auto' else DTYPES[word]
+
+
 def best_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the processor computes in it; elsewhere it is emulated, and slower than float32."""
     if device.type == 'cuda':

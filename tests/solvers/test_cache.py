@@ -13,9 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import shares
 import tiny
+from scepter.commands import tool
 from scepter.core.config import Config
 from scepter.core.faults import ConfigError
+from scepter.core.launch import launch
 from scepter.core.logger import get_logger
 from scepter.core.registry import DATASETS, MODELS, SOLVERS
 from scepter.data.datasets import BaseDataset
@@ -154,6 +157,23 @@ def test_a_run_from_the_cache_goes_on_exactly_and_workers_change_nothing(tmp_pat
     assert tiny.same(tiny.groups(tmp_path / 'whole', 6), tiny.groups(tmp_path / 'halves', 6))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
+def test_two_processes_share_the_work_and_train_as_one_does(tmp_path, photos, vae, parallel):
+    more = {'GLOBAL_BATCH_SIZE': 4, 'MAX_STEPS': 2, 'EVAL_INTERVAL': 2, 'EVAL_HOOKS': [{'NAME': 'ProbeDataHook'}]}
+    data = config(tmp_path, photos, vae).SOLVER.TRAIN_DATA
+    one, two = (config(tmp_path / name, photos, vae, cache=tmp_path / f'cache of {name}', EVAL_DATA={**data, 'BATCH_SIZE': 2}, **more)
+                for name in ('one', 'two'))
+    two.SOLVER.PARALLEL = parallel
+    tiny.run(one, seed=7)
+    launch(Config({'RUNS': [two.SOLVER], 'ENV': {'NPROC': 2, 'DEVICE': 'cpu', 'THREADS': 1}}), shares.runs)
+
+    assert not far(tiny.groups(tmp_path / 'one', 2), tiny.groups(tmp_path / 'two', 2))
+    alone, shared = ({path.name: path.read_bytes() for path in (tmp_path / f'cache of {name}/pictures').iterdir()}
+                     for name in ('one', 'two'))
+    assert alone == shared and len(alone) == 6
+
+
 def test_features_of_prompts_are_kept_too_and_the_text_encoder_rests(tmp_path, photos, vae, said):
     tiny.run(config(tmp_path / 'whole', photos, vae, steps=1, text=True))
     more = {'text': True, 'P_ZERO': 0.5, 'TRAIN_N_PROMPT': 'nothing at all', 'PRETRAINED_MODEL': str(tmp_path / 'whole')}
@@ -215,3 +235,30 @@ def test_what_a_cache_cannot_keep_is_refused(tmp_path, photos, vae, change, word
     with pytest.raises(ConfigError, match=words):
         tiny.run(cfg)
     assert not list((tmp_path / 'cache').rglob('*.safetensors'))
+
+
+def latents(command: str, *words: str) -> int:
+    return tool('latents').main([command, *words])
+
+
+def test_the_tool_fills_checks_and_thins_out_a_cache(tmp_path, photos, vae, capsys):
+    cfg = tmp_path / 'train.yaml'
+    cfg.write_text(str(config(tmp_path / 'run', photos, vae, cache=tmp_path / 'cache')))
+    words = ['--cfg', str(cfg)]
+    assert latents('info', '--folder', str(tmp_path / 'cache')) == 3
+    assert latents('build', *words) == 0 and latents('verify', *words) == 0
+    assert 'pictures: 10 rows in 3 files, sound' in capsys.readouterr().out and not (tmp_path / 'run').exists()
+
+    Image.new('RGB', (20, 20), 'red').save(photos / '3.png')
+    shard = sorted((tmp_path / 'cache/pictures').glob('*.safetensors'))[0]
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert latents('verify', *words) == 3
+    found = capsys.readouterr()
+    assert 'pictures: 1 of 10 are to be computed' in found.out and f'{shard}: 1 of' in found.err
+
+    assert latents('prune', *words) == 0 and not shard.exists()
+    assert latents('build', *words) == 0 and latents('verify', *words) == 0
+    assert latents('prune', *words, '--unused', 'SOLVER.DTYPE=bfloat16') == 0
+    assert not list((tmp_path / 'cache/pictures').iterdir())
+    assert latents('info', *words) == 0 and 'needs 10, of which 10 are to be computed' in capsys.readouterr().out
