@@ -42,6 +42,7 @@ from scepter.data.records import RecordWriter, join_shards, write_metadata
 from scepter.data.transforms import RecordedCrop
 from scepter.models.autoencoder import AutoencoderKL
 from scepter.models.autoencoder_video import VideoAutoencoderKL
+from scepter.models.resting import fingerprint
 from scepter.models.restore import restore
 from scepter.weights import local_copy, read_json
 
@@ -67,14 +68,6 @@ def open_autoencoder(path: str, device: str | None, dtype: str) -> Any:
     place = device or (f'cuda:{rank % torch.cuda.device_count()}' if torch.cuda.is_available() else 'cpu')
     kind = ('float16' if place.startswith('cuda') else 'float32') if dtype == 'auto' else dtype
     return found.to(device=place, dtype=getattr(torch, kind)).eval().requires_grad_(False)
-
-
-def digest_of(autoencoder: torch.nn.Module) -> str:
-    """sha256 of its weights in float32, so that a cache is known to be of it."""
-    found = hashlib.sha256()
-    for name, value in sorted(autoencoder.state_dict().items()):
-        found.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
-    return found.hexdigest()
 
 
 # ---------------------------------------------------------------- the samples
@@ -118,6 +111,14 @@ class Samples:
         """Of the records, as NOVA's own program writes them."""
         told = {'label': 'int64'} if self.labels is not None else {'caption': 'string', 'text': 'string'}
         return {'moments': 'bytes', **told, 'shape': ['int64'], **({'flow': 'float64'} if self.frames else {})}
+
+    def told(self) -> str:
+        """What they are, in words."""
+        what = f'{len(self.records)} {"clips" if self.frames else "images"}'
+        if self.labels is not None:
+            return f'{what} of {len(self.labels)} classes'
+        without = sum(caption is None for _, caption in self.records)
+        return f'{what}, {without} of them without a caption' if without else what
 
     def read(self, index: int) -> Sample:
         """Raises UnreadableError where the sample cannot be decoded whole."""
@@ -178,6 +179,7 @@ class Work:
     def carry_out(self) -> str:
         """Do what nobody else does until all is done. Answers a sentence. Raises DataError where another cache is there."""
         self._agree_on_plan()
+        get_logger().info(f'{self.target}: {self.samples.told()}')
         try:
             if not self._is_whole:
                 atomic.make_folder(self.parts)
@@ -337,7 +339,7 @@ class Work:
         names = json.dumps([(name, None if caption is None else str(caption)) for name, caption in s.records])
         plan = {'samples': len(s.records), 'names': hashlib.sha256(names.encode()).hexdigest(), 'features': sorted(s.features),
                 'size': list(s.size) if s.size else None, 'frames': s.frames, 'every': s.every, 'labels': s.labels, 'batch': self.batch,
-                'shard': self.batch * self.chunks_per_shard, 'autoencoder': digest_of(self.autoencoder)}
+                'shard': self.batch * self.chunks_per_shard, 'autoencoder': fingerprint(self.autoencoder)}
         file = self.target / 'cache.json'
         atomic.make_folder(self.target)
         if not file.is_file():
