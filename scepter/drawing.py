@@ -28,6 +28,7 @@ from torch import Tensor
 import scepter
 import scepter.components
 from scepter import weights
+from scepter.config import as_ours, is_published
 from scepter.core import streams
 from scepter.core.calls import accepted
 from scepter.core.config import Config
@@ -153,6 +154,7 @@ def open_config(path: str | None, cfg: str | os.PathLike | Mapping | None, overr
         experiment = Config.parse(Config.of(cfg).dump())
     elif cfg is not None:
         experiment = Config.load(cfg)
+        experiment = as_ours(cfg)[0] if is_published(experiment) else experiment
     elif path is not None and has_config(path):
         experiment = config_of(path)
     elif path is None:

@@ -113,6 +113,17 @@ def test_a_picture_is_drawn_from_what_was_trained(followed: dict[str, Any], plac
     assert code == 0 and Image.open(picture).size == (64, 64)
 
 
+@pytest.mark.parametrize('words', [[], ['--pretrained_model', 'outputs/nova_d48w1024_1024px']], ids=['as published', 'as trained'])
+def test_the_guides_own_file_draws_too(followed: dict[str, Any], place: Path, words: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(place)
+    drawn = place / f'by_its_file_{len(words)}'
+
+    code = draw(['--cfg', 'nova_d48w1024_1024px.yml', *words, '--prompt', 'a red fox', '--num_samples', '1', '--sets', '2',
+                 '--sample_steps', '2', '--save_folder', str(drawn)])
+
+    assert code == 0 and len(list(drawn.glob('*.png'))) == 1
+
+
 # ---------------------------------------------------------------- what becomes of a config
 def every_key() -> list[str]:
     whole = schema_of(NovaConfig)
@@ -222,6 +233,36 @@ def test_the_converted_file_is_the_same_run(followed: dict[str, Any], place: Pat
         ends.append(tiny.groups(run, 2))
 
     assert tiny.same(*ends)
+
+
+def test_clips_are_cached_and_trained_with_their_motion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, count in (('a', 6), ('b', 9)):    # 2 and 3 latent frames
+        frames = tmp_path / 'films' / name
+        frames.mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(np.random.default_rng(i).integers(0, 255, (70, 64, 3), dtype=np.uint8)).save(frames / f'{i}.png')
+        frames.with_suffix('.txt').write_text('a red fox in the snow')
+    folder(tmp_path / 'nova', CLIP, DDPM)
+    monkeypatch.chdir(tmp_path)
+
+    words = ['films', 'img_dataset', '--vae', 'nova/vae', '--size', '64', '--clips', '--device', 'cpu']
+    assert tool('cache_latents').main(words) == 0
+    file = written(tmp_path, PIPELINE__TYPE='nova_train_t2v', SOLVER__MAX_STEPS=3, SOLVER__DISPLAY=1, TRAIN__NUM_THREADS=0)
+    assert train(['--cfg', str(file), 'SOLVER.WORK_DIR=run', 'ENV.DEVICE=cpu']) == 0
+
+    rows = [json.loads(line) for line in Path('run/log.jsonl').read_text().splitlines()]
+    assert [record['shape'] for record in RecordReader('img_dataset')] == [[8, 2, 8, 8], [8, 3, 8, 8]]
+    assert all(row['train/loss_t2i'] > 0 < row['train/loss_i2i'] for row in rows) and len(rows) == 3
+
+
+@pytest.mark.slow
+def test_one_example_trains_two_processes(followed: dict[str, Any], place: Path, tmp_path: Path):
+    file = written(place, NUM_GPUS=2, SOLVER__MAX_STEPS=2, TRAIN__NUM_THREADS=0)
+
+    code = subprocess.run([sys.executable, 'scepter/run_train.py', '--cfg', str(file), f'SOLVER.WORK_DIR={tmp_path / "run"}',
+                           'ENV.DEVICE=cpu'], cwd=ROOT).returncode
+
+    assert code == 0 and checkpoints.load(tmp_path / 'run').state['samples'] == 4
 
 
 def test_a_file_with_a_typo_is_refused_with_its_line(place: Path, caplog: pytest.LogCaptureFixture):

@@ -37,7 +37,8 @@ def command_line() -> argparse.ArgumentParser:
                         help="the autoencoder: a published vae/ folder, or a checkpoint of ours that holds one")
     parser.add_argument('--size', type=size_of, metavar='N | HxW',
                         help='scale and cut to so many pixels (default: cut to the next multiple that the autoencoder takes)')
-    parser.add_argument('--clips', action='store_true', help='SOURCE holds clips, also as folders of frames (default: where it holds video files)')
+    parser.add_argument('--clips', action='store_true',
+                        help='SOURCE holds clips, also as folders of frames (default: where it holds video files)')
     parser.add_argument('--frames', type=int, default=33, help='frames of a clip, at most (default 33)')
     parser.add_argument('--every', type=int, default=1, help='take every n-th frame (default 1)')
     parser.add_argument('--labels', action='store_true', help='write classes, which are the names of the folders, and no captions')

@@ -339,7 +339,8 @@ class Work:
         names = json.dumps([(name, None if caption is None else str(caption)) for name, caption in s.records])
         plan = {'samples': len(s.records), 'names': hashlib.sha256(names.encode()).hexdigest(), 'features': sorted(s.features),
                 'size': list(s.size) if s.size else None, 'frames': s.frames, 'every': s.every, 'labels': s.labels, 'batch': self.batch,
-                'shard': self.batch * self.chunks_per_shard, 'autoencoder': fingerprint(self.autoencoder)}
+                'shard': self.batch * self.chunks_per_shard, 'dtype': str(next(self.autoencoder.parameters()).dtype),
+                'autoencoder': fingerprint(self.autoencoder)}
         file = self.target / 'cache.json'
         atomic.make_folder(self.target)
         if not file.is_file():
