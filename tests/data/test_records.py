@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from scepter.core.errors import DataError
 from scepter.data.records import RecordReader, RecordWriter, _decode_map, _encode_map
-from tests.models.nova_cases import folders
+from tests.models.nova_cases import folders, kind_of
 
-SETS = [folder for root in folders() if root.name == 'records' for folder in sorted(root.iterdir()) if folder.is_dir()]
+SETS = [folder for root in folders() if kind_of(root) == 'records' for folder in sorted(root.iterdir()) if folder.is_dir()]
 
 
 @pytest.mark.parametrize('folder', SETS, ids=lambda f: f.name)

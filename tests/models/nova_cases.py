@@ -19,19 +19,31 @@ from scepter.weights.families.nova import read_scheduler
 from scepter.weights.said import values_of
 
 HERE = Path(__file__).resolve().parents[1] / 'fixtures' / 'nova'
-ROOTS = [HERE, *(Path(word) for word in os.environ.get('NOVA_FIXTURES', '').split(os.pathsep) if word)]
 PARTS = ('video_encoder', 'image_encoder', 'image_decoder')
 
 
 def folders() -> list[Path]:
     """Every folder of every root; a root may itself be one case."""
-    every = (folder for root in ROOTS for folder in ([root] if (root / 'case.json').is_file() else sorted(root.iterdir())))
+    roots = [HERE, *(Path(word) for word in os.environ.get('NOVA_FIXTURES', '').split(os.pathsep) if word)]
+    every = (folder for root in roots for folder in ([root] if (root / 'case.json').is_file() else sorted(root.iterdir())))
     return [folder for folder in every if folder.is_dir()]
 
 
-def with_file(pattern: str) -> list[Path]:
-    """Every file of this name, in folders that hold a network."""
-    return [file for folder in folders() if (folder / 'case.json').is_file() for file in sorted(folder.glob(pattern))]
+def kind_of(folder: Path) -> str:
+    """What a folder holds, by its files, whatever it is called. Raises ValueError where no test would look at it."""
+    kinds = {'network': ('case.json',), 'autoencoder': ('io.safetensors',), 'schedulers': ('schedulers.safetensors', 'specs.json'),
+             'guidance': ('guidance.safetensors', 'specs.json'), 'records': ('*.expected.json',)}
+    found = [kind for kind, files in kinds.items() if all(any(folder.glob(file)) for file in files)]
+    misc = ('num_preds.json', 'mask_and_dist.safetensors', 'ema.safetensors', 'lr.json')
+    found += ['misc'] * any((folder / file).is_file() for file in misc)
+    if len(found) != 1:
+        raise ValueError(f'{folder} holds {" and ".join(found) or "nothing that a test knows"}: expected one of {", ".join(kinds)}, misc')
+    return found[0]
+
+
+def with_file(pattern: str, kind: str = 'network') -> list[Path]:
+    """Every file of this name, in folders of this kind."""
+    return [file for folder in folders() if kind_of(folder) == kind for file in sorted(folder.glob(pattern))]
 
 
 def process_keys(scheduler: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +87,7 @@ class Case:
     def model(self) -> NovaModel:
         """The network with its process, as a published folder's scheduler says it."""
         config = Config({'NAME': 'NovaModel', 'NETWORK': self.config(), **process_keys(self.told['scheduler']),
-                         'SCALE_FACTOR': self.told['vae_scaling_factor'], 'SHIFT_FACTOR': self.told.get('vae_shift_factor', 0.0),
+                         'SCALE_FACTOR': self.told['vae_scaling_factor'], 'SHIFT_FACTOR': self.told.get('vae_shift_factor') or 0.0,
                          'LOSS_REPEAT': self.told['loss_repeat']})
         assert not list(MODELS.faults(config, ''))
         model = MODELS.build(config)
@@ -90,7 +102,6 @@ class Case:
         texts = [recorded[f'in.prompt.{i}'] for i in range(sum(name.startswith('in.prompt.') for name in recorded))]
         dropped = recorded['rand.prompt_dropped'].tolist() if 'rand.prompt_dropped' in recorded else [0] * len(texts)
         return [text[:0] if drop else text for text, drop in zip(texts, dropped)]
-
 
     def labels(self, recorded: dict[str, Tensor]) -> Tensor:
         """The classes; those that were dropped in training are the one behind the last."""

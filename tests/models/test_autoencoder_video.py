@@ -14,9 +14,9 @@ from scepter.core.config import Config
 from scepter.core.registry import MODELS
 from scepter.models.autoencoder_video import VideoAutoencoderKL
 from scepter.models.latent import LatentSpace
-from tests.models.nova_cases import close, folders
+from tests.models.nova_cases import close, folders, kind_of
 
-FOLDERS = [folder for folder in folders() if (folder / 'io.safetensors').is_file()]
+FOLDERS = [folder for folder in folders() if kind_of(folder) == 'autoencoder']
 TINY = {'NAME': 'VideoAutoencoderKL', 'BLOCK_OUT_CHANNELS': [32, 64, 32, 32], 'LAYERS_PER_BLOCK': 1}
 
 

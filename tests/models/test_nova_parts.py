@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,19 +26,18 @@ from scepter.models.nova.encoders import ends_of_frames
 from scepter.models.nova.guidance import Guidance
 from scepter.models.nova.steps import chains
 from scepter.models.process import process_of
-from tests.models.nova_cases import close, folders, process_keys
+from tests.models.nova_cases import HERE, close, folders, kind_of, process_keys, with_file
 
 
 def entries(name: str) -> list:
-    """Each entry of specs.json in the folders of this name."""
-    found = [(folder, tag) for folder in folders() if folder.name == name
-             for tag in json.loads((folder / 'specs.json').read_text(encoding='utf-8'))]
+    """Each entry of specs.json in the folders of this kind."""
+    found = [(file.parent, tag) for file in with_file('specs.json', name) for tag in json.loads(file.read_text(encoding='utf-8'))]
     return [pytest.param(folder, tag, id=tag) for folder, tag in found]
 
 
 def of_entry(folder: Path, tag: str) -> tuple[Any, dict[str, Tensor]]:
     specs = json.loads((folder / 'specs.json').read_text(encoding='utf-8'))
-    tensors = load_file(folder / f'{folder.name}.safetensors')
+    tensors = load_file(folder / f'{kind_of(folder)}.safetensors')
     return specs[tag], {name.removeprefix(f'{tag}.'): value for name, value in tensors.items() if name.startswith(f'{tag}.')}
 
 
@@ -45,9 +46,26 @@ def process(keys: dict[str, Any]) -> Diffusion:
 
 
 @pytest.mark.parametrize('folder', folders(), ids=str)
-def test_every_folder_of_the_reference_is_of_a_kind_that_is_run(folder: Path):
-    has_network = (folder / 'case.json').is_file() or (folder / 'io.safetensors').is_file()
-    assert has_network or folder.name in ('schedulers', 'guidance', 'misc', 'records')
+def test_every_folder_of_the_reference_is_run(folder: Path):
+    """Tests are made of the files that are there: one that is not must not go unseen."""
+    if kind_of(folder) == 'network':
+        samples = json.loads((folder / 'case.json').read_text(encoding='utf-8'))['samples']
+        names = ('model', 'train', *(f'sample_{tag}' for tag in samples))
+        assert not [name for name in names if not (folder / f'{name}.safetensors').is_file()]
+
+
+def test_folders_that_the_environment_names_are_walked_whatever_they_are_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for source, name in ((HERE / 'c2i_abs_ddpm', 'set/another'), (HERE / 'misc', 'alone/more')):
+        shutil.copytree(source, tmp_path / name)
+    monkeypatch.setenv('NOVA_FIXTURES', os.pathsep.join([str(tmp_path / 'set'), str(tmp_path / 'alone')]))
+
+    further = [path for path in folders() if tmp_path in path.parents]
+
+    assert [(path.name, kind_of(path)) for path in further] == [('another', 'network'), ('more', 'misc')]
+    assert tmp_path / 'set' / 'another' / 'train.safetensors' in with_file('train.safetensors')
+    (tmp_path / 'set' / 'unknown').mkdir()
+    with pytest.raises(ValueError, match='unknown holds nothing that a test knows'):
+        with_file('train.safetensors')
 
 
 @pytest.mark.parametrize('folder, tag', entries('schedulers'))
@@ -56,7 +74,7 @@ def test_a_scheduler_trains_and_draws_as_published(folder: Path, tag: str):
     keys = process_keys(spec['config'])
     diffusion, is_flow = process(keys), keys['SPACING'] == 'flow'
 
-    level = diffusion.level(999 - recorded['t'] if is_flow else recorded['t'], recorded['x'])
+    level = diffusion.level(diffusion.num_timesteps - 1 - recorded['t'] if is_flow else recorded['t'], recorded['x'])
     close(diffusion.diffuse(recorded['x'], recorded['noise'], level), recorded['add_noise'], 2e-6, 'add_noise')
     if is_flow:
         close(level.t, recorded['decoder_timestep'], 2e-4, 'times')
@@ -103,19 +121,16 @@ def test_guidance_asks_and_answers_as_published(folder: Path, tag: str):
         assert torch.equal(guidance.frames(recorded['tokens'], recorded['padding']), recorded['tokens_expanded'])
 
 
-MISC = [folder for folder in folders() if folder.name == 'misc']
-
-
-@pytest.mark.parametrize('folder', MISC, ids=str)
-def test_the_sets_of_tokens_have_the_published_sizes(folder: Path):
-    for tag, sizes in json.loads((folder / 'num_preds.json').read_text(encoding='utf-8')).items():
+@pytest.mark.parametrize('file', with_file('num_preds.json', 'misc'), ids=str)
+def test_the_sets_of_tokens_have_the_published_sizes(file: Path):
+    for tag, sizes in json.loads(file.read_text(encoding='utf-8')).items():
         sets, tokens = (int(word[1:]) for word in tag.split('_'))
         assert set_sizes(sets, tokens) == sizes, tag
 
 
-@pytest.mark.parametrize('folder', MISC, ids=str)
-def test_masks_and_posteriors_are_the_published_ones(folder: Path):
-    recorded = load_file(folder / 'mask_and_dist.safetensors')
+@pytest.mark.parametrize('file', with_file('mask_and_dist.safetensors', 'misc'), ids=str)
+def test_masks_and_posteriors_are_the_published_ones(file: Path):
+    recorded = load_file(file)
 
     assert torch.equal(may_see(ends_of_frames(3, 2, 3)), recorded['attn_mask'] == 0)
     for kind in ('dist_even', 'dist_odd'):
@@ -126,9 +141,9 @@ def test_masks_and_posteriors_are_the_published_ones(folder: Path):
         close(posterior.sample(noise), sample, 1e-6, kind)
 
 
-@pytest.mark.parametrize('folder', MISC, ids=str)
-def test_the_average_of_trained_weights_is_the_published_one(folder: Path):
-    recorded = load_file(folder / 'ema.safetensors')
+@pytest.mark.parametrize('file', with_file('ema.safetensors', 'misc'), ids=str)
+def test_the_average_of_trained_weights_is_the_published_one(file: Path):
+    recorded = load_file(file)
     network = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)).bfloat16()
     network[1].requires_grad_(False)
     network.load_state_dict({name: recorded[f'ema.0.{name}'] for name in network.state_dict()})

@@ -21,8 +21,8 @@ def chance_of(case: Case, train: dict[str, Tensor]) -> Chance:
     order, seen = train['rand.mask_u'].squeeze(-1).argsort(1), train['rand.prev_ids'].squeeze(-1)
     assert torch.equal(order[:, :seen.shape[1]], seen)
     t = train['rand.timesteps']
-    is_flow = case.told['scheduler']['class'].startswith('Flow')
-    return Chance(order, seen.shape[1], train['rand.loss_noise'], 999 - t if is_flow else t)
+    is_flow, last = case.told['scheduler']['class'].startswith('Flow'), case.told['scheduler'].get('num_train_timesteps', 1000) - 1
+    return Chance(order, seen.shape[1], train['rand.loss_noise'], last - t if is_flow else t)
 
 
 @pytest.mark.parametrize('file', TRAIN, ids=label)

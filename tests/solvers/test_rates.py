@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +9,10 @@ import pytest
 import scepter.components  # noqa: F401
 from scepter.core.config import Config
 from scepter.solvers.optim import rate_function
+from tests.models.nova_cases import with_file
 
-PUBLISHED: dict[str, Any] = json.loads(
-    (Path(__file__).resolve().parents[1] / 'fixtures' / 'nova' / 'misc' / 'lr.json').read_text(encoding='utf-8'))
+PUBLISHED: dict[str, Any] = {name: case for file in with_file('lr.json', 'misc')
+                             for name, case in json.loads(file.read_text(encoding='utf-8')).items()}
 NAMES = {'ConstantLR': 'Constant', 'CosineLR': 'CosineAfter', 'MultiStepLR': 'Step'}
 
 
