@@ -20,13 +20,15 @@ import yaml
 from launched import ALONE, CUT, ENVIRONMENT, LONG, ROOT, STEPS, command, end, ranks, samples, start, wait_for
 from scepter import run_train
 from scepter.core.disk import checkpoints
+from tests.models import nova_runs
 from tiny import groups, same
 
 slow = pytest.mark.slow
+NOVA_STEPS, NOVA_CUT = 8, 3
 
 
-def train(folder: Path, launcher: str, *words: str) -> Path:
-    line = command(folder, launcher, *words)
+def train(folder: Path, launcher: str, *words: str, **solver: Any) -> Path:
+    line = command(folder, launcher, *words, **solver)
     if launcher in ALONE:     # what would be a process of its own is this one: a second less, and the same path from the door on
         assert run_train.main(line[2:]) == 0
     else:
@@ -34,9 +36,9 @@ def train(folder: Path, launcher: str, *words: str) -> Path:
     return folder / 'work'
 
 
-def losses(work_dir: Path) -> list[float]:
+def losses(work_dir: Path, steps: int = STEPS) -> list[float]:
     rows = [json.loads(line) for line in (work_dir / 'log.jsonl').read_text().splitlines()]
-    assert [row['step'] for row in rows] == list(range(1, STEPS + 1))
+    assert [row['step'] for row in rows] == list(range(1, steps + 1))
     return [row['train/loss'] for row in rows]
 
 
@@ -83,6 +85,48 @@ def test_a_run_may_change_the_number_of_its_processes_and_keeps_its_samples(whol
     work_dir = train(tmp_path, 'single')
 
     assert samples(work_dir) == samples(whole('single')) and losses(work_dir) == pytest.approx(losses(whole('single')), rel=1e-5, abs=0)
+
+
+# ------------------------------------------------------------------------------------------------ NOVA
+@pytest.fixture(scope='module')
+def nova(tmp_path_factory):
+    """The run of NOVA of a launcher, undisturbed; each once. And what it is made of, on clips of several lengths."""
+    folder, done = tmp_path_factory.mktemp('nova'), {}
+    clips = nova_runs.write_clips(folder / 'clips', [3, 2, 3, 2] * 6)
+    told = nova_runs.experiment(folder, clips).SOLVER
+    hooks = [{'NAME': 'ModelEmaHook', 'BETA': 0.9}, {'NAME': 'CheckpointHook', 'INTERVAL': NOVA_CUT},
+             {'NAME': 'LogHook', 'LOG_INTERVAL': 1, 'PROGRESS': False}]
+    solver = {'MODEL': told.MODEL, 'OPTIMIZER': told.OPTIMIZER, 'TRAIN_DATA': {**told.TRAIN_DATA, 'BATCH_SIZE': 6}, 'TRAIN_HOOKS': hooks,
+              'MAX_STEPS': NOVA_STEPS}
+
+    def of(launcher: str) -> tuple[Path, dict[str, Any]]:
+        if launcher not in done:
+            done[launcher] = train(folder / launcher, launcher, **solver)
+        return done[launcher], solver
+
+    return of
+
+
+@pytest.mark.parametrize('launcher', ['spawn', *(pytest.param(n, marks=slow) for n in ('lightning', 'torchrun', 'fsdp', 'torchrun-fsdp',
+                                                                                       'lightning-2', 'lightning-fsdp'))])
+def test_nova_learns_the_same_below_every_launcher(nova, launcher):
+    (alone, _), (this, _) = nova('single'), nova(launcher)
+
+    assert losses(this, NOVA_STEPS) == pytest.approx(losses(alone, NOVA_STEPS), rel=1e-4, abs=0)
+    a, b = groups(alone, NOVA_STEPS), groups(this, NOVA_STEPS)
+    for group in ('model', 'ema'):
+        assert a[group].keys() == b[group].keys()
+        assert all(torch.allclose(a[group][key], b[group][key], rtol=1e-3, atol=1e-4) for key in a[group])
+
+
+@slow
+@pytest.mark.parametrize(('first', 'then'), [('single', 'lightning'), ('spawn', 'torchrun'), ('fsdp', 'torchrun-fsdp')])
+def test_nova_goes_on_to_the_bit_below_another_launcher(nova, tmp_path, first, then):
+    whole, solver = nova(first)
+    train(tmp_path, first, f'SOLVER.MAX_STEPS={NOVA_CUT}', **solver)
+    work_dir = train(tmp_path, then, **solver)
+
+    assert same(groups(whole, NOVA_STEPS), groups(work_dir, NOVA_STEPS)) and losses(work_dir, NOVA_STEPS) == losses(whole, NOVA_STEPS)
 
 
 # ------------------------------------------------------------------------------------------------ the ends

@@ -19,6 +19,7 @@ from scepter.models.base import TrainModule
 from scepter.solvers import state
 from scepter.solvers.optim import NamedOptimizer
 from scepter.solvers.step import LossScale
+from tests.models import nova_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCH, STEPS = 6, 14                    # steps: 24 samples, 4 of them in a step
@@ -43,9 +44,12 @@ class CutOff(Hook):
             raise Crash
 
 
-def run(folder: Path, cut: int | None = None, **row: Any) -> None:
-    """All of a run into the folder; with a cut, in three parts: cut off after that step, again after the next, and ended."""
-    cfg = config(folder, {**ROW, **row}, STEPS)
+def run(folder: Path, cut: int | None = None, clips: str | None = None, **row: Any) -> None:
+    """All of a run into the folder; with a cut, in three parts: cut off after that step, again after the next, and ended.
+
+    clips: the data of NOVA, where that is what is trained.
+    """
+    cfg = config(folder, {**ROW, **row}, STEPS) if clips is None else nova_runs.experiment(folder, Path(clips), MAX_STEPS=STEPS)
     cfg.SOLVER.TRAIN_HOOKS[0].LOG_INTERVAL = 1
     cfg.SOLVER.TRAIN_HOOKS.append(Config({'NAME': 'TensorboardLogHook', 'LOG_INTERVAL': 1}))
     for step in [] if cut is None else [cut, min(cut + 1, STEPS - 1)]:
@@ -60,7 +64,7 @@ def everywhere(cfg: Config) -> None:
     """What each process of a run of several does: the whole, and all cuts."""
     we.use_pl = cfg.ENV.USE_PL
     for name, cut in {'whole': None, **CUTS}.items():
-        run(Path(cfg.FOLDER) / name, cut, PROCESSES=we.world_size, NUM_WORKERS=cfg.WORKERS)
+        run(Path(cfg.FOLDER) / name, cut, cfg.get('CLIPS'), PROCESSES=we.world_size, NUM_WORKERS=cfg.WORKERS)
 
 
 def of_all_processes(folder: Path, processes: int, workers: int, use_pl: bool = False) -> Config:
@@ -156,6 +160,28 @@ def test_nor_with_lightning(whole, tmp_path, monkeypatch):
     for name, cut in CUTS.items():
         run(tmp_path / name, cut)
         assert not differences(outcome(whole, STEPS), outcome(tmp_path / name, STEPS)), name
+
+
+# ------------------------------------------------------------------------------------------------ NOVA
+@pytest.fixture(scope='module')
+def clips(tmp_path_factory) -> str:
+    """Clips of several lengths, so that which of them a step takes matters too."""
+    return str(nova_runs.write_clips(tmp_path_factory.mktemp('clips'), [3, 2, 3, 3, 2, 1, 3, 3]))
+
+
+@pytest.mark.parametrize('name', ['mid-epoch', *(pytest.param(name, marks=pytest.mark.slow) for name in CUTS if name != 'mid-epoch')])
+def test_nova_cut_off_twice_in_a_row_is_the_whole_run(tmp_path, clips, name):
+    run(tmp_path / 'whole', None, clips)
+    run(tmp_path / 'cut', CUTS[name], clips)
+
+    assert not differences(outcome(tmp_path / 'whole', STEPS), outcome(tmp_path / 'cut', STEPS))
+
+
+@pytest.mark.slow
+def test_nor_does_nova_differ_on_two_processes(tmp_path, clips):
+    launch(Config({**of_all_processes(tmp_path, 2, 0), 'CLIPS': clips}), everywhere)
+
+    assert found(tmp_path) == {name: [] for name in CUTS}
 
 
 if __name__ == '__main__':     # what torchrun starts

@@ -26,6 +26,7 @@ def moments(count: int, frames: int = 0) -> Tensor:
 
 def write_clips(folder: Path, lengths: list[int]) -> Path:
     """Clips of so many frames, with features of text; the folder."""
+    folder.mkdir(exist_ok=True)
     text = {'data': 'bytes', 'shape': ['int64']}
     with RecordWriter(folder, {'moments': 'bytes', 'shape': ['int64'], 'caption': text, 'text': text, 'flow': 'float64'}) as writer:
         for i, frames in enumerate(lengths):
