@@ -5,7 +5,8 @@
     python tools/convert_weights.py sd21.safetensors work_dir --to scepter --cfg sd21/sd21_512.yaml      a checkpoint of ours
 
 The source is a single file (.safetensors, .ckpt, ...), a diffusers folder, a hub id or a checkpoint of ours. --cfg names the network;
-Stable Diffusion 1 and XL are recognised without it. Every result but a checkpoint is opened again by diffusers and compared.
+Stable Diffusion 1 and XL are recognised without it, and a folder says itself what it is. Every result but a checkpoint is opened again by
+diffusers, where it knows such a network, and compared.
 """
 from __future__ import annotations
 
@@ -49,17 +50,18 @@ def run(args: argparse.Namespace) -> None:
     from scepter.core.faults import ConfigError
     from scepter.core.registry import MODELS
     from scepter.models.restore import without_weights
-    from scepter.weights import family_of, load_into, local_copy, read_weights, refuse_contradictions, weights_for
+    from scepter.weights import describe, family_of, load_into, local_copy, read_weights, refuse_contradictions, weights_for
     if args.to is not None and (args.to == 'single') != args.target.endswith('.safetensors'):
         raise ConfigError(f'--to {args.to} does not go with {args.target}: a single file ends in .safetensors, a folder does not')
     with local_copy(args.source) as local:
         weights = read_weights(local, use_ema=args.ema == 'on')
         kind = family_of(weights)
         file = args.cfg or CONFIGS.get(kind or '')
-        if file is None:
+        is_told = file is None and local.is_dir() and not (local / 'MANIFEST.json').is_file()
+        if file is None and not is_told:
             raise ConfigError(f'{args.source} is of {kind or "an unknown network"}: say which by --cfg (those of Stable Diffusion 2 differ '
                               'only in what they predict: sd21/sd21_512.yaml or sd21/sd21_768_v.yaml)')
-        cfg = Config.load(file)
+        cfg = describe(args.source).config if is_told else Config.load(file)
         cfg.SOLVER.MODEL = without_weights(cfg.SOLVER.MODEL)
         model = MODELS.build(cfg.SOLVER.MODEL).eval()
         refuse_contradictions(model, weights, source=args.source)

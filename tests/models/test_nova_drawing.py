@@ -1,6 +1,7 @@
 """NOVA's drawings against the published code: sets, levels, order and noise as recorded, all the way to the latents."""
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from scepter.core.registry import BACKBONES
 from scepter.diffusion.process import Diffusion
 from scepter.diffusion.samplers import euler
 from scepter.diffusion.schedules import flow
-from scepter.models.nova.blocks import patchify
+from scepter.models.layers import attention
+from scepter.models.nova.blocks import causal_by_parts, may_see, patchify
 from scepter.models.nova.drawing import KeyedDraws, Painter, set_sizes
+from scepter.models.nova.encoders import ends_of_frames
 from scepter.models.nova.guidance import Guidance
 from scepter.models.nova.model import NovaModel
 from scepter.models.nova.steps import chains
@@ -104,6 +107,40 @@ def chains_of(model: NovaModel, told: dict[str, Any]) -> list:
 def near(ours: Tensor, theirs: Tensor, what: str) -> None:
     """Within 2e-5 of the largest."""
     close(ours, theirs, 2e-5 * theirs.abs().max().item(), what)
+
+
+@pytest.mark.parametrize('prefix, tokens', [(6, 16), (6, 128)], ids=['by a mask', 'one by one'])
+def test_parts_see_themselves_and_what_is_before_them(prefix: int, tokens: int):
+    torch.manual_seed(0)
+    ends = ends_of_frames(3, tokens, prefix)
+    q, k, v = (torch.randn(2, ends[-1], 2, 8, dtype=torch.float64).requires_grad_() for _ in range(3))
+
+    ours, wanted = causal_by_parts(q, k, v, ends), attention(q, k, v, may_see(ends))
+
+    torch.testing.assert_close(ours, wanted)
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (ours, wanted))):
+        torch.testing.assert_close(a, b)
+
+
+def test_all_sets_of_a_frame_share_noise_that_is_drawn_once():
+    draws = KeyedDraws([1, 2], 16, 8, torch.device('cpu'))
+
+    first = [draws.start(0, number) for number in range(3)] + [draws.fresh(0, number, 1) for number in range(3)]
+    later = [draws.start(1, 0), draws.fresh(1, 0, 1)]
+
+    assert all(noise is first[0] for noise in first[:3]) and all(noise is first[3] for noise in first[3:])    # not only equal: not drawn
+    kinds = [first[0], first[3], *later]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(kinds, 2))
+    assert torch.equal(KeyedDraws([2], 16, 8, torch.device('cpu')).fresh(1, 5, 1)[0], later[1][1])
+
+
+@torch.no_grad()
+def test_what_is_known_about_a_token_is_worked_out_once():
+    torch.manual_seed(0)
+    decoder = BACKBONES.build(Config(CLIP)).image_decoder
+    x, t, z = torch.randn(2, 5, 8), torch.tensor([3.0, 700.0]), torch.randn(2, 5, 32)
+
+    assert torch.equal(decoder(x, t, z), decoder(x, t, known=decoder.knows(z)))
 
 
 @pytest.mark.parametrize('changes', [{}, {'ROTARY_POS_EMBED': True, 'ARCH': ['vit_d2w32h1', 'vit_d2w32h1', 'mlp_d1w16']}],

@@ -14,6 +14,7 @@ import scepter
 import scepter.components
 from pairs import Crash, Stop, differences, outcome, train
 from scepter.core import streams
+from scepter.core.calls import accepted
 from scepter.core.config import Config
 from scepter.core.faults import ConfigError
 from scepter.core.launch import launch
@@ -190,6 +191,64 @@ def test_one_frame_is_an_image(autoencoder: dict):
     assert [list(r['image'].shape) for r in result] == [[3, 64, 64]] * 2 and [r['label'] for r in result] == [3, 4]
     with streams.current(1, torch.arange(2), step=1):
         assert model.forward_train(image=torch.rand(2, 3, 64, 64), label=torch.tensor([1, 2]))['loss'].isfinite()
+
+
+def test_a_picture_of_an_evaluation_is_no_first_frame():
+    """A batch of pictures has an `image`; a clip that began with it would be measured against itself."""
+    assert accepted(build(CLIP).forward_test, {'image': 1, 'video': 2, 'moments': 3, 'first_frame': 4}) == {'first_frame': 4}
+
+
+def test_an_autoencoder_of_pictures_serves_clips_frame_by_frame():
+    torch.manual_seed(0)
+    model, clip = build(CLIP, FIRST_STAGE_MODEL=IMAGES), torch.rand(2, 3, 3, 64, 64) * 2 - 1
+
+    with streams.current(1, torch.tensor([4, 9]), step=1):
+        both = model.encode_first_stage(clip)
+        assert model.forward_train(video=clip, prompt=batch_of(CLIP, 2)['prompt'])['loss'].isfinite()
+    with streams.current(1, torch.tensor([9]), step=1):
+        alone = model.encode_first_stage(clip[1:])
+    drawn = model.forward_test(prompt=[''], num_frames=3, sets=2, sample_steps=2)[0]['video']
+
+    torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-4)
+    assert both.shape == (2, 2, 3, 8, 8) and drawn.shape == (3, 3, 64, 64)
+
+
+def test_one_with_rotations_draws_other_sizes_and_one_with_sines_does_not():
+    rotary = {**CLIP, 'ROTARY_POS_EMBED': True, 'ARCH': ['vit_d2w32h1', 'vit_d2w32h1', 'mlp_d1w16']}
+
+    drawn = build(rotary).forward_test(prompt=[''], image_size=(64, 96), length=2, sets=2, sample_steps=2)[0]['latent']
+
+    assert drawn.shape == (2, 2, 8, 12)
+    with pytest.raises(ValueError, match=r'72x96 cannot be drawn: sides are multiples of 32, e\.g\. 64x96'):
+        build(rotary).forward_test(prompt=[''], image_size=(72, 96))
+    with pytest.raises(ValueError, match=r'64x96 cannot be drawn: the positions of this network fit 64x64 alone'):
+        build(CLIP).forward_test(prompt=[''], image_size=(64, 96))
+
+
+@pytest.mark.parametrize('how, words', [({'length': 4}, 'up to 3 of latents'), ({'num_frames': 4}, 'up to 3 of latents'),
+                                        ({'length': 0}, '0 frames of latents cannot be drawn')])
+def test_a_clip_that_is_longer_than_the_network_was_made_for_is_refused(how: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        build(CLIP).forward_test(prompt=[''], **how)
+
+
+def test_progress_counts_the_sets_of_all_frames(capsys: pytest.CaptureFixture[str]):
+    seen: list[tuple[int, int]] = []
+
+    build(CLIP).forward_test(prompt=[''], length=3, sets=4, sample_steps=2, show_progress=True,
+                             on_step=lambda number, count, tokens: seen.append((number, count)))
+
+    assert seen == [(i, 12) for i in range(1, 13)] and '/12 [' in capsys.readouterr().err
+
+
+def test_spatiotemporal_guidance_changes_nothing_and_says_so(caplog: pytest.LogCaptureFixture):
+    model, how = build(CLIP), {'prompt': [''], 'sets': 2, 'sample_steps': 2}
+    model.logger = logging.getLogger('a run')
+
+    with caplog.at_level(logging.INFO):
+        guided = model.forward_test(spatiotemporal_guide_scale=2.0, **how)[0]['latent']
+
+    assert torch.equal(guided, model.forward_test(**how)[0]['latent']) and 'changes nothing' in caplog.text
 
 
 @pytest.mark.parametrize('how', [{}, pytest.param({'PARALLEL': 'fsdp'}, marks=pytest.mark.slow)], ids=['plain', 'fsdp'])
