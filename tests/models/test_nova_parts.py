@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -27,6 +28,7 @@ from scepter.models.nova.guidance import Guidance
 from scepter.models.nova.steps import chains
 from scepter.models.process import process_of
 from tests.models.nova_cases import HERE, close, folders, kind_of, process_keys, with_file
+from tests.models.nova_runs import NETWORK
 
 
 def entries(name: str) -> list:
@@ -94,13 +96,25 @@ def test_a_scheduler_trains_and_draws_as_published(folder: Path, tag: str):
 
 @pytest.mark.parametrize('values, words', [
     ({'_class_name': 'UniPCMultistepScheduler'}, "'UniPCMultistepScheduler', but expected"),
-    ({'_class_name': 'DDPMScheduler', 'thresholding': True}, 'says thresholding, which we do not do'),
+    ({'_class_name': 'DDPMScheduler', 'thresholding': True}, 'thresholding True, but a process of ours has False only'),
+    ({'_class_name': 'DDPMScheduler', 'noise': 2}, 'says noise, which we do not do'),
     ({'_class_name': 'DDPMScheduler', 'variance_type': 'learned'}, 'variance_type'),
     ({'_class_name': 'DDPMScheduler', 'beta_schedule': 'laplace'}, "beta_schedule 'laplace'"),
     ({'_class_name': 'DDPMScheduler', 'prediction_type': 'flow'}, "prediction_type 'flow'")])
 def test_a_scheduler_that_would_draw_otherwise_is_refused(values: dict, words: str):
     with pytest.raises(CheckpointError, match=words):
         process_keys(values)
+
+
+@pytest.mark.parametrize('scheduler', [diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+                                       diffusers.DDPMScheduler(beta_schedule='squaredcos_cap_v2', steps_offset=1)])
+def test_a_scheduler_as_diffusers_writes_it_says_all_that_it_leaves_undone(tmp_path: Path, scheduler: Any):
+    scheduler.save_pretrained(tmp_path)
+
+    keys = process_keys(json.loads((tmp_path / 'scheduler_config.json').read_text(encoding='utf-8')))
+
+    assert keys['SCHEDULE_ARGS'] in ({'NAME': 'flow', 'SHIFT': 3.0}, {'NAME': 'cosine'}) and not list(MODELS.faults(
+        Config({'NAME': 'NovaModel', 'NETWORK': NETWORK, **keys}), ''))
 
 
 @pytest.mark.parametrize('folder, tag', entries('guidance'))

@@ -202,9 +202,16 @@ def write_text(embedder: nn.Module) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- the scheduler
-SCHEDULERS = {'FlowMatchEulerDiscreteScheduler': ('num_train_timesteps', 'shift', 'use_dynamic_shifting'),
-              'DDPMScheduler': ('num_train_timesteps', 'beta_schedule', 'beta_start', 'beta_end', 'trained_betas', 'prediction_type',
-                                'timestep_spacing', 'steps_offset', 'rescale_betas_zero_snr', 'clip_sample', 'variance_type')}
+SCHEDULERS = {'FlowMatchEulerDiscreteScheduler': {'num_train_timesteps', 'shift'},
+              'DDPMScheduler': {'num_train_timesteps', 'beta_schedule', 'beta_start', 'beta_end', 'trained_betas', 'prediction_type',
+                                'timestep_spacing', 'steps_offset', 'rescale_betas_zero_snr', 'clip_sample'}}
+# what their configs say of what they leave undone, and what only has a meaning beside it
+SCHEDULER_ONLY: dict[str, tuple[Any, ...]] = {
+    'use_dynamic_shifting': (False,), 'variance_type': ('fixed_small',), 'thresholding': (False,), 'use_karras_sigmas': (False,),
+    'use_exponential_sigmas': (False,), 'use_beta_sigmas': (False,), 'invert_sigmas': (False,), 'shift_terminal': (),
+    'stochastic_sampling': (False,)}
+IDLE = {'base_shift', 'max_shift', 'base_image_seq_len', 'max_image_seq_len', 'time_shift_type', 'clip_sample_range', 'sample_max_value',
+        'dynamic_thresholding_ratio'}
 BETAS = {'squaredcos_cap_v2': 'cosine', 'linear': 'linear', 'scaled_linear': 'scaled_linear', 'sigmoid': 'sigmoid'}
 PREDICTIONS = {'epsilon': 'eps', 'sample': 'x0', 'v_prediction': 'v'}
 THEIR_PREDICTIONS = {ours: theirs for theirs, ours in PREDICTIONS.items()}
@@ -222,10 +229,10 @@ def read_scheduler(values: Mapping[str, Any], folder: str = 'the scheduler') -> 
     name = s.get('_class_name')
     if name not in SCHEDULERS:
         raise s.refusal('_class_name', f'expected {" or ".join(SCHEDULERS)}')
-    unknown = sorted(key for key in values if key not in SCHEDULERS[name] and not key.startswith('_'))
+    unknown = sorted(key for key in values.keys() - SCHEDULERS[name] - SCHEDULER_ONLY.keys() - IDLE if not key.startswith('_'))
     if unknown:
         raise CheckpointError(f'{folder}: {SCHEDULER} says {", ".join(unknown)}, which we do not do')
-    s.only({'use_dynamic_shifting': (False,), 'variance_type': ('fixed_small',)}, 'a process of ours')
+    s.only(SCHEDULER_ONLY, 'a process of ours')
     with s.reading():
         levels = {'TIMESTEPS': s.said(s.number('num_train_timesteps'), 'num_train_timesteps')}
         if name == 'FlowMatchEulerDiscreteScheduler':
