@@ -1,4 +1,4 @@
-"""The one command that an installation brings: scepter train | draw | export | convert | cache | latents | config | checkpoint | docs.
+"""The one command that an installation brings: scepter train | draw | export | convert | cache | latents | doctor | config | ...
 
 Each is a file that also runs by itself; `scepter draw --help` is `python scepter/run_inference.py --help`.
 """
@@ -18,6 +18,7 @@ COMMANDS = {
     'convert': ('scepter.tools.convert_weights', 'turn published weights from one form into another'),
     'cache': ('scepter.tools.cache_latents', 'turn images or clips into latents once, before training'),
     'latents': ('scepter.tools.latents', 'fill, check and thin out the cache of a run (SOLVER.CACHE)'),
+    'doctor': ('scepter.tools.data_doctor', 'read all data once, and say what is wrong with it'),
     'config': ('scepter.tools.convert_config', "write a config of NOVA's own program as one of ours"),
     'checkpoint': ('scepter.tools.checkpoint', 'look at checkpoints, and make one file of one'),
     'docs': ('scepter.tools.make_docs', 'the reference of components, or a JSON Schema for editors'),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scepter.data.cache import Table
+    from scepter.data.kept import Table
     from scepter.data.shards import Shards
 
 if not __package__:    # run as a file

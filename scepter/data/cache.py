@@ -9,10 +9,8 @@ weights, the types, the format. So nothing in a cache can be out of date: what h
 """
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,17 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scepter.core import streams
 from scepter.core.errors import DataError
 from scepter.core.faults import ConfigError
-from scepter.core.logger import duration, get_logger
 from scepter.core.schema import Component, param
 from scepter.data.datasets import PICTURES, BaseDataset
+from scepter.data.guard import Guard
 from scepter.data.images import UnreadableError
+from scepter.data.kept import Clock, Table
 from scepter.data.loader import OrderedLoader, generators_restored, seed_generators
 from scepter.data.order import Order
-from scepter.data.shards import KEY_BYTES, Fault, Row, Shards, key_of, restore_index, write_shard
+from scepter.data.shards import KEY_BYTES, Row, key_of
 from scepter.data.sources import Source, SourceBook
+from scepter.data.texts import Texts
 
 BESIDE = 'beside.'    # how what a transform noted of a sample is called in a row
 TRIES = 4             # draws of a sample that must be alike to be kept,
@@ -48,78 +47,6 @@ class Cache(Component):
     PROMPTS: bool = param(True, 'Keep features of prompts too, where the text encoder is not trained and each sample always has the same.')
     ROWS: int = param(256, 'Samples of one file: what a kill costs at most.', least=1)
     BATCH_SIZE: int = param(16, 'Samples that are encoded at once.', least=1)
-
-
-class Table:
-    """The rows that a dataset needs of one encoder, some of them in shards already. A subclass says what the keys are.
-
-    keys: uint8 [N, KEY_BYTES], one for each index.  has_key: bool [N], False where a source cannot be read.
-    """
-
-    keys: np.ndarray
-    has_key: np.ndarray
-
-    def __init__(self, folder: Path, rows: int, logger: logging.Logger | None = None):
-        self.folder, self.rows, self.logger = folder, rows, logger or get_logger()
-
-    def missing(self) -> list[list[int]]:
-        """What is to be computed, by the shard that each is to be in."""
-        raise NotImplementedError
-
-    def look(self) -> None:
-        """Find the rows that are there. Raises nothing for a damaged shard: `faults` tells, and its rows are missing."""
-        self.shards = Shards(self.folder)
-        self.numbers = self.shards.find(self.keys)
-        self.numbers[~self.has_key] = -1
-
-    @property
-    def faults(self) -> list[Fault]:
-        """What is wrong with the shards at first sight."""
-        return self.shards.faults
-
-    def parts(self, groups: Sequence[Sequence[int]]) -> list[list[int]]:
-        """The indices whose rows are missing, by the shard that each is to be in; groups: indices whose rows have one shape.
-
-        Where a shard begins is decided by what the dataset holds, not by what is missing: so one that was killed goes on with the same
-        shards, and several processes can share them.
-        """
-        parts, seen = [], set[bytes]()
-        for group in groups:
-            unique = []
-            for index in group:
-                key = self.keys[index].tobytes()
-                if self.has_key[index] and key not in seen:
-                    seen.add(key)
-                    unique.append(index)
-            for first in range(0, len(unique), self.rows):
-                if missing := [i for i in unique[first:first + self.rows] if self.numbers[i] < 0]:
-                    parts.append(missing)
-        return parts
-
-    def write(self, indices: Sequence[int], rows: dict[str, Tensor], name: Callable[[int], str]) -> None:
-        """Keep the rows of these indices as one shard. Raises DataError where one is not finite."""
-        for key, value in rows.items():
-            if value.is_floating_point() and not value.isfinite().all():
-                bad = next(i for i, row in zip(indices, value) if not row.isfinite().all())
-                raise DataError(f'{name(bad)}: its {key} are not finite in {str(value.dtype).removeprefix("torch.")}: encode in float32 '
-                                '(SOLVER.DTYPE), or keep them in another type (CACHE.DTYPE)')
-        write_shard(self.folder, [self.keys[i].tobytes() for i in indices], rows)
-
-    def restore_indices(self) -> None:
-        """Write indices that were lost again."""
-        for shard in self.shards.shards:
-            if not shard.has_index and shard.whole.all():
-                restore_index(shard)
-
-    def row(self, index: int) -> Row:
-        """The row of an index. Raises UnreadableError where there is none, or it is damaged."""
-        number = int(self.numbers[index])
-        if number < 0:
-            raise UnreadableError('could not be read when the cache was filled')
-        try:
-            return self.shards[number]
-        except (ValueError, OSError) as error:
-            raise UnreadableError(f'{error}; `scepter latents prune` drops it, and the next run computes it again') from error
 
 
 class Pictures(Table):
@@ -147,8 +74,9 @@ class Pictures(Table):
         return keys, has_key
 
     def _contents(self, anew: bool) -> Iterator[tuple[int, str]]:
-        """(index, digest of what its picture is made of), for all that can be read."""
-        sources: dict[int, Source | None] = {i: self.dataset.source_of(i) for i in range(len(self.dataset))}
+        """(index, digest of what its picture is made of), for all that are wanted and can be read."""
+        unwanted = Guard(self.dataset).passed_over
+        sources: dict[int, Source | None] = {i: self.dataset.source_of(i) for i in range(len(self.dataset)) if i not in unwanted}
         found = self.book.digests({s: None for s in sources.values() if s is not None}, anew)
         yield from ((i, sha) for i, s in sources.items() if s is not None and (sha := found[s]) is not None)
         for i in [i for i, source in sources.items() if source is None]:
@@ -199,58 +127,6 @@ class Pictures(Table):
             source = self.dataset.source_of(index)
             if source is not None and source.stamp() != self.book.known[source].stamp:
                 raise DataError(f'{self.dataset.name_of(index)} has changed while the cache was filled: start again')
-
-
-class Texts(Table):
-    """Features of each of some prompts: name -> a tensor of one shape."""
-
-    def __init__(self, prompts: Sequence[str], folder: Path, encoder: str, dtype: torch.dtype | None = None, rows: int = 256,
-                 logger: logging.Logger | None = None):
-        super().__init__(folder / 'texts', rows, logger)
-        self.prompts, self.encoder, self.dtype = list(prompts), encoder, dtype
-        self.place = {prompt: i for i, prompt in enumerate(self.prompts)}
-        keys = [key_of('text', prompt, encoder, str(dtype)) for prompt in self.prompts]
-        self.keys, self.has_key = np.frombuffer(b''.join(keys), np.uint8).reshape(-1, KEY_BYTES), np.ones(len(keys), bool)
-        self.look()
-
-    def missing(self) -> list[list[int]]:
-        return self.parts([range(len(self.prompts))])
-
-    def fill(self, encode: Callable[[list[str]], Row], batch_size: int, parts: Sequence[Sequence[int]] | None = None) -> None:
-        """Compute what is missing, or these parts of it. encode: prompts -> name -> [B, ...]"""
-        parts = self.missing() if parts is None else parts
-        clock = Clock(sum(map(len, parts)), 'prompts', self.logger)
-        for part in parts:
-            found: list[Row] = []
-            for first in range(0, len(part), batch_size):
-                found.append(encode([self.prompts[i] for i in part[first:first + batch_size]]))
-                clock.tick(len(part[first:first + batch_size]))
-            rows = {name: torch.cat([row[name] for row in found]).cpu() for name in found[0]}
-            self.write(part, {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in rows.items()},
-                       lambda i: repr(self.prompts[i]))
-
-    def of(self, prompt: str) -> Row:
-        """The features of a prompt. Raises DataError for one that was not there, UnreadableError where they are damaged."""
-        if prompt not in self.place:
-            raise DataError(f'{prompt!r:.200} was no prompt of TRAIN_DATA when the cache was filled: captions have changed meanwhile, or '
-                            'are drawn by chance. Start again; where they are drawn, set SOLVER.CACHE.PROMPTS to false')
-        return self.row(self.place[prompt])
-
-
-def prompts_of(dataset: BaseDataset) -> list[str] | None:
-    """Every prompt of a dataset, in the order of its samples; None where they are no words, or differ from draw to draw."""
-    found: dict[str, None] = {}
-    for index in range(len(dataset)):
-        with generators_restored():
-            drawn: list[Any] = []
-            for attempt in range(2):    # of every sample, so that of words that are drawn at all some are seen to be
-                seed_generators(streams.seed_global(attempt, 'words', index))
-                with contextlib.suppress(UnreadableError):
-                    drawn.append(dataset.beside(index).get('prompt'))
-        if any(prompt != drawn[0] or not isinstance(prompt, str) for prompt in drawn):
-            return None
-        found |= dict.fromkeys(drawn)
-    return list(found)
 
 
 class CachedDataset(BaseDataset):
@@ -321,28 +197,12 @@ class _Reading(BaseDataset):
     def batches(self, size: int) -> list[Sequence[int]]:
         return self.parts
 
+    def source_of(self, index: int) -> Source | None:
+        return self.dataset.source_of(index)
+
     @property
     def file_count(self) -> int:
         return self.dataset.file_count
-
-
-class Clock:
-    """Says how far it is: pictures a second and the time left, every ten seconds and at the end."""
-
-    def __init__(self, total: int, what: str, logger: logging.Logger, every: float = 10.0):
-        self.total, self.what, self.logger, self.every = total, what, logger, every
-        self.done, self.begin = 0, time.monotonic()
-        self.said = self.begin
-
-    def tick(self, count: int) -> None:
-        """So many more are done."""
-        self.done += count
-        now = time.monotonic()
-        if now - self.said < self.every and self.done < self.total:
-            return
-        self.said, rate = now, self.done / max(1e-9, now - self.begin)
-        self.logger.info(f'cache: {self.done:,} of {self.total:,} {self.what}, {rate:.3g} a second, '
-                         f'{duration((self.total - self.done) / rate)} left')
 
 
 # ------------------------------------------------------------------------------------------------ what a picture is, and whether it stays

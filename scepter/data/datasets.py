@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -31,7 +28,7 @@ from scepter.data.captions import Captions, Texts
 from scepter.data.images import UnreadableError, load_image, size_of_image, to_mask, to_tensor
 from scepter.data.index import Index
 from scepter.data.order import Bucketed, Order, Shuffled
-from scepter.data.sources import Source
+from scepter.data.sources import Source, code_of
 from scepter.data.transforms import RecordedCrop
 
 T = TypeVar('T')
@@ -47,6 +44,8 @@ class BaseDataset(Component, base=True):
     PIN_MEMORY: bool = param(False, 'Hand batches over in page-locked memory, which a GPU copies faster.')
     TIMEOUT: float = param(120.0, 'Seconds to wait for one batch before its worker counts as stuck and is replaced.', above=0)
     MAX_BAD_FRACTION: float = param(0.01, 'Share of the files that may be unreadable (two always may); 0: none may.', least=0, most=1)
+    QUARANTINE: str | None = param(None, 'A file of names of samples, one a line, that are passed over: the data doctor writes one.')
+    CHECKSUMS: str | None = param(None, 'A file that sha256sum wrote: a picture file with other bytes counts as unreadable.')
 
     def __len__(self) -> int:
         raise NotImplementedError(f'{type(self).__name__} has no __len__: return the number of samples of one epoch')
@@ -355,16 +354,6 @@ class Account:
     def told(self) -> dict[str, Any]:
         """What an index tells of all of them."""
         return {'missing': self.missing, 'without': self.without}
-
-
-def code_of(transform: Any) -> str:
-    """A digest of the file that a transform of a user's own is written in; empty for ours and a library's, whose arguments say it all."""
-    if transform.__module__.split('.')[0] in ('scepter', 'torchvision'):
-        return ''
-    try:
-        return hashlib.sha256(inspect.getsource(sys.modules[transform.__module__]).encode()).hexdigest()
-    except (OSError, TypeError, KeyError):
-        return ''
 
 
 def _sizes(cfg: Config) -> list[Size]:

@@ -26,6 +26,7 @@ from scepter.core import streams
 from scepter.core.errors import DataError
 from scepter.core.logger import get_logger
 from scepter.data.datasets import BaseDataset
+from scepter.data.guard import Guard
 from scepter.data.images import UnreadableError
 from scepter.data.order import Order, Sequential
 from scepter.data.workers import Workers
@@ -54,6 +55,8 @@ class Loader(Iterator[Batch]):
         order = order or dataset.order(seed, step)
         # a group of samples that belong together begins where a step does, also after a resume with another global batch
         self._reader = Reader(dataset, seed, order, phase=first % step if order.together > 1 else 0, replace=True)
+        if rank == 0:
+            self._reader.guard.tell(logger or get_logger())
         firsts = count(first + rank * size, world_size * size)
         self._batches = _Batches(self._reader, (range(first, first + size) for first in firsts), num_workers, skipped_file, logger)
 
@@ -108,6 +111,7 @@ class Reader:
     def __init__(self, dataset: BaseDataset, seed: int, order: Order, *, phase: int = 0, replace: bool):
         self.dataset, self.seed, self.order, self.phase, self.replace = dataset, seed, order, phase, replace
         self._block, self._order = -1, list[int]()    # the indices of the last block that was asked for
+        self.guard = Guard(dataset)
         fraction = dataset.MAX_BAD_FRACTION
         self.bad_allowed = max(2, int(fraction * dataset.file_count)) if fraction > 0 else 0
 
@@ -132,8 +136,11 @@ class Reader:
     def _read(self, n: int, index: int, bad: dict[str, str]) -> tuple[int, dict[str, Any]] | None:
         """(index, sample) of draw n; None where it, and what might replace it, cannot be read."""
         for candidate in self._candidates(n, index):
+            if candidate in self.guard.passed_over:
+                continue
             seed_generators(streams.seed_global(self.seed, 'transform', n))
             try:
+                self.guard.check(candidate)
                 return candidate, self.dataset[candidate]
             except UnreadableError as error:
                 bad[self.dataset.name_of(candidate)] = str(error)

@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import io
 import json
 import os
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from scepter.core import jsonl
 
@@ -25,6 +28,14 @@ class Source(NamedTuple):
         """What changes with the file, without reading it. Raises OSError."""
         found = os.stat(self.path)
         return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+    def open(self) -> BinaryIO:
+        """The bytes, as a file. Raises OSError."""
+        if self.size is None and not self.first:
+            return open(self.path, 'rb')
+        with open(self.path, 'rb') as file:
+            file.seek(self.first)
+            return io.BytesIO(file.read(-1 if self.size is None else self.size))
 
     def digest(self) -> str:
         """sha256 of the bytes. Raises OSError."""
@@ -87,3 +98,13 @@ def _digest(source: Source) -> str | None:
         return source.digest()
     except OSError:
         return None
+
+
+def code_of(transform: Any) -> str:
+    """A digest of the file that a transform of a user's own is written in; empty for ours and a library's, whose arguments say it all."""
+    if transform.__module__.split('.')[0] in ('scepter', 'torchvision'):
+        return ''
+    try:
+        return hashlib.sha256(inspect.getsource(sys.modules[transform.__module__]).encode()).hexdigest()
+    except (OSError, TypeError, KeyError):
+        return ''

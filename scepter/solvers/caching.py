@@ -10,8 +10,10 @@ import torch
 from scepter.core.env import we
 from scepter.core.faults import ConfigError
 from scepter.core.registry import DATASETS, MODELS
-from scepter.data.cache import Cache, CachedDataset, Pictures, Table, Texts, prompts_of
+from scepter.data.cache import Cache, CachedDataset, Pictures
+from scepter.data.kept import Table
 from scepter.data.shards import key_of
+from scepter.data.texts import Texts, prompts_of
 from scepter.solvers.run import Run
 from scepter.solvers.step import DTYPES, arithmetic
 

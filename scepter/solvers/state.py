@@ -135,7 +135,7 @@ def named_hooks(run: Run) -> Iterator[tuple[str, str, Any]]:
 # what makes another training of it, and below that, what does not
 DECISIVE = ('NAME', 'MODEL', 'TRAIN_DATA', 'OPTIMIZER', 'LR_SCHEDULER', 'WARMUP_STEPS', 'GRADIENT_CLIP', 'DTYPE', 'PARAM_DTYPE')
 FREE = {'PRETRAINED_MODEL', 'IGNORE_KEYS', 'TOKENIZER_PATH', 'CHECKPOINTING', 'TILE_SIZE', 'IMAGE_SIZE', 'DEFAULT_N_PROMPT', 'BATCH_SIZE',
-        'NUM_WORKERS', 'PREFETCH', 'PIN_MEMORY', 'TIMEOUT', 'MAX_BAD_FRACTION'}
+        'NUM_WORKERS', 'PREFETCH', 'PIN_MEMORY', 'TIMEOUT', 'MAX_BAD_FRACTION', 'QUARANTINE', 'CHECKSUMS'}
 
 
 def refuse_another_run(run: Run, loaded: Checkpoint) -> None:
