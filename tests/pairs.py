@@ -47,6 +47,8 @@ FACTORS: dict[str, list[Any]] = {
     'NUM_WORKERS': [0, 2],
     'PROCESSES': [1, 2],
     'PARALLEL': ['ddp', 'fsdp'],
+    'SHARD_SIZE': [2.0, 1e-6],      # one file, or several
+    'ASYNC_SAVE': [False, True],
 }
 # pairs by their places in FACTORS: what no run may have, or what means nothing, and what takes so long that one row has to do
 REFUSED = {frozenset(pair) for pair in ([('DTYPE', 2), ('PARAM_DTYPE', 1)], [('OPTIMIZER', 4), ('PARALLEL', 1)],
@@ -149,7 +151,7 @@ def config(work_dir: Path, row: Row, steps: int = STEPS) -> Config:
     size = micro * row['PROCESSES'] * row['ACCU_STEP']
     hooks = [{'NAME': 'LogHook', 'LOG_INTERVAL': 3, 'PROGRESS': False}, {'NAME': 'CheckpointHook', 'INTERVAL': SAVED}, *row['EMA']]
     same_name = {name: row[name] for name in ('DTYPE', 'PARAM_DTYPE', 'CHANNELS_LAST', 'COMPILE', 'ACCU_STEP', 'GRADIENT_CLIP',
-                                              'EVAL_INTERVAL', 'EVALS', 'OPTIMIZER', 'PARALLEL')}
+                                              'EVAL_INTERVAL', 'EVALS', 'OPTIMIZER', 'PARALLEL', 'SHARD_SIZE', 'ASYNC_SAVE')}
     length = {'MAX_STEPS': steps} if row['LENGTH'] == 'MAX_STEPS' else {'MAX_EPOCHS': steps * size / 24}
     return Config({'SOLVER': {
         'NAME': 'BaseSolver', 'WORK_DIR': str(work_dir), 'RESUME_FROM': 'auto', **length, **same_name,

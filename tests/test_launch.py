@@ -79,12 +79,20 @@ def test_what_one_launcher_saved_another_continues_to_the_bit(whole, tmp_path, f
     assert same(groups(whole(first), STEPS), groups(work_dir, STEPS)) and losses(work_dir) == losses(whole(first))
 
 
-def test_a_run_may_change_the_number_of_its_processes_and_keeps_its_samples(whole, tmp_path):
-    train(tmp_path, 'single', f'SOLVER.MAX_STEPS={CUT}')
-    train(tmp_path, 'spawn', f'SOLVER.MAX_STEPS={2 * CUT}')
-    work_dir = train(tmp_path, 'single')
+IN_PARTS = ('SOLVER.SHARD_SIZE=2e-7', 'SOLVER.ASYNC_SAVE=true')    # several files for each group, written beside the loop
 
-    assert samples(work_dir) == samples(whole('single')) and losses(work_dir) == pytest.approx(losses(whole('single')), rel=1e-5, abs=0)
+
+@pytest.mark.parametrize('launchers', [('single', 'fsdp', 'single'), pytest.param(('single', 'spawn', 'single'), marks=slow),
+                                       pytest.param(('fsdp', 'torchrun', 'single', 'lightning-fsdp'), marks=slow)], ids='-'.join)
+def test_a_run_may_change_the_number_of_its_processes_and_how_they_share_it_and_keeps_its_samples(whole, tmp_path, launchers):
+    for i, launcher in enumerate(launchers[:-1]):
+        train(tmp_path, launcher, *IN_PARTS, f'SOLVER.MAX_STEPS={CUT + i * (STEPS - CUT) // (len(launchers) - 1)}')
+    work_dir, alone = train(tmp_path, launchers[-1], *IN_PARTS), whole('single')
+
+    assert samples(work_dir) == samples(alone) and losses(work_dir) == pytest.approx(losses(alone), rel=1e-5, abs=0)
+    a, b = groups(alone, STEPS)['model'], groups(work_dir, STEPS)['model']
+    assert all(torch.linalg.vector_norm(a[key] - b[key]) <= 1e-5 * torch.linalg.vector_norm(a[key]) for key in a if key != 'seen')
+    assert len(list((work_dir / 'checkpoints').glob('*/optimizer-00002.safetensors'))) >= len(launchers)
 
 
 # ------------------------------------------------------------------------------------------------ NOVA

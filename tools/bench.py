@@ -7,6 +7,8 @@
     python tools/bench.py sd15-train          # a training step from latents against diffusers'
     python tools/bench.py sdxl-infer          # as sd15-infer, 1024 pixels
     python tools/bench.py checkpointing       # what each level of CHECKPOINTING keeps for the backward pass, and what it costs
+    python tools/bench.py checkpoint          # a save and a verified load of 1 GB, and how much of a save ASYNC_SAVE has the loop wait
+    python tools/bench.py resume              # to the first batch of step 100,000, of 10 million samples
 
 All in the type that the machine computes in: bfloat16 where the processor or the GPU has it, else float32; each line says which.
 Each line: {"name", "ours", "peer", "ratio", "low", "high", "unit", "pairs", ...}: medians of both, the median of the pairs' ratios
@@ -15,7 +17,10 @@ and its 95 % interval (bootstrap). Machines drift; a pair sees the same machine,
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -37,7 +42,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('names', nargs='+', choices=sorted(BENCHMARKS), help='what to measure')
     parser.add_argument('--pairs', type=int, default=15, help='alternating pairs (default 15)')
-    parser.add_argument('--size', type=int, help='pixels, where 512 (1024 for sdxl) is too much')
+    parser.add_argument('--size', type=int, help='pixels, where 512 (1024 for sdxl) is too much; megabytes of a checkpoint, '
+                        'where 1000 are; thousands of samples to resume among, where 10,000 are')
     parser.add_argument('--compile', action='store_true', help='compile both with torch.compile')
     args = parser.parse_args()
     for name in args.names:
@@ -328,9 +334,78 @@ def kept(network: Any, loss: Callable[[Any], torch.Tensor]) -> float:
     return total
 
 
+# ------------------------------------------------------------------------------------------------ checkpoints
+def checkpoint(args: argparse.Namespace) -> None:
+    """Save and load with every byte verified, against torch.save, fsync and hashlib of the same bytes; and what ASYNC_SAVE has wait.
+
+    Both write over what the call before has left. In TMPDIR, which should be on the disk that checkpoints will lie on.
+    """
+    from scepter.core.disk import checkpoints
+    from scepter.core.disk.writing import Save
+    megabytes = args.size or 1000
+    tensors = {f'block.{i}.weight': torch.randn(1000, 1000) for i in range(max(1, megabytes // 4))}
+    more = {'megabytes': megabytes}
+    with tempfile.TemporaryDirectory() as folder:
+        root, file = Path(folder) / 'checkpoints', Path(folder) / 'peer.pt'
+        digests: list[str] = []
+
+        def save() -> Path:
+            return checkpoints.save(root, 1, {'model': tensors}, {}, '')
+
+        def load() -> None:
+            checkpoints.load(root / 'step-00000001').group('model')
+
+        def peer_save() -> None:
+            torch.save(tensors, file.with_suffix('.new'))
+            with open(file.with_suffix('.new'), 'rb') as written:
+                os.fsync(written.fileno())
+                digests[:] = [hashlib.file_digest(written, 'sha256').hexdigest()]
+            os.replace(file.with_suffix('.new'), file)
+
+        def peer_load() -> None:
+            with open(file, 'rb') as found:
+                if [hashlib.file_digest(found, 'sha256').hexdigest()] != digests:
+                    raise ValueError(f'{file} is damaged')
+            torch.load(file, weights_only=True)
+
+        compare('checkpoint save / torch.save, fsync, sha256', save, peer_save, args.pairs, **more)
+        compare('checkpoint load, verified / torch.load, sha256', load, peer_load, args.pairs, **more)
+        room: dict[tuple[str, str], torch.Tensor] = {}
+        compare('checkpoint, what the loop waits with ASYNC_SAVE / without',
+                lambda: Save.of(root, 1, lambda: ({'model': tensors}, {})).hold(room), save, args.pairs, **more)
+
+
+def resume(args: argparse.Namespace) -> None:
+    """From nothing to the first batch of a step, against PyTorch's sampler skipping all that went before."""
+    from torch.utils.data import BatchSampler, RandomSampler
+
+    from scepter.data.datasets import BaseDataset
+    from scepter.data.loader import Loader
+    samples, size, step = (args.size or 10_000) * 1000, 64, 100_000
+
+    class Numbers(BaseDataset):
+        """As many samples as are asked for, each no more than its number."""
+
+        def __len__(self) -> int:
+            return samples
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {'number': index}
+
+    def ours() -> None:
+        next(Loader(Numbers({}), size, seed=7, first=step * size))
+
+    def peer() -> None:
+        begin = step % (samples // size)    # in the epoch that the step is in
+        batches = BatchSampler(RandomSampler(range(samples), generator=torch.Generator().manual_seed(7)), size, drop_last=True)
+        torch.tensor(next(itertools.islice(batches, begin, None)))
+
+    compare(f'resume at step {step:,} / skipping', ours, peer, args.pairs, samples=samples, batch=size)
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], None]] = {
     'overhead': overhead, 'startup': startup, 'sd15-infer': infer('sd15.yaml', 512), 'sd15-train': sd15_train,
-    'sdxl-infer': infer('sdxl/sdxl_1024.yaml', 1024), 'checkpointing': checkpointing}
+    'sdxl-infer': infer('sdxl/sdxl_1024.yaml', 1024), 'checkpointing': checkpointing, 'checkpoint': checkpoint, 'resume': resume}
 
 if __name__ == '__main__':
     main()

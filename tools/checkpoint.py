@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -153,10 +154,10 @@ def average(args: argparse.Namespace) -> None:
     write(pipe, args.target)
 
 
-def weights_of(checkpoint: Checkpoint, use_ema: bool) -> dict[str, Tensor]:
-    """What the checkpoint itself holds of a network, averages in the place of weights where that is asked for."""
-    averaged = checkpoint.group('ema') if use_ema and 'ema' in checkpoint.groups else {}
-    return {**checkpoint.group('model'), **averaged}
+def weights_of(checkpoint: Checkpoint, use_ema: bool) -> Mapping[str, Tensor]:
+    """What the checkpoint itself holds of a network, each tensor read when it is asked for; averages where there are and are wished for."""
+    averaged = [checkpoint.tensors('ema')] if use_ema and 'ema' in checkpoint.groups else []
+    return ChainMap(*averaged, checkpoint.tensors('model'))    # type: ignore[arg-type]  it is only read
 
 
 def write(pipe: Pipeline, target: str) -> None:

@@ -13,6 +13,7 @@ from scepter.core.disk.writing import Key, Save
 from scepter.core.env import we
 
 PATIENCE = 30.0     # seconds that a run of several processes which has failed waits for its last save: it may need one that is gone
+HURRY = 1.0         # ... that one waits which is to end at once
 
 
 class Saver:
@@ -57,12 +58,12 @@ class Saver:
             raise error
 
     def end(self, error: BaseException | None) -> None:
-        """The run ends by this error: a save that is going on may still be whole. After a second stop signal nothing is waited for."""
-        if self._thread is None or not isinstance(error, Exception):
+        """The run ends by this error, if it is one: a save that is going on may still become whole."""
+        if self._thread is None:
             return
-        self._thread.join(PATIENCE if we.is_distributed else None)
+        self._thread.join(HURRY if not isinstance(error, Exception) else PATIENCE if we.is_distributed else None)
         if self._thread.is_alive():
-            self.logger.warning('the last checkpoint was not written to its end: another process does not answer')
+            self.logger.warning('the last checkpoint was not written to its end, and is none')
         elif self._error is not None and self._error is not error:
             self.logger.warning(f'nor was the last checkpoint written: {self._error}')
 

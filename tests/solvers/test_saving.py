@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from scepter.core.config import Config
 from scepter.core.disk import checkpoints
-from scepter.core.env import Stopped
+from scepter.core.env import Stopped, we
 from scepter.core.errors import CheckpointError
+from scepter.core.launch import launch
 from scepter.core.registry import HOOKS
 from scepter.core.schema import param
 from scepter.hooks.base import Hook
-from scepter.solvers.saving import Saver
 from tiny import config, groups, run, same
 
 EMA = {'NAME': 'ModelEmaHook', 'BETA': 0.9, 'DEVICE': 'cpu'}
@@ -38,7 +39,7 @@ class Heavy(Hook):
         self.load.fill_(solver.step)
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        return {'load': self.load}
+        return {f'{i}': megabyte for i, megabyte in enumerate(self.load)}
 
 
 @HOOKS.register_class()
@@ -46,10 +47,12 @@ class DiskIsFull(Hook):
     """From this step on no file may grow beyond a megabyte."""
 
     STEP: int = param(3)
+    RANK: int = param(0)
 
     def after_iter(self, solver: Any) -> None:
         if solver.step == self.STEP:
             solver._saver.wait()    # the one before is to be whole
+        if solver.step == self.STEP and we.rank == self.RANK:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
@@ -89,7 +92,7 @@ def test_steps_that_are_made_while_it_is_written_do_not_show_in_it(tmp_path):
 
     assert solver.step == 12
     for step in (4, 8, 12):
-        assert (groups(tmp_path, step)['Heavy']['load'] == step).all()
+        assert all((megabyte == step).all() for megabyte in groups(tmp_path, step)['Heavy'].values())
 
 
 def test_the_loop_waits_for_the_copy_alone(tmp_path):
@@ -156,6 +159,36 @@ def test_a_run_that_fails_while_its_last_checkpoint_is_written_leaves_it_whole(t
     assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['step-00000002']
 
 
-def test_a_run_without_it_has_no_thread_and_no_second_copy():
-    saver = Saver(False, None)
-    assert saver._room == {} and saver._thread is None
+# ------------------------------------------------------------------------------------------------ several processes
+TWO = {'NPROC': 2, 'DEVICE': 'cpu', 'THREADS': 1}
+
+
+def of_two(folder: Path, steps: int = 6, more: list[dict] | None = None, **solver: Any) -> Any:
+    return beside(folder, steps, more=more, **{'GLOBAL_BATCH_SIZE': 4, 'SHARD_SIZE': 2e-7, **solver})
+
+
+def both(cfg: Config) -> None:
+    """What each of two processes does."""
+    folder = Path(cfg.FOLDER)
+    for parallel in ('ddp', 'fsdp'):
+        run(of_two(folder / parallel / 'beside', PARALLEL=parallel))
+        run(of_two(folder / parallel / 'waiting', PARALLEL=parallel, ASYNC_SAVE=False))
+        run(of_two(folder / parallel / 'again', 3, PARALLEL=parallel))
+        run(of_two(folder / parallel / 'again', PARALLEL=parallel, RESUME_FROM='latest'))
+        for name, hook, kind, words in (('full', {'NAME': 'DiskIsFull', 'STEP': 3, 'RANK': 1}, CheckpointError, 'no space'),
+                                        ('stopped', {'NAME': 'StopAfter', 'BATCHES': 5, 'RANK': 1}, Stopped, 'stopped')):
+            # both processes raise it, so neither is left waiting for the other
+            with largest_file_restored(), pytest.raises(kind, match=words):
+                run(of_two(folder / parallel / name, 50, more=[{'NAME': 'Heavy', 'MEGABYTES': 8}, hook], PARALLEL=parallel))
+
+
+def test_two_processes_write_beside_their_loops_what_they_would_have_waited_for(tmp_path):
+    launch(Config({'FOLDER': str(tmp_path), 'ENV': TWO}), both)
+
+    for parallel in (tmp_path / 'ddp', tmp_path / 'fsdp'):
+        for step in (2, 4, 6):
+            assert same(groups(parallel / 'beside', step), groups(parallel / 'waiting', step)), (parallel, step)
+        assert same(groups(parallel / 'again', 6), groups(parallel / 'waiting', 6))
+        assert (parallel / 'beside/checkpoints/step-00000006/optimizer-00002.safetensors').exists()
+        assert [f.name for f in (parallel / 'full' / 'checkpoints').iterdir()] == ['step-00000002']
+        assert checkpoints.resolve(parallel / 'stopped', 'latest').step == 5

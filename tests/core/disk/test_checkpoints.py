@@ -683,9 +683,15 @@ def tool() -> Callable[..., int]:
     return lambda *words: module.main([str(word) for word in words])
 
 
-def test_the_tool_lists_and_verifies(tmp_path, tool, capsys):
-    write(tmp_path / 'checkpoints', 1)
-    write(tmp_path / 'checkpoints', 2)
+@pytest.fixture(params=[1e9, 10], ids=['one file', 'several'])
+def limit(request) -> float:
+    """How many bytes a file of a checkpoint may have."""
+    return request.param
+
+
+def test_the_tool_lists_and_verifies(tmp_path, tool, limit, capsys):
+    for step in (1, 2):
+        save(tmp_path / 'checkpoints', step, {'model': {'a': torch.ones(3), 'b': torch.ones(4)}}, {}, '', limit=limit)
 
     assert tool('ls', tmp_path) == 0 and tool('verify', tmp_path) == 0
     assert [line.split()[1:3] for line in capsys.readouterr().out.splitlines()] == [['step', '2'], ['step', '1'], ['ok'], ['ok']]
@@ -732,9 +738,9 @@ def layer(**more):
     return {'layer.weight': torch.randn(3, 2), 'layer.bias': torch.randn(3), 'count': torch.tensor(4), **more}
 
 
-def test_the_tool_averages_checkpoints_of_one_network_alone(tmp_path, tool, one_layer):
+def test_the_tool_averages_checkpoints_of_one_network_alone(tmp_path, tool, one_layer, limit):
     a, b, other = layer(), layer(count=torch.tensor(9)), layer(**{'layer.bias': torch.randn(4)})
-    paths = [save(tmp_path, i, {'model': weights}, {'left_out': []}, one_layer) for i, weights in enumerate((a, b, other))]
+    paths = [save(tmp_path, i, {'model': weights}, {'left_out': []}, one_layer, limit=limit) for i, weights in enumerate((a, b, other))]
 
     assert tool('average', tmp_path / 'mean.safetensors', *paths[:2]) == 0
     mean = TensorFile(tmp_path / 'mean.safetensors')
@@ -743,10 +749,10 @@ def test_the_tool_averages_checkpoints_of_one_network_alone(tmp_path, tool, one_
     assert tool('average', tmp_path / 'none.safetensors', *paths) == 4 and not (tmp_path / 'none.safetensors').exists()
 
 
-def test_the_tool_writes_the_whole_network_to_one_file(tmp_path, tool, one_layer):
+def test_the_tool_writes_the_whole_network_to_one_file(tmp_path, tool, one_layer, limit):
     weights = layer()
     averaged = {name: value + 1 for name, value in weights.items()}
-    path = save(tmp_path, 5, {'model': weights, 'ema': averaged}, {'left_out': []}, one_layer)
+    path = save(tmp_path, 5, {'model': weights, 'ema': averaged}, {'left_out': []}, one_layer, limit=limit)
 
     assert tool('to-single', path, tmp_path / 'x.safetensors') == 0
     assert tool('to-single', path, tmp_path / 'y.safetensors', '--ema', 'off') == 0
