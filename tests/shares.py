@@ -50,7 +50,7 @@ def config(work_dir: Path, steps: int = 4, vae: Path | None = None, average_on: 
              {'NAME': 'ProbeDataHook', 'INTERVAL': 2, 'PROMPTS': ['a red wall', 'a blue wall', 'a wall']}]
     return Config({'SOLVER': {
         'NAME': 'LatentDiffusionSolver', 'WORK_DIR': str(work_dir), 'RESUME_FROM': 'auto', 'MAX_STEPS': steps, 'GLOBAL_BATCH_SIZE': 4,
-        'MODEL': model, 'OPTIMIZER': SGD, 'GRADIENT_CLIP': 0.5,
+        'MODEL': model, 'OPTIMIZER': SGD, 'GRADIENT_CLIP': 0.5, 'SHARD_SIZE': 1e-4,     # several files for each group
         'TRAIN_DATA': {'NAME': 'Walls', 'BATCH_SIZE': 4, 'NUM_WORKERS': 0},
         'EVAL_DATA': {'NAME': 'Walls', 'BATCH_SIZE': 1, 'COUNT': 5}, 'EVAL_INTERVAL': 2, 'EVAL_HOOKS': [{'NAME': 'ProbeDataHook'}],
         'SAMPLE_ARGS': {'SAMPLE_STEPS': 2, 'GUIDE_SCALE': 2.0}, 'TRAIN_HOOKS': hooks, **solver}})

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,18 @@ def run(cfg: Config, seed: int = 7, force: bool = False) -> Any:
     solver.set_up()
     solver.solve()
     return solver
+
+
+def memory_for(work: Callable[[], object]) -> int:
+    """Bytes by which this process grows while it works, at most. Linux alone tells."""
+    Path('/proc/self/clear_refs').write_text('5')     # from here on the peak is counted anew
+
+    def peak() -> int:
+        return 1024 * next(int(line.split()[1]) for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('VmHWM'))
+
+    before = peak()
+    work()
+    return peak() - before
 
 
 def groups(work_dir: Path, step: int) -> dict[str, dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """How a run goes on: the state of optimizers, the clock, several optimizers, float16."""
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 from scepter.core.config import Config
 from scepter.core.errors import CheckpointError, NonFiniteError
 from scepter.core.faults import ConfigError
-from scepter.core.registry import MODELS, OPTIMIZERS
+from scepter.core.registry import MODELS, OPTIMIZERS, SOLVERS
 from scepter.core.schema import param
 from scepter.models.base import TrainModule
 from scepter.solvers.plan import Plan
-from tiny import config, groups, run, same
+from tiny import config, groups, memory_for, run, same
 
 
 @MODELS.register_class()
@@ -115,6 +116,34 @@ def test_a_parameter_that_never_had_a_gradient_does_not_hinder_a_resume_but_a_ne
 
 def test_optimizers_that_cannot_train_here_are_not_offered():
     assert 'LBFGS' not in OPTIMIZERS and 'SparseAdam' not in OPTIMIZERS and 'AdamW' in OPTIMIZERS
+
+
+@MODELS.register_class()
+class TwelveMatrices(TrainModule):
+    """Four megabytes each."""
+
+    def __init__(self, cfg: dict, logger: Any = None):
+        super().__init__(cfg, logger=logger)
+        self.matrices = nn.ParameterList(torch.randn(1024, 1024) for _ in range(12))
+
+    def forward_train(self, **batch: Any) -> dict[str, Any]:
+        return {'loss': sum(matrix.square().mean() for matrix in self.matrices)}
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='asks /proc for the peak of memory')
+def test_a_resume_reads_one_tensor_after_the_other(tmp_path):
+    hooks = [{'NAME': 'ModelEmaHook'}, {'NAME': 'CheckpointHook'}]
+    run(config(tmp_path, steps=1, MODEL={'NAME': 'TwelveMatrices'}, TRAIN_HOOKS=hooks))
+    solver = SOLVERS.build(config(tmp_path, steps=2, MODEL={'NAME': 'TwelveMatrices'}, RESUME_FROM='latest', TRAIN_HOOKS=hooks).SOLVER)
+    solver.set_up()
+
+    def go_on() -> None:
+        solver.before_solve()
+        solver.before_all_iter()
+
+    grown = memory_for(go_on) >> 20
+    solver.after_solve()
+    assert 48 * 3 <= grown < 48 * 3 + 16, grown     # two moments and an average of 48 MB, and what is being read
 
 
 # ------------------------------------------------------------------------------------------------ the clock

@@ -92,7 +92,9 @@ def save_vae(model: nn.Module, file: Path) -> None:
 
 
 def save_checkpoint(model: nn.Module, folder: Path) -> None:
-    checkpoints.save(folder / 'checkpoints', 5, {'model': model.state_dict()}, {'left_out': []}, config(folder).dump())
+    """In several files."""
+    path = checkpoints.save(folder / 'checkpoints', 5, {'model': model.state_dict()}, {'left_out': []}, config(folder).dump(), limit=2e5)
+    assert (path / 'model-00002.safetensors').exists()
 
 
 def save_chain(model: nn.Module, folder: Path) -> None:

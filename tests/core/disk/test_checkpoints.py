@@ -564,15 +564,21 @@ def test_what_a_living_writer_holds_is_not_collected(tmp_path):
 
 
 # -------------------------------------------------------------------- retention
-@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize('examples', [25, pytest.param(500, marks=pytest.mark.slow)])
+def test_retention_never_removes_the_last_sound_checkpoint_nor_a_newer_one_than_it_keeps(examples):
+    settings(max_examples=examples, deadline=None)(retention)()
+
+
 @given(keep=st.integers(1, 3), pinned=st.sets(st.integers(1, 12), max_size=2), every=st.sampled_from([None, 1, 3, 10]),
        steps=st.lists(st.sampled_from([1, 2, 9, 10, 99, 1234567, 10**9]), max_size=8),
-       actions=st.lists(st.tuples(st.sampled_from(['save', 'save', 'flip', 'cut', 'prune']), st.integers(0, 9)), max_size=10))
-def test_retention_never_removes_the_last_sound_checkpoint_nor_a_newer_one_than_it_keeps(keep, pinned, every, steps, actions):
+       actions=st.lists(st.tuples(st.sampled_from(['save', 'save', 'fail', 'kill', 'flip', 'cut', 'prune']), st.integers(0, 9)),
+                        max_size=10))
+def retention(keep, pinned, every, steps, actions):
     def stays(folder: Path) -> bool:
         step = checkpoints.step_of(folder)
         return step in pinned or (every is not None and step % every == 0)
 
+    two = {'model': {'v': torch.ones(3), 'w': torch.ones(3)}}
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         steps = sorted({*steps})
@@ -581,13 +587,18 @@ def test_retention_never_removes_the_last_sound_checkpoint_nor_a_newer_one_than_
             sound = [f for f in found if is_sound(f)]
             if action == 'save' and steps:
                 step = steps.pop(0)
-                save(root, step, {'model': {'w': torch.ones(3)}}, {}, '', keep=keep, pinned=pinned, every=every)
+                save(root, step, two, {}, '', keep=keep, pinned=pinned, every=every, limit=number)
                 sound.append(root / f'step-{step:08d}')
+            elif action == 'fail':    # at a disk that is full, before the next step that is saved
+                with pytest.raises(CheckpointError, match='no space'), largest_file(number):
+                    save(root, 10**9 + 1, two, {}, '', keep=keep, pinned=pinned, every=every, limit=number)
+            elif action == 'kill':
+                (root / f'.tmp-1-{number}-step-00000007').mkdir(parents=True, exist_ok=True)
             elif action == 'prune':
                 removed = prune(root, keep, pinned, every)
                 assert {*removed} == {*found} - {*checkpoints.folders(root)}
             elif found and action in ('flip', 'cut'):
-                victim = found[number % len(found)] / 'model.safetensors'
+                victim = sorted(found[number % len(found)].glob('*.safetensors'))[0]
                 victim.write_bytes(victim.read_bytes()[:-1] + (b'x' if action == 'flip' else b''))
                 continue
 
@@ -691,7 +702,7 @@ def limit(request) -> float:
 
 def test_the_tool_lists_and_verifies(tmp_path, tool, limit, capsys):
     for step in (1, 2):
-        save(tmp_path / 'checkpoints', step, {'model': {'a': torch.ones(3), 'b': torch.ones(4)}}, {}, '', limit=limit)
+        save(tmp_path / 'checkpoints', step, {'model': {'a': torch.ones(3), 'b': torch.ones(4)}}, {'value': 1}, '', limit=limit)
 
     assert tool('ls', tmp_path) == 0 and tool('verify', tmp_path) == 0
     assert [line.split()[1:3] for line in capsys.readouterr().out.splitlines()] == [['step', '2'], ['step', '1'], ['ok'], ['ok']]
