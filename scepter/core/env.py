@@ -146,7 +146,7 @@ class WorkEnv:
             return [value]
         import torch.distributed as dist
         values: list[Any] = [None] * self.world_size
-        with self.waiting() if line is None else contextlib.nullcontext():      # another thread's wait is not this process's
+        with pulse.waiting():
             dist.all_gather_object(values, value, group=line or self._talk)
         return values
 

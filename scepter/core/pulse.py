@@ -16,6 +16,7 @@ phase_name = 'start'
 step = 0             # of the optimizer
 beats = 0            # rises with everything that is done
 waits = 0            # waits for another process that this one is in, one within the other
+waits_beside = 0     # likewise of the thread that writes a checkpoint beside the loop
 compiles = 0         # of torch.compile, that have ended
 _owner = threading.get_ident()
 
@@ -54,14 +55,20 @@ def enter(name: str) -> None:
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Inside, this process waits for another one."""
-    global waits
-    waits += 1
+    """Inside, this process waits for another one; or its thread that writes does, which counts where the run waits for that."""
+    global waits, waits_beside
+    own = threading.get_ident() == _owner
+    waits, waits_beside = waits + own, waits_beside + (not own)
     try:
         yield
     finally:
-        waits -= 1
+        waits, waits_beside = waits - own, waits_beside - (not own)
         beat()
+
+
+def is_waiting() -> bool:
+    """Whether whatever takes long now is the doing of another process."""
+    return waits > 0 or (waits_beside > 0 and phase_name == 'saving')
 
 
 def reset() -> None:

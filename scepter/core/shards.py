@@ -92,11 +92,11 @@ class Rounds:
     """Puts tensors together on the CPU. In a round each process gets one that it has asked for, and gives its shares of the others', so
     that none ever has more than one whole tensor beside its own shares.
 
-    turns: for each process the keys of what it gets, in its order. line: of `we`; nobody else may talk on it meanwhile.
+    turns: for each process the keys of what it gets, in its order. line: of `we`, where it is not the run's own.
     """
 
     def __init__(self, shares: Mapping[Any, Share], turns: Sequence[Sequence[Hashable]], line: Any):
-        self.shares, self.turns, self.line = shares, turns, line
+        self.shares, self.turns, self.line = shares, turns, line or we._talk
         self.done, self.count = 0, max(map(len, turns), default=0)
 
     def get(self) -> Tensor:
@@ -119,7 +119,8 @@ class Rounds:
     def _vote(self, has_failed: bool) -> bool:
         import torch.distributed as dist
         flag = torch.tensor(int(has_failed))
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.line)
+        with we.waiting():
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.line)
         return bool(flag)
 
     def _round(self) -> Tensor | None:
@@ -154,8 +155,9 @@ class Rounds:
                     mine[first:last] = share.rows
                 elif last > first:
                     waiting.append(dist.irecv(_bytes(mine[first:last]), source, group=self.line))
-        for one in waiting:
-            one.wait()
+        with we.waiting():
+            for one in waiting:
+                one.wait()
         return mine
 
 

@@ -181,8 +181,8 @@ class Watch:
         now, name = time.monotonic(), pulse.phase_name
         if now - self.looked > SILENT:      # this process was halted, and all others with it perhaps: what it sees is old
             self.since = self.heard = now
-        elif pulse.beats != self.beats or pulse.waits:
-            if self.phase in ('first_step', 'step') and not pulse.waits:
+        elif pulse.beats != self.beats or pulse.is_waiting():
+            if self.phase in ('first_step', 'step') and not pulse.is_waiting():
                 self.longest = max(self.longest, now - self.since)
             self.since = now
         self.looked, self.beats, self.phase = now, pulse.beats, name
@@ -191,7 +191,7 @@ class Watch:
             limit = max(limit, SLOWER * self.longest)
         self.looks += 1
         return {**self.me, 'rank': self.rank, 'look': self.looks, 'phase': name, 'step': pulse.step, 'still': round(now - self.since, 1),
-                'limit': limit or 0, 'waits': pulse.waits > 0, 'quiet': round(self.quiet, 1), 'ended': False}
+                'limit': limit or 0, 'waits': pulse.is_waiting(), 'quiet': round(self.quiet, 1), 'ended': False}
 
     def _next_one(self, own: dict[str, Any]) -> list[dict[str, Any]]:
         """The next rank, if it is gone or has not been heard of for too long: longer than its own phase allows, or this process's."""

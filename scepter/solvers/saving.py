@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from scepter.core import pulse
 from scepter.core.disk import checkpoints
 from scepter.core.disk.writing import Key, Save
 from scepter.core.env import we
@@ -51,7 +52,8 @@ class Saver:
     def wait(self) -> None:
         """Until nothing is being written. Raises what ended the last save."""
         if self._thread is not None:
-            self._thread.join()
+            with pulse.phase('saving'):
+                self._thread.join()
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None

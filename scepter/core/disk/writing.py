@@ -88,12 +88,13 @@ class Save:
         """
         given: dict[Key, Tensor] = {}
         texts: dict[str, str] = {}
+        writers = who_sees(Path(root), line)
 
         def parted() -> list[Part]:
             groups, further = contents()
             texts.update(further)
             given.update({(group, name): value for group, below in groups.items() for name, value in below.items()})
-            return parts_of(groups, limit) if we.is_main else []
+            return parts_of(groups, limit, writers) if we.is_main else []
 
         parts = together(parted, line)[0]
         tensors: dict[Key, Tensor | Share] = {}
@@ -134,6 +135,7 @@ class Save:
                 if we.is_main:
                     for name, text in self.texts.items():
                         digests[name] = atomic.write_file(folder / name, [text.encode()])
+                    manifests.compare(folder, {name: file._asdict() for name, file in digests.items()}, 'size')
                     commit(folder, target, manifest_of(self.step, self.parts, digests))
 
             folder = self._all(begin, target)[0]
@@ -193,11 +195,31 @@ def together(work: Callable[[], Result], line: Any) -> list[Result]:
 
 
 # ------------------------------------------------------------------------------------------------ what is written, and by whom
-def parts_of(groups: Groups, limit: float) -> list[Part]:
+def who_sees(root: Path, line: Any) -> list[int]:
+    """The processes, by rank, that find in this folder what the main one has put there: on another machine it may be another folder."""
+    if not we.is_distributed:
+        return [0]
+    word = atomic.beside(root / 'seen', 'tmp')
+
+    def put() -> Path:
+        if we.is_main:
+            with explained(word, 0):
+                atomic.make_folder(root)
+                word.touch()
+        return word
+
+    place = together(put, line)[0]
+    try:
+        return [rank for rank, sees in enumerate(together(place.exists, line)) if sees]
+    finally:
+        word.unlink(missing_ok=True)
+
+
+def parts_of(groups: Groups, limit: float, writers: Sequence[int]) -> list[Part]:
     """A group of at most `limit` bytes is one file, which the main process writes. A larger one is cut into files of at most that many
-    bytes, or of one tensor; the processes write them in turn. So files are the same whatever the number of processes."""
+    bytes, or of one tensor, which the writers take in turn. So files are the same whatever the number of processes."""
     parts: list[Part] = []
-    turn = itertools.cycle(range(we.world_size))
+    turn = itertools.cycle(writers)
     for group, tensors in groups.items():
         cuts: list[dict[str, Kind]] = [{}]
         held = 0
