@@ -19,9 +19,10 @@ import scepter.components  # noqa: F401
 import tiny
 from scepter.commands import tool
 from scepter.core.config import Config
-from scepter.core.registry import DATASETS, MODELS
+from scepter.core.registry import DATASETS, MODELS, SOLVERS
 from scepter.data.motion import motion_score
 from scepter.data.records import RecordReader
+from scepter.solvers.caching import open_alone
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ((64, 64), (72, 64))    # of the pictures, in turn
@@ -72,7 +73,7 @@ def whole(source: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_a_record_is_what_the_guides_snippet_makes_of_the_picture(whole: Path, source: Path, vae: Path):
-    model, reader = tool('caching').open_autoencoder(str(vae), 'cpu', 'float32'), RecordReader(whole)
+    model, reader = tool('caching').open_autoencoder(str(vae), 'cpu'), RecordReader(whole)
     x = torch.as_tensor(np.array(Image.open(source / '04.png'))[None, ...].transpose(0, 3, 1, 2)).float()
     with torch.no_grad():
         moments = model.encode(x.sub(127.5).div(127.5)).latent_dist.parameters.half().numpy()[0]
@@ -112,7 +113,7 @@ def test_two_processes_one_of_which_is_killed_and_a_third_write_the_same_bytes(w
 
 def test_where_locks_do_nothing_the_bytes_are_the_same(whole: Path, source: Path, vae: Path, tmp_path: Path):
     """A lock on a byte is a process's own, so two threads see none of one another's: as on a file system that has no locks."""
-    caching, model = tool('caching'), tool('caching').open_autoencoder(str(vae), 'cpu', 'float32')
+    caching, model = tool('caching'), tool('caching').open_autoencoder(str(vae), 'cpu')
     samples = caching.Samples.find(str(source), model, clips=False, labels=False, size=None, frames=33, every=1)
 
     with ThreadPoolExecutor(3) as pool:
@@ -148,6 +149,27 @@ def test_a_folder_that_holds_something_else_is_left_alone(source: Path, vae: Pat
 
     assert cache(source, tmp_path, vae) == 3
     assert 'holds mine.txt' in caplog.text and files(tmp_path) == {'mine.txt': b'mine'}
+
+
+def test_shards_are_what_a_run_with_a_cache_finds(source: Path, vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    args = words(source, tmp_path / 'cache', vae, '--size', '48', '--format', 'shards')
+
+    assert tool('cache_latents').main(args) == 0
+    cfg = Config.parse(capsys.readouterr().out)    # the lines that the command says
+    cfg.SOLVER.TRAIN_DATA.BATCH_SIZE = 2
+    model = {**tiny.LATENT_DIFFUSION, 'SIZE_FACTOR': 8, 'IMAGE_SIZE': 48, 'SCALE_FACTOR': 0.5, **cfg.SOLVER.MODEL}
+    run = SOLVERS.build(Config({**cfg.SOLVER, 'NAME': 'BaseSolver', 'WORK_DIR': str(tmp_path / 'run'), 'MAX_STEPS': 1, 'MODEL': model,
+                                'OPTIMIZER': {'NAME': 'SGD', 'LR': 0.0}}))
+    pictures, _ = open_alone(run)
+
+    assert len(pictures.keys) == 22 and (pictures.numbers >= 0).sum() == 21
+    assert pictures.row(4)['moments'].shape == (8, 6, 6) and pictures.row(4)['moments'].dtype == torch.float16
+
+
+@pytest.mark.parametrize('more', [[], ['--size', '48', '--clips'], ['--size', '48', '--labels']])
+def test_shards_are_of_images_of_one_size(source: Path, vae: Path, tmp_path: Path, more: list[str]):
+    assert tool('cache_latents').main(words(source, tmp_path / 'cache', vae, '--format', 'shards', *more)) == 2
+    assert not (tmp_path / 'cache').exists()
 
 
 # ---------------------------------------------------------------- clips

@@ -4,6 +4,8 @@
     python tools/cache_latents.py films vid_dataset --vae nova-d48w1024-osp480/vae --size 480x768 --frames 33 --every 2
     torchrun --nproc_per_node 8 tools/cache_latents.py photos img_dataset --vae .. --size 1024
 
+    python tools/cache_latents.py photos cache/photos --vae sd15/vae --size 512 --format shards
+
 The result is a folder of record files, which TRAIN_DATA: {NAME: LatentRecordDataset, DATA_FOLDER: img_dataset} reads, and NOVA's own
 program too. Started again after whatever end it goes on where it stopped, and the result is the same to the byte; started several times
 at once, also on several machines that see the folder, the processes share the work.
@@ -35,6 +37,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument('target', metavar='TARGET', help='folder of the records')
     parser.add_argument('--vae', metavar='PATH', required=True,
                         help="the autoencoder: a published vae/ folder, or a checkpoint of ours that holds one")
+    parser.add_argument('--format', choices=('records', 'shards'), default='records',
+                        help='records (default), or the safetensors shards that SOLVER.CACHE of a config reads (images of one --size)')
     parser.add_argument('--size', type=size_of, metavar='N | HxW',
                         help='scale and cut to so many pixels (default: cut to the next multiple that the autoencoder takes)')
     parser.add_argument('--clips', action='store_true',
@@ -73,7 +77,14 @@ def run(args: argparse.Namespace) -> None:
     if not os.path.isdir(args.source):
         raise DataError(f'{args.source} is no folder')
     caching = tool('caching')
-    autoencoder = caching.open_autoencoder(args.vae, args.device, args.dtype)
+    autoencoder = caching.open_autoencoder(args.vae, args.device)
+    arithmetic = caching.arithmetic_of(args.dtype, autoencoder)
+    if args.format == 'shards':
+        if args.size is None or args.clips or args.labels:
+            raise ConfigError('--format shards takes images of one --size; for all else tools/latents.py build --cfg fills a cache')
+        print(caching.fill_shards(args.source, args.target, autoencoder, args.size, arithmetic, args.batch))
+        return
+    autoencoder.to(arithmetic)
     samples = caching.Samples.find(args.source, autoencoder, clips=args.clips, labels=args.labels, size=args.size, frames=args.frames,
                                    every=args.every)
     work = caching.Work(Path(args.target), samples, autoencoder, args.batch, max(1, args.shard // args.batch), args.workers)

@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,19 +29,25 @@ from PIL import Image
 from torch import Tensor
 
 from scepter.core import jsonl
+from scepter.core.config import Config
 from scepter.core.disk import atomic
 from scepter.core.errors import DataError
 from scepter.core.logger import duration, get_logger
+from scepter.core.registry import DATASETS
+from scepter.core.schema import schema_of
 from scepter.core.stores import FS
+from scepter.data.cache import Pictures
 from scepter.data.captions import clean_caption
 from scepter.data.clips import VIDEO_SUFFIXES, find_clips, read_clip
 from scepter.data.folders import Found, find_records
 from scepter.data.images import UnreadableError, load_image
+from scepter.data.kept import encoder_word
 from scepter.data.motion import motion_score
 from scepter.data.records import RecordWriter, join_shards, write_metadata
 from scepter.data.transforms import RecordedCrop
 from scepter.models.autoencoder import AutoencoderKL
 from scepter.models.autoencoder_video import VideoAutoencoderKL
+from scepter.models.nova.model import by_frames
 from scepter.models.resting import fingerprint
 from scepter.models.restore import restore
 from scepter.weights import local_copy, read_json
@@ -51,7 +57,7 @@ PAUSE = 0.2         # seconds until a process that has nothing left to take look
 
 
 # ---------------------------------------------------------------- the autoencoder
-def open_autoencoder(path: str, device: str | None, dtype: str) -> Any:
+def open_autoencoder(path: str, device: str | None) -> Any:
     """The autoencoder of a published folder, or of a checkpoint of ours: itself, or the first stage of a network."""
     with local_copy(path) as local:
         config = local / 'config.json'
@@ -66,8 +72,13 @@ def open_autoencoder(path: str, device: str | None, dtype: str) -> Any:
             raise DataError(f'{path} holds a {type(whole).__name__}, which has no autoencoder')
     rank = int(os.environ.get('LOCAL_RANK', 0))
     place = device or (f'cuda:{rank % torch.cuda.device_count()}' if torch.cuda.is_available() else 'cpu')
-    kind = ('float16' if place.startswith('cuda') else 'float32') if dtype == 'auto' else dtype
-    return found.to(device=place, dtype=getattr(torch, kind)).eval().requires_grad_(False)
+    return found.to(place).eval().requires_grad_(False)
+
+
+def arithmetic_of(dtype: str, autoencoder: torch.nn.Module) -> torch.dtype:
+    """The type that `dtype` means: of auto, float16 on CUDA, else float32."""
+    is_on_cuda = next(autoencoder.parameters()).device.type == 'cuda'
+    return getattr(torch, ('float16' if is_on_cuda else 'float32') if dtype == 'auto' else dtype)
 
 
 # ---------------------------------------------------------------- the samples
@@ -235,8 +246,11 @@ class Work:
     def _is_done(self, chunk: int) -> bool:
         return self._part(chunk).is_dir() or self._stem(chunk // self.chunks_per_shard).with_suffix('.index').is_file()
 
-    def _missing(self) -> Iterator[int]:
-        return (chunk for chunk in range(self.chunks) if not self._is_done(chunk))
+    def _missing(self) -> list[int]:
+        """What nobody has done, by one look into each folder: for a million samples that is less than a second."""
+        joined = {int(name[:-len('.index')]) for name in os.listdir(self.target) if name.endswith('.index') and not name.startswith('.')}
+        parts = {int(name) for name in os.listdir(self.parts) if name.isdecimal()}
+        return [chunk for chunk in range(self.chunks) if chunk not in parts and chunk // self.chunks_per_shard not in joined]
 
     def _write(self, chunk: int, futures: Sequence[Future[Sample]]) -> None:
         """Encode a chunk; it appears whole."""
@@ -286,9 +300,10 @@ class Work:
 
     def _encode(self, pixels: Tensor) -> Tensor:
         x = pixels.sub(127.5).div(127.5)
-        if x.ndim == 5 and getattr(self.autoencoder, 'time_factor', None) is None:    # of images: frame by frame
-            moments = self.autoencoder.encode(x.transpose(1, 2).flatten(0, 1)).latent_dist.parameters
-            return moments.unflatten(0, (len(x), -1)).transpose(1, 2)
+        is_of_clips = getattr(self.autoencoder, 'time_factor', None) is not None
+        return self._parameters(x) if is_of_clips else by_frames(self._parameters, x)
+
+    def _parameters(self, x: Tensor) -> Tensor:
         return self.autoencoder.encode(x).latent_dist.parameters
 
     # ------------------------------------------------ shards
@@ -356,8 +371,7 @@ class Work:
 
     def _done(self) -> int:
         """Samples that are done, by whomever."""
-        done = self.chunks - sum(1 for _ in self._missing())
-        return min(done * self.batch, len(self.samples.records))
+        return min((self.chunks - len(self._missing())) * self.batch, len(self.samples.records))
 
     def _say(self) -> None:
         now = time.monotonic()
@@ -375,6 +389,31 @@ class Work:
         here = f', {self.encoded} of them by this process in {duration(time.monotonic() - self.begin)}' if self.encoded else ''
         lost = f'; {left_out} samples could not be read, see *.skipped.jsonl' if left_out else ''
         return f'{self.target}: {entries} records{here}{lost}'
+
+
+# ---------------------------------------------------------------- shards for SOLVER.CACHE
+def fill_shards(source: str, target: str, autoencoder: Any, size: tuple[int, int], arithmetic: torch.dtype, batch: int) -> str:
+    """Moments of images as a run keeps them itself (docs/data.md, "Latents computed once"). Answers the lines of YAML that read them.
+
+    Each row is under the key that such a run asks for, so what is there already stays, and what has changed is computed anew. Of torchrun's
+    processes each takes a part of the shards.
+    """
+    data = {'NAME': 'ImageTextFolderDataset', 'DATA_FOLDER': source, 'TRANSFORMS': [{'NAME': 'RecordedCrop', 'SIZE': list(size)}]}
+    word = encoder_word(fingerprint(autoencoder), arithmetic, 'float32')
+    pictures = Pictures(DATASETS.build(Config(data)), Path(target), word, torch.float16)
+    parts = pictures.missing()[int(os.environ.get('RANK', 0))::int(os.environ.get('WORLD_SIZE', 1))]
+    device = next(autoencoder.parameters()).device
+
+    @torch.no_grad()
+    def encode(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, arithmetic, enabled=arithmetic != torch.float32):
+            return autoencoder.encode(images.to(device)).latent_dist.parameters
+
+    pictures.fill(encode, batch, parts)
+    declared, name = schema_of(type(autoencoder)), str(arithmetic).removeprefix('torch.')
+    own = {key: value for key, value in autoencoder.cfg.items() if key not in declared or declared[key].default != value}
+    return str(Config({'SOLVER': {'MODEL': {'FIRST_STAGE_MODEL': own}, 'TRAIN_DATA': data, 'DTYPE': name,
+                                  'CACHE': {'FOLDER': target, 'DTYPE': 'float16'}}})).rstrip()
 
 
 class Claims:

@@ -7,12 +7,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from scepter.core.errors import DataError
 from scepter.core.logger import duration, get_logger
 from scepter.data.images import UnreadableError
 from scepter.data.shards import Fault, Row, Shards, restore_index, write_shard
+
+
+def encoder_word(fingerprint: str, arithmetic: torch.dtype, weights: str) -> str:
+    """All that an encoder's results depend on beside what it is given: what it is, and the types that it computes in."""
+    return f'{fingerprint} {arithmetic} {weights}'
 
 
 class Table:

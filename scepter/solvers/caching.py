@@ -11,7 +11,7 @@ from scepter.core.env import we
 from scepter.core.faults import ConfigError
 from scepter.core.registry import DATASETS, MODELS
 from scepter.data.cache import Cache, CachedDataset, Pictures
-from scepter.data.kept import Table
+from scepter.data.kept import Table, encoder_word
 from scepter.data.shards import key_of
 from scepter.data.texts import Texts, prompts_of
 from scepter.solvers.run import Run
@@ -61,7 +61,7 @@ def open_cache(run: Run, anew: bool = False) -> tuple[Pictures, Texts | None]:
     how = {'folder': Path(str(cache.FOLDER)), 'dtype': DTYPES.get(str(cache.DTYPE)), 'rows': cache.ROWS, 'logger': run.logger}
 
     def told(name: str) -> str:
-        return ' '.join([run.model.fingerprint(encoders[name].part), str(run.dtype), run.PARAM_DTYPE])
+        return encoder_word(run.model.fingerprint(encoders[name].part), run.dtype, run.PARAM_DTYPE)
 
     encoder = we.broadcast(told('picture') if we.is_main else None)
     found = Pictures(dataset, encoder=encoder, anew=anew, **how) if we.is_main else None
