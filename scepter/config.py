@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from scepter.core.config import Config
+from scepter.core.experiment import load_config
 from scepter.core.faults import ConfigError, Fault, check, did_you_mean
 from scepter.core.schema import Component, convert, param, schema_of, value_faults
 from scepter.core.yaml import dump
@@ -151,7 +152,7 @@ def knows(path: str) -> bool:
 
 def read(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """A file of NOVA's own program, with all its keys. Raises ConfigError with every fault and its line."""
-    cfg = Config.load(path, overrides)
+    cfg = load_config(path, overrides)
     schema = schema_of(NovaConfig)
     for key, node in [(key, cfg[key]) for key in schema if isinstance(cfg.get(key), Config)]:
         nested = schema[key].nested

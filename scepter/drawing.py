@@ -35,19 +35,21 @@ from scepter.core.config import Config
 from scepter.core.disk import atomic, checkpoints
 from scepter.core.env import we
 from scepter.core.errors import DataError
-from scepter.core.experiment import carry_out_imports, not_carried_out
+from scepter.core.experiment import carry_out_imports, load_config, not_carried_out
 from scepter.core.faults import NOWHERE, ConfigError, check, did_you_mean
 from scepter.core.images import PICTURES, free_path, grid, png_text, save_new, save_png, to_uint8
 from scepter.core.logger import get_logger
-from scepter.core.registry import MODELS
+from scepter.core.registry import FILE_SYSTEMS, MODELS
 from scepter.core.schema import default, schema_of
 from scepter.core.stores import FS
+from scepter.core.stores.client import shown
 from scepter.core.stores.mirror import newest_at
 from scepter.data.images import UnreadableError, load_image, to_rgb
 from scepter.models.base import TrainModule
 from scepter.models.restore import config_of, has_config, restore
 from scepter.models.unfilled import unfilled
 from scepter.solvers.diffusion import SampleArgs
+from scepter.solvers.run import file_systems
 
 DEFAULT_CONFIG = 'sd15/sd15_512_full.yaml'
 GIVEN = ('image', 'mask', 'first_frame')    # pictures that forward_test may take
@@ -96,16 +98,18 @@ def load(path: str | os.PathLike | None = None, cfg: str | os.PathLike | Mapping
     cfg: the experiment whose SOLVER.MODEL to build; without it the one that came with the weights, else what the files themselves say.
     dtype: float32, bfloat16, float16; auto is float16 on CUDA and float32 elsewhere.  ema: averaged weights where there are any.
     imports: files or modules with components of yours.  overrides: KEY.PATH=VALUE words.
-    allow_downloads: also fetch what a config that came with the weights names; what you name yourself is always fetched.
+    allow_downloads: also fetch what a config that came with the weights names, from the public network; what you name yourself is always
+        fetched, wherever it lies.
     Raises ConfigError, CheckpointError and DataError.
     """
     path, source = (None, '') if path is None else _place_of(str(path))
     experiment, is_theirs = open_config(path, cfg, overrides, imports)
     refused: AbstractContextManager = nullcontext()
-    if path is not None and is_theirs and not allow_downloads:
-        refused = FS.without_requests(
-            f'the config that came with {path} names it, and that may be anybody\'s. If you trust it, --allow_downloads '
-            '(allow_downloads=True) fetches it; or name a copy of yours, KEY.PATH.PRETRAINED_MODEL=...', but=[*_values(overrides), path])
+    if path is not None and is_theirs:
+        mine = [*_values(overrides), path]
+        refused = FS.public_only(but=mine) if allow_downloads else FS.without_requests(
+            f'the config that came with {shown(path)} names it, and that may be anybody\'s. If you trust it, --allow_downloads '
+            '(allow_downloads=True) fetches it; or name a copy of yours, KEY.PATH.PRETRAINED_MODEL=...', but=mine)
     with refused:
         model, digest = open_model(path, experiment, is_theirs, ema)
     device = we.device if device is None else torch.device(device)
@@ -153,7 +157,7 @@ def open_config(path: str | None, cfg: str | os.PathLike | Mapping | None, overr
     if isinstance(cfg, Mapping):
         experiment = Config.parse(Config.of(cfg).dump())
     elif cfg is not None:
-        experiment = Config.load(cfg)
+        experiment = load_config(cfg)
         experiment = as_ours(cfg)[0] if is_published(experiment) else experiment
     elif path is not None and has_config(path):
         experiment = config_of(path)
@@ -169,8 +173,12 @@ def open_config(path: str | None, cfg: str | os.PathLike | Mapping | None, overr
         if not isinstance(node, Config):
             raise ConfigError(f'{experiment.file or "the config"}: {key} is {node!r}, expected keys and values below it')
     faults += MODELS.faults(solver.get('MODEL'), 'SOLVER.MODEL')
+    stores = [] if is_theirs else file_systems(solver)
+    faults += [fault for node in stores for fault in FILE_SYSTEMS.faults(node, 'SOLVER.FILE_SYSTEM')]
     faults += schema_of(SampleArgs).faults(how, 'SOLVER.SAMPLE_ARGS')
     check([*faults, *(not_carried_out(experiment, words) if faults else [])], experiment.file or 'the config')
+    for node in stores:
+        FS.init_fs_client(node)
     return experiment, is_theirs
 
 

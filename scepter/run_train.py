@@ -37,7 +37,7 @@ def command_line() -> argparse.ArgumentParser:
     """The options of this command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('overrides', nargs='*', metavar='KEY.PATH=VALUE', help='set a key of the config; the last one wins')
-    parser.add_argument('--cfg', metavar='FILE', help='a YAML file, or a shipped example such as sd15.yaml')
+    parser.add_argument('--cfg', metavar='FILE', help='a YAML file, its address in a store, or a shipped example such as sd15.yaml')
     parser.add_argument('--launcher', choices=('spawn', 'torchrun'), default='spawn',
                         help='spawn (default): start one process per device here; torchrun: torchrun has started us')
     parser.add_argument('--learning_rate', type=float, help='the LEARNING_RATE of every optimizer')
@@ -86,9 +86,10 @@ def load(args: argparse.Namespace) -> Config:
     """The config with the command line on top of it; one of NOVA's own program as ours."""
     from scepter.config import as_ours, is_published
     from scepter.core.config import Config
+    from scepter.core.experiment import load_config
     from scepter.core.faults import Origin
     from scepter.core.logger import get_logger
-    cfg = Config.load(args.cfg, args.overrides)
+    cfg = load_config(args.cfg, args.overrides)
     if is_published(cfg):
         cfg, rows = as_ours(args.cfg, args.overrides)
         get_logger().info(f'{args.cfg} is a config of NOVA\'s own program. What its keys became (convert_config.py writes it down):\n  '

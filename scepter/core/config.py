@@ -41,13 +41,13 @@ class Config(dict):
         return cls(value) if isinstance(value, dict) and not isinstance(value, cls) else value
 
     @classmethod
-    def load(cls, path: str | os.PathLike, overrides: Sequence[str] = (), environment: bool = True) -> Config:
+    def load(cls, path: str | os.PathLike, overrides: Sequence[str] = (), environment: bool = True, is_foreign: bool = False) -> Config:
         """The config of a YAML file (or of a shipped example), with its bases below it and the overrides on top.
 
-        `environment=False` leaves ${NAME} as it is: for a config that is only looked at. Raises ConfigError.
+        `environment=False` leaves ${NAME} as it is: for a config that is only looked at. is_foreign: as for `parse`. Raises ConfigError.
         """
         file = find_config(path)
-        cfg = _load_file(file, (), environment)
+        cfg = _load_file(file, (), environment, is_foreign)
         object.__setattr__(cfg, 'file', str(file))
         cfg.override(overrides, environment)
         return cfg

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from scepter.core.faults import Fault, check
 from scepter.core.logger import get_logger
 from scepter.core.registry import SOLVERS
 from scepter.core.schema import Component, param, part, schema_of
+from scepter.core.stores import FS
 
 
 class Experiment(Component):
@@ -22,6 +24,16 @@ class Experiment(Component):
     ENV: Env = param({}, 'What differs between machines: the seed, the device, the number of processes.')
     SOLVER: dict = part(SOLVERS, 'What runs: the solver, and below it the network, the data and the hooks.')
     IMPORTS: list[str] = param([], 'Your own components: .py files, found from the file that names them, or dotted modules.')
+
+
+def load_config(word: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
+    """The config that a word means: a file, a shipped example, or an address, whose IMPORTS and FILE_SYSTEM are then not carried out.
+
+    Raises ConfigError and DataError.
+    """
+    if '://' not in str(word):
+        return Config.load(word, overrides)
+    return Config.load(FS.get_from(word), overrides, is_foreign=True)
 
 
 def check_experiment(cfg: Config, imports: Sequence[str] = ()) -> list[str]:
@@ -51,7 +63,7 @@ def not_carried_out(cfg: Config, words: Sequence[str]) -> list[Fault]:
     """What to add to the faults of a config whose own IMPORTS were left alone."""
     if not cfg.get('IMPORTS') or words:
         return []
-    message = 'not carried out, since they stand in a checkpoint: name the files with --imports'
+    message = 'not carried out, since they stand in a checkpoint or came from an address: name the files with --imports'
     return [Fault('IMPORTS', message, cfg.origin('IMPORTS'))]
 
 
@@ -84,7 +96,7 @@ def _found(name: str) -> str | None:
 
 
 def _own_imports(cfg: Config) -> list[str]:
-    """The config's own IMPORTS; none where they stand in a checkpoint, or in a base that one names: it may come from anybody."""
+    """The config's own IMPORTS; none where they stand in a checkpoint or a store, or in a base of such: they may come from anybody."""
     words = cfg.get('IMPORTS')
     if not isinstance(words, list) or cfg.origin('IMPORTS').is_foreign:
         return []

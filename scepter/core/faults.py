@@ -12,7 +12,7 @@ class Origin(NamedTuple):
     """Where a value came from: a file and a line, or the words that stand in for a file."""
     file: str
     line: int = 0
-    is_foreign: bool = False    # the file lies in a checkpoint, which may come from anybody, or was named by one that does
+    is_foreign: bool = False    # the file lies in a checkpoint or a store, and may come from anybody, or was named by such a one
 
     def __str__(self) -> str:
         return f'{self.file}, line {self.line}' if self.line else self.file

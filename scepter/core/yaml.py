@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from scepter.core.faults import ConfigError, Fault, Origin
-from scepter.core.secrets import FromEnv, note_secrets
+from scepter.core.logger import get_logger
+from scepter.core.secrets import FromEnv, is_secret, note_secrets
 
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 1_000_000, 64, 100_000
 
@@ -127,6 +128,9 @@ class Loader(yaml.SafeLoader):
         text = node.value
         if _ENV.search(text) and self.environment:
             for name in _ENV.findall(text):
+                if self.is_foreign and is_secret(name):     # else its author could have it sent to an address of theirs
+                    get_logger().warning(f'{self.file}: ${{{name}}} is left as it is, since this config came from elsewhere')
+                    return text
                 if name not in os.environ:
                     return self.fault(node, f'the environment has no {name}: set it, or write the value', path)
             return FromEnv(_ENV.sub(lambda m: os.environ[m[1]], text), text)

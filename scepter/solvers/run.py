@@ -166,6 +166,8 @@ class Run(Component, base=True):
         super().__init__(cfg, logger=logger or get_logger())
         self.experiment = Config({'SOLVER': cfg})    # the whole file; the door replaces it, so that a checkpoint can rebuild all
         self.imports: Sequence[str] = ()    # the user's files that came along, for the command that draws
+        if self.cfg.FILE_SYSTEM is not None and not file_systems(self.cfg):
+            self.logger.warning('FILE_SYSTEM is not carried out, since it stands in a checkpoint or came from an address')
         for node in file_systems(self.cfg):
             FS.init_fs_client(node, logger=self.logger)
         self.work_dir, self.mirror = Mirror.of(self.WORK_DIR)
@@ -299,9 +301,11 @@ def evaluations_of(cfg: Config) -> dict[str, Evaluation]:
 
 
 def file_systems(cfg: Config) -> list[Config]:
-    """What FILE_SYSTEM holds, as a list."""
-    found = cfg.FILE_SYSTEM
-    return found if isinstance(found, list) else [] if found is None else [found]
+    """What FILE_SYSTEM holds, as a list; nothing where it came from elsewhere: it could send the user's keys to an address of its own."""
+    found = cfg.get('FILE_SYSTEM')
+    if found is None or cfg.origin('FILE_SYSTEM').is_foreign:
+        return []
+    return found if isinstance(found, list) else [found]
 
 
 def modes_of(cfg: Config) -> set[str]:

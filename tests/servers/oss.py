@@ -214,3 +214,9 @@ class OssServer(faults.Server):
         """Let a file appear."""
         self.objects[key] = made
         self.history.append(key)
+
+    def enter(self, monkeypatch: Any) -> None:
+        """Put its endpoint and keys into the environment."""
+        for name, value in {'OSS_ENDPOINT': self.url, 'OSS_ACCESS_KEY_ID': ID, 'OSS_ACCESS_KEY_SECRET': SECRET}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv('OSS_SESSION_TOKEN', raising=False)

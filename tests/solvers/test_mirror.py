@@ -33,9 +33,7 @@ EVERY_TWO = [{'NAME': 'ModelEmaHook', 'BETA': 0.9}, {'NAME': 'CheckpointHook', '
 def server(tmp_path, monkeypatch) -> Iterator[oss.OssServer]:
     """A bucket, a machine that has seen nothing, and a mirror that looks at once."""
     running = oss.OssServer()
-    for name, value in {'OSS_ENDPOINT': running.url, 'OSS_ACCESS_KEY_ID': oss.ID, 'OSS_ACCESS_KEY_SECRET': oss.SECRET}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv('OSS_SESSION_TOKEN', raising=False)
+    running.enter(monkeypatch)
     another_machine(tmp_path / 'one', monkeypatch)
     monkeypatch.setattr(mirror, 'LOOK', 0.01)
     FS.init_fs_client({'NAME': 'AliyunOssFs', 'RETRY_TIMES': 1, 'RETRY_DELAY': 0.01, 'TIMEOUT': 1})

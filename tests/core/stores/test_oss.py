@@ -27,9 +27,7 @@ REAL = [os.environ.get(f'OSS_TEST_{name}') for name in ('ENDPOINT', 'BUCKET', 'A
 def server(tmp_path, monkeypatch) -> Iterator[oss.OssServer]:
     running = oss.OssServer()
     monkeypatch.setenv('HOME', str(tmp_path))
-    for name, value in {'OSS_ENDPOINT': running.url, 'OSS_ACCESS_KEY_ID': oss.ID, 'OSS_ACCESS_KEY_SECRET': oss.SECRET}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv('OSS_SESSION_TOKEN', raising=False)
+    running.enter(monkeypatch)
     yield running
     running.close()
 
