@@ -210,7 +210,7 @@ def test_nothing_is_fetched_for_a_config_that_came_with_the_weights_unless_it_is
         with pytest.raises(CheckpointError, match=r'vae.safetensors was not fetched: the config that came with .*--allow_downloads'):
             scepter.load(stranger)
         assert asked == []
-        with pytest.raises(CheckpointError, match='127.0.0.1, which is not of the public network'):
+        with pytest.raises(CheckpointError, match=r'127.0.0.1, which is not of the public network'):
             scepter.load(stranger, allow_downloads=True)
         assert asked == []
         with pytest.raises(CheckpointError, match='404'):
