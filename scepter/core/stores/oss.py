@@ -35,6 +35,9 @@ class Keys(NamedTuple):
     endpoint: str
     source: str
 
+    def __repr__(self) -> str:
+        return f'Keys(from {self.source})'
+
 
 @FILE_SYSTEMS.register_class()
 class AliyunOssFs(FileClient):
