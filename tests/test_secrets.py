@@ -54,8 +54,8 @@ class Place:
     def run(self, file: Path, *words: str, **env: str) -> tuple[int, str]:
         given = {name: secret for name, secret in CANARIES.items() if ' ' not in name}
         places = {'OSS_ENDPOINT': self.bucket.url, 'SCEPTER_CACHE': str(self.folder / 'out'), 'PYTHONPATH': str(ROOT / 'tests')}
-        done = subprocess.run([sys.executable, 'scepter/run_train.py', '--cfg', str(file), *words], cwd=ROOT, capture_output=True, text=True,
-                              env={**os.environ, **given, **places, **env})
+        command = [sys.executable, 'scepter/run_train.py', '--cfg', str(file), *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **given, **places, **env})
         return done.returncode, done.stdout + done.stderr
 
     def leaks(self, said: str) -> dict[str, str]:
