@@ -129,25 +129,13 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def _place_of(path: str) -> tuple[str, str]:
     """What a path means on this machine, and what to call it: a checkpoint of ours may lie in any store."""
     if '://' not in path:
-        path = str(newest_checkpoint(path) or path)
+        path = str(checkpoints.newest_of(path) or path)
         return path, path
     if not path.split('?')[0].endswith(weights.FILES):
         with weights.local_copy(newest_at(path)) as local:
-            if (checkpoint := newest_checkpoint(local)) is not None:
+            if (checkpoint := checkpoints.newest_of(local)) is not None:
                 return str(checkpoint), path
     return path, path
-
-
-def newest_checkpoint(path: str | os.PathLike) -> Path | None:
-    """The checkpoint that a local path means: itself, or the newest whole one of a run's folder; None where it is neither."""
-    path = Path(path)
-    if not checkpoints.is_checkpoint(path):
-        return None
-    if (path / checkpoints.MANIFEST).is_file():
-        return path
-    found = checkpoints.load(path).path
-    get_logger().info(f'{path}: its newest checkpoint is {found.name}')
-    return found
 
 
 def open_config(path: str | None, cfg: str | os.PathLike | Mapping | None, overrides: Sequence[str],

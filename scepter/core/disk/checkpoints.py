@@ -19,14 +19,14 @@ from torch import Tensor
 
 from scepter.core.disk import atomic
 from scepter.core.disk.manifests import FORMAT, MANIFEST, step_of
-from scepter.core.disk.reading import Checkpoint, folder_of, folders, is_checkpoint, is_sound, latest, load
+from scepter.core.disk.reading import Checkpoint, folder_of, folders, is_checkpoint, is_sound, latest, load, newest_of
 from scepter.core.disk.writing import LIMIT, Kept, Save, as_json, explained, recover
 from scepter.core.env import we
 from scepter.core.errors import CheckpointError
 from scepter.core.logger import get_logger
 
-__all__ = ['FORMAT', 'MANIFEST', 'Checkpoint', 'folder_of', 'folders', 'is_checkpoint', 'is_sound', 'latest', 'load', 'preflight', 'prune',
-           'recover', 'resolve', 'save', 'step_of', 'write']
+__all__ = ['FORMAT', 'MANIFEST', 'Checkpoint', 'folder_of', 'folders', 'is_checkpoint', 'is_sound', 'latest', 'load', 'newest_of',
+           'preflight', 'prune', 'recover', 'resolve', 'save', 'step_of', 'write']
 
 
 def save(root: Path | str, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], config: str,

@@ -152,6 +152,18 @@ def is_checkpoint(path: Path | str) -> bool:
     return (Path(path) / MANIFEST).is_file() or bool(_folders_of_run(Path(path)))
 
 
+def newest_of(path: Path | str) -> Path | None:
+    """The checkpoint that a path means: itself, or the newest whole one of a run's folder; None where it is neither."""
+    path = Path(path)
+    if not is_checkpoint(path):
+        return None
+    if (path / MANIFEST).is_file():
+        return path
+    found = load(path).path
+    get_logger().info(f'{path}: its newest checkpoint is {found.name}')
+    return found
+
+
 def _folders_of_run(path: Path) -> list[Path]:
     """The checkpoints of a WORK_DIR, or of its folder checkpoints, the newest first; none for a path that is one itself."""
     if step_of(path) >= 0 or (path / MANIFEST).exists():
