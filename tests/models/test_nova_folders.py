@@ -50,6 +50,13 @@ def test_a_folder_opens_without_a_word_about_keys_and_goes_out_as_it_came(folder
         assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name].reshape(theirs[name].shape)) for name in theirs)
 
 
+def test_a_folder_becomes_a_checkpoint_to_start_from(folders, tmp_path: Path):
+    assert tool('convert_weights').main([str(folders['clip']), str(tmp_path / 'run'), '--to', 'scepter']) == 0
+
+    theirs, ours = (scepter.load(path).model.state_dict() for path in (folders['clip'], tmp_path / 'run'))
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
 def test_transformers_opens_the_text_encoder_that_we_wrote(folders, tmp_path: Path):
     pipe = scepter.load(folders['text'])
     tool('export').main([str(folders['text']), str(tmp_path / 'out')])
