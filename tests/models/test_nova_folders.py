@@ -1,10 +1,13 @@
 """Published folders of NOVA, in and out: opened without YAML, every weight in its place, and what they cannot be is named."""
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,14 +15,18 @@ from safetensors.torch import load_file
 from transformers import PhiModel
 
 import scepter
+from pairs import train
 from scepter.commands import tool
 from scepter.core.clips import read_mp4
 from scepter.core.config import Config
 from scepter.core.errors import CheckpointError
 from scepter.core.images import read_settings
+from scepter.core.launch import launch
 from scepter.core.registry import BACKBONES, MODELS
+from scepter.data.records import RecordWriter
 from scepter.run_inference import main as run_inference
 from scepter.weights import describe
+from tests.models import nova_runs
 from tests.models.nova_folders import CLIP, DDPM, FLOW, NETWORK, TEXT, folder, write
 
 SHORT = {'sets': 3, 'sample_steps': 2, 'seed': 5}
@@ -86,7 +93,6 @@ def test_a_mixer_that_config_or_weights_lack_is_refused(folders, tmp_path: Path,
     ('scheduler/scheduler_config.json', {'_class_name': 'PNDMScheduler'}, 'expected FlowMatchEulerDiscreteScheduler or DDPMScheduler'),
     ('vae/config.json', {'_class_name': 'AutoencoderKLWan'}, 'no family that opens here')])
 def test_what_cannot_be_opened_says_why(folders, tmp_path: Path, file: str, values: dict, words: str):
-    import shutil
     root = shutil.copytree(folders['text'], tmp_path / 'nova')
     write(root / 'model_index.json', {'_class_name': 'NOVAPipeline'})
     write(root / file, values)
@@ -119,6 +125,52 @@ def test_a_network_that_no_published_folder_holds_is_not_written(folders, tmp_pa
 
     with pytest.raises(ValueError, match='a folder of NOVA has an autoencoder'):
         export_diffusers(model, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ trained from
+def training(source: Path, work_dir: Path, frames: int = 0, **solver: Any) -> Config:
+    """Four steps from a published folder, on latents with words."""
+    data = work_dir.parent / 'data'
+    data.mkdir(exist_ok=True)
+    if not (data / 'METADATA').is_file():
+        with RecordWriter(data, {'moments': 'bytes', 'shape': ['int64'], 'caption': 'string', 'flow': 'float64'}) as writer:
+            for i in range(8):
+                x = np.random.default_rng(i).normal(size=(8, *([frames] if frames else []), 8, 8)).astype(np.float16)
+                writer.write({'moments': x.tobytes(), 'shape': x.shape, 'caption': 'a red fox. in snow', 'flow': float(i)})
+    config = describe(source).config
+    config.SOLVER.update({
+        'WORK_DIR': str(work_dir), 'MAX_STEPS': 4, 'RESUME_FROM': 'auto', 'GLOBAL_BATCH_SIZE': 4, 'OPTIMIZER': {'NAME': 'AdamW'},
+        'TRAIN_DATA': {'NAME': 'LatentRecordDataset', 'DATA_FOLDER': str(data), 'BATCH_SIZE': 2},
+        'TRAIN_HOOKS': [{'NAME': 'LogHook', 'LOG_INTERVAL': 1, 'PROGRESS': False}, {'NAME': 'ModelEmaHook', 'BETA': 0.9},
+                        {'NAME': 'CheckpointHook', 'INTERVAL': 0}], **solver})
+    return config
+
+
+def test_a_run_from_a_folder_leaves_its_frozen_parts_there(folders, tmp_path: Path):
+    source = shutil.copytree(folders['text'], tmp_path / 'nova')
+    train(training(source, tmp_path / 'run', DTYPE='bfloat16'))
+    held = load_file(tmp_path / 'run' / 'checkpoints' / 'step-00000004' / 'model.safetensors')
+    drawn = scepter.load(tmp_path / 'run')('a red fox', **SHORT).results[0]['image']
+
+    assert not any(name.startswith(('cond_stage_model.', 'first_stage_model.')) for name in held)
+    assert tool('checkpoint').main(['to-single', str(tmp_path / 'run'), str(tmp_path / 'one.safetensors')]) == 0
+    assert tool('export').main([str(tmp_path / 'run'), str(tmp_path / 'out')]) == 0
+    for path in ('one.safetensors', 'out'):
+        assert torch.equal(scepter.load(tmp_path / path)('a red fox', **SHORT).results[0]['image'], drawn)
+    source.rename(tmp_path / 'elsewhere')
+    with pytest.raises(CheckpointError, match='nova/tokenizer: gone'):
+        scepter.load(tmp_path / 'run')
+
+
+@pytest.mark.slow
+def test_two_processes_in_shares_train_clips_from_a_folder_as_one_does(folders, tmp_path: Path):
+    train(training(folders['clip'], tmp_path / 'one', 3))
+    shares = training(folders['clip'], tmp_path / 'two', 3, PARALLEL='fsdp')
+    launch(Config({**shares, 'ENV': {'NPROC': 2, 'DEVICE': 'cpu', 'THREADS': 1}}), nova_runs.run)
+
+    one, two = ([row['train/loss_i2i'] for row in map(json.loads, (tmp_path / name / 'log.jsonl').read_text().splitlines())
+                 if 'train/loss_i2i' in row] for name in ('one', 'two'))
+    assert len(one) == 4 and one == pytest.approx(two, rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ the command
