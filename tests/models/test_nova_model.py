@@ -198,6 +198,16 @@ def test_a_picture_of_an_evaluation_is_no_first_frame():
     assert accepted(build(CLIP).forward_test, {'image': 1, 'video': 2, 'moments': 3, 'first_frame': 4}) == {'first_frame': 4}
 
 
+def test_a_batch_of_an_evaluation_is_drawn_as_it_is():
+    model, batch = build(CLIP), batch_of(CLIP, 2, 3)
+    how = {'length': 2, 'sets': 2, 'sample_steps': 2, 'row_seeds': [1, 2]}
+
+    together = model.forward_test(**accepted(model.forward_test, {**batch, **how}))
+    alone = model.forward_test(prompt=batch['prompt'][1:], motion_flow=2.0, **{**how, 'row_seeds': [2]})
+
+    torch.testing.assert_close(together[1]['latent'], alone[0]['latent'], rtol=1e-4, atol=1e-4)
+
+
 def test_an_autoencoder_of_pictures_serves_clips_frame_by_frame():
     torch.manual_seed(0)
     model, clip = build(CLIP, FIRST_STAGE_MODEL=IMAGES), torch.rand(2, 3, 3, 64, 64) * 2 - 1

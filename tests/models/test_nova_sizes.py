@@ -1,6 +1,7 @@
 """The sizes that a config of NOVA can say, the published ones among them, and what it may not say."""
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,23 @@ def test_a_published_config_says_the_same_as_ours(file: Path):
     read = values_of(read_network(case.told['transformer'], 'a folder'))
 
     assert {**read, 'ARCH': None} == {**{k: v for k, v in case.config().items() if v is not None}, 'ARCH': None}
+
+
+@pytest.mark.parametrize('changes', [{'NUM_CLASSES': 10}, {'TEXT_TOKEN_DIM': 24, 'TEXT_TOKEN_LEN': 6, 'VIDEO_MIXER_RANK': -1}, {}])
+def test_a_config_json_that_we_write_reads_as_it_was(changes: dict):
+    network = BACKBONES.build(Config({**TINY, 'VIDEO_BASE_SIZE': [4, 2, 2], **changes}))
+
+    written = write_network(network)
+    again = BACKBONES.build(Config(values_of(read_network(json.loads(json.dumps(written)), 'a folder'))))
+
+    assert again.cfg == network.cfg and ('num_classes' in written) == ('NUM_CLASSES' in changes)
+
+
+def test_a_width_of_nothing_is_a_network_of_classes():
+    values = {'image_dim': 4, 'image_size': 64, 'image_stride': 8, 'text_token_dim': 0, 'text_token_len': 256, 'video_mixer_rank': 0,
+              'arch': TINY['ARCH']}
+
+    assert BACKBONES.build(Config(values_of(read_network(values, 'a folder')))).is_told_class
 
 
 def test_patches_come_back():

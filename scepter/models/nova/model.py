@@ -230,13 +230,13 @@ class NovaModel(TrainModule):
                      sampler: str | None = None, seed: int = 2023, row_seeds: Sequence[int] | None = None, guide_scale: float = 5.0,
                      image_guide_scale: float = 0.0, spatiotemporal_guide_scale: float = 0.0, guide_renorm: float = 1.0,
                      guide_trunc: float = 0.0, min_guide_scale: float | None = None, flow_shift: float | None = None,
-                     motion_flow: float = 5.0, num_samples: int | None = None, show_progress: bool = False,
+                     motion_flow: float | Tensor = 5.0, num_samples: int | None = None, show_progress: bool = False,
                      on_step: Callable[[int, int, Tensor], None] | None = None) -> list[dict[str, Any]]:
         """Prompts or labels -> one dict each: prompt or label, seed, and image [3, H, W] or video [3, T, H, W] in 0..1.
 
         Without an autoencoder, latent [C, T, h, w] instead.
         num_frames: of a clip; or length, those of its latents. Without either, an image.
-        sets: of tokens in a frame.  sample_steps: of each set.  guide_*: see guidance.py.
+        sets: of tokens in a frame.  sample_steps: of each set.  guide_*: see guidance.py.  motion_flow: of all clips, or [B].
         first_frame [B, 3, H, W] in -1..1: the picture that a clip begins with.
         seed: below 0 for another one each time; row i of it is keyed (seed, i).
         on_step: called as (set, sets of all frames, tokens) after each set.
@@ -310,7 +310,7 @@ class NovaModel(TrainModule):
         return SAMPLERS.function({'NAME': sampler_named(default(name, 'euler' if self.SPACING == 'flow' else 'ddpm'))[0]})
 
     def _conditions(self, prompt: Any, n_prompt: Any, label: Any, count: int,
-                    motion_flow: float) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
+                    motion_flow: float | Tensor) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
         """Conditions of what is wanted and of nothing, [B, K, D] each, and what results tell of them."""
         if self.model.is_told_class:
             if prompt is not None and label is None:
@@ -328,7 +328,8 @@ class NovaModel(TrainModule):
             negative = [n_prompt] * len(prompt) if isinstance(n_prompt, str) else default(n_prompt, [''] * len(prompt))
             told, empty = self.features(prompt), self.features(negative)
             results = [{'prompt': p, 'n_prompt': n} if isinstance(p, str) else {} for p, n in zip(prompt, negative)]
-        both = self.model.condition([*told, *empty] if isinstance(told, list) else torch.cat([told, empty]), motion_flow)
+        flow = torch.as_tensor(motion_flow, dtype=torch.float32).expand(len(results)).repeat(2)
+        both = self.model.condition([*told, *empty] if isinstance(told, list) else torch.cat([told, empty]), flow)
         return *both.chunk(2), results
 
     def _shown(self, latents: Tensor) -> list[dict[str, Any]]:
