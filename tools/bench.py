@@ -6,6 +6,9 @@
     python tools/bench.py sd15-infer --compile    # ... both compiled, and ours compiled against theirs eager
     python tools/bench.py sd15-train          # a training step from latents against diffusers'
     python tools/bench.py sdxl-infer          # as sd15-infer, 1024 pixels
+    python tools/bench.py loader              # JPEGs from a folder to batches, against torchvision's ImageFolder
+    python tools/bench.py latents             # batches out of a cache, against a TensorDataset
+    python tools/bench.py open                # a table of a million rows: the first start and later ones
     python tools/bench.py checkpointing       # what each level of CHECKPOINTING keeps for the backward pass, and what it costs
     python tools/bench.py checkpoint          # a save and a verified load of 1 GB, and how much of a save ASYNC_SAVE has the loop wait
     python tools/bench.py resume              # to the first batch of step 100,000, of 10 million samples
@@ -44,6 +47,7 @@ def main() -> None:
     parser.add_argument('--pairs', type=int, default=15, help='alternating pairs (default 15)')
     parser.add_argument('--size', type=int, help='pixels, where 512 (1024 for sdxl) is too much; megabytes of a checkpoint, '
                         'where 1000 are; thousands of samples to resume among, where 10,000 are')
+    parser.add_argument('--count', type=int, help='images or rows, where a benchmark has such')
     parser.add_argument('--compile', action='store_true', help='compile both with torch.compile')
     args = parser.parse_args()
     for name in args.names:
@@ -403,9 +407,114 @@ def resume(args: argparse.Namespace) -> None:
     compare(f'resume at step {step:,} / skipping', ours, peer, args.pairs, samples=samples, batch=size)
 
 
+# ------------------------------------------------------------------------------------------------ data
+def loader(args: argparse.Namespace) -> None:
+    """Photographs as JPEG, read, scaled, cut and mirrored, against torchvision's ImageFolder with the same transforms and workers."""
+    import torchvision
+    from PIL import Image
+
+    import scepter.components  # noqa: F401
+    from scepter.core.registry import DATASETS
+    pixels, count, batch, workers = args.size or 512, args.count or 256, 16, min(2, os.cpu_count() or 1)
+    chance, t = np.random.default_rng(0), torchvision.transforms
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / 'photographs' / 'one'
+        folder.mkdir(parents=True)
+        for i in range(count):    # smooth, with some grain, twice as large as they are needed; half of them wide, half of them tall
+            size = (pixels * 8 // 3, pixels * 2)[::-1 if i % 2 else 1]
+            small = Image.fromarray(chance.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+            grain = chance.normal(0, 6, (size[1], size[0], 3))
+            Image.fromarray((np.asarray(small) + grain).clip(0, 255).astype(np.uint8)).save(folder / f'{i:05d}.jpg', quality=90)
+        ours = DATASETS.build({'NAME': 'ImageTextFolderDataset', 'DATA_FOLDER': str(folder), 'BATCH_SIZE': batch, 'NUM_WORKERS': workers,
+                               'TRANSFORMS': [{'NAME': 'RecordedCrop', 'SIZE': pixels, 'FLIP': 0.5}]})
+        peer = torchvision.datasets.ImageFolder(str(folder.parent), t.Compose([
+            t.Resize(pixels, t.InterpolationMode.BICUBIC), t.CenterCrop(pixels), t.RandomHorizontalFlip(), t.ToTensor(),
+            t.Normalize(0.5, 0.5)]))
+        compare(f'loader, JPEG to {pixels} px / torchvision ImageFolder', epoch_of_ours(ours, count), epoch_of_peer(peer, batch, workers),
+                args.pairs, 's/image', share=count, workers=workers, images=count, file_pixels=list(size))
+
+
+def latents(args: argparse.Namespace) -> None:
+    """Moments out of a cache, with their captions, against the same tensors in one TensorDataset; both read in the main process."""
+    from PIL import Image
+
+    import scepter.components  # noqa: F401
+    from scepter.core.registry import DATASETS
+    from scepter.data.cache import CachedDataset, Pictures
+    count, batch, side = args.count or 2048, 32, (args.size or 512) // 8
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / 'pictures'
+        folder.mkdir()
+        for i in range(count):
+            Image.new('RGB', (8, 8), (i % 256, i // 256, 0)).save(folder / f'{i:05d}.png')
+        (folder / 'metadata.csv').write_text('file_name,text\n' + ''.join(f'{i:05d}.png,picture {i}\n' for i in range(count)))
+        pictures = DATASETS.build({'NAME': 'ImageTextFolderDataset', 'DATA_FOLDER': str(folder), 'BATCH_SIZE': batch})
+        moments = torch.randn(count, 8, side, side)
+        rows = Pictures(pictures, Path(name) / 'cache', encoder='none')
+        done = iter(moments.split(16))
+        rows.fill(lambda images: next(done)[:len(images)], 16)
+        rows.look()
+        peer = torch.utils.data.TensorDataset(moments)
+        compare(f'loader, cached moments of {side * 8} px / TensorDataset', epoch_of_ours(CachedDataset(pictures, rows), count),
+                epoch_of_peer(peer, batch, 0), args.pairs, 's/row', share=count, rows=count, megabytes=round(moments.nbytes / 1e6))
+
+
+def epoch_of_ours(dataset: Any, count: int) -> Callable[[], None]:
+    """An epoch by a loader that is begun for it: none reads ahead while the other is measured."""
+    from scepter.data.loader import Loader
+
+    def epoch() -> None:
+        begun = Loader(dataset, seed=1)
+        for _ in range(count // dataset.BATCH_SIZE):
+            next(begun)
+        begun.close()
+    return epoch
+
+
+def epoch_of_peer(dataset: Any, batch: int, workers: int) -> Callable[[], None]:
+    def epoch() -> None:
+        for _ in torch.utils.data.DataLoader(dataset, batch, shuffle=True, num_workers=workers, drop_last=True):
+            pass
+    return epoch
+
+
+OPEN = """
+import resource, sys, time
+import scepter.components
+from scepter.core.registry import DATASETS
+before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+dataset = DATASETS.build({'NAME': 'ImageTextTableDataset', 'TABLE': sys.argv[1], 'BUCKETS': 512, 'TRANSFORMS': [{'NAME': 'RecordedCrop'}]})
+names = [dataset.name_of(i * 7919 % len(dataset)) for i in range(1000)]
+print(time.perf_counter() - begin, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def opening(args: argparse.Namespace) -> None:
+    """A list of a million rows with sizes: the first start, which reads it, against a later one, each a process of its own."""
+    count = args.count or 1_000_000
+    with tempfile.TemporaryDirectory() as name:
+        table = Path(name) / 'list.txt'
+        with open(table, 'w') as file:
+            file.writelines(f'images/{i // 1000:05d}/{i:08d}.jpg#;#{512 + i % 7 * 64}#;#{512 + i % 5 * 64}#;#a caption, number {i}\n'
+                            for i in range(count))
+
+        def start() -> tuple[float, float]:
+            done = subprocess.run([sys.executable, '-c', OPEN, str(table)], cwd=ROOT, check=True, capture_output=True, text=True,
+                                  env={**os.environ, 'SCEPTER_CACHE': f'{name}/cache'})
+            passed, grown = map(float, done.stdout.split())
+            return passed, grown
+
+        (first, _), later = start(), [start() for _ in range(min(5, args.pairs))]
+        passed = [row[0] for row in later]
+        middle = float(np.median(passed))
+        report(f'open {count:,} rows, later start / first', middle, first, middle / first, min(passed) / first, max(passed) / first, 's',
+               len(later), grown_mb=round(float(np.median([row[1] for row in later])), 1))
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], None]] = {
     'overhead': overhead, 'startup': startup, 'sd15-infer': infer('sd15.yaml', 512), 'sd15-train': sd15_train,
-    'sdxl-infer': infer('sdxl/sdxl_1024.yaml', 1024), 'checkpointing': checkpointing, 'checkpoint': checkpoint, 'resume': resume}
+    'sdxl-infer': infer('sdxl/sdxl_1024.yaml', 1024), 'checkpointing': checkpointing, 'checkpoint': checkpoint, 'resume': resume,
+    'loader': loader, 'latents': latents, 'open': opening}
 
 if __name__ == '__main__':
     main()

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 Size = tuple[int, int]    # (height, width)
-BLOCK = 1 << 18           # pictures that are looked at at once
 
 
 def bucket_sizes(side: int, step: int, shortest: int, longest: int) -> list[Size]:
@@ -27,19 +26,27 @@ def bucket_sizes(side: int, step: int, shortest: int, longest: int) -> list[Size
 def nearest(sizes: Sequence[Size], heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
     """int64 [N]: for each picture the size whose ratio of sides is nearest in its logarithm, so that turning a picture turns its size."""
     ratios = np.array([math.log(height / width) for height, width in sizes])
-    asked = np.log(heights / widths)
-    parts = [np.abs(asked[i:i + BLOCK, None] - ratios).argmin(1) for i in range(0, len(asked), BLOCK)]
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+    order = ratios.argsort(kind='stable')
+    return order[np.searchsorted((ratios[order][1:] + ratios[order][:-1]) / 2, np.log(heights / widths))]
 
 
-def occupancy(sizes: Sequence[Size], bucket_of: np.ndarray, shapes: np.ndarray) -> str:
-    """What becomes of the pictures, in words.    bucket_of: [N].  shapes: [N, 2], height and width"""
-    counts = np.bincount(bucket_of, minlength=len(sizes))
-    filled = ', '.join(f'{height}x{width} ({count})' for (height, width), count in zip(sizes, counts) if count)
-    target = np.array(sizes)[bucket_of]
-    scale = (target / shapes).max(1)    # until the size is just covered
-    cut = 1 - float((target.prod(1) / (shapes.prod(1, dtype=np.float64) * scale ** 2)).mean())
-    enlarged = int((scale > 1).sum())
-    by = f' by up to {scale.max():.2g} times' if enlarged else ''
-    return (f'images by height x width of their bucket: {filled}. {cut:.1%} of the pixels are cut off, {enlarged} images are enlarged{by}, '
-            'none is left out')
+class Occupancy:
+    """Counts what becomes of pictures, a block of them after the other."""
+
+    def __init__(self, sizes: Sequence[Size]):
+        self.sizes, self.counts = np.array(sizes), np.zeros(len(sizes), np.int64)
+        self.kept, self.enlarged, self.most = 0.0, 0, 1.0    # shares of the pixels, summed; how many; by how much
+
+    def add(self, bucket_of: np.ndarray, shapes: np.ndarray) -> None:
+        """bucket_of: [N].  shapes: [N, 2], height and width"""
+        target = self.sizes[bucket_of]
+        scale = (target / shapes).max(1)    # until the size is just covered
+        self.counts += np.bincount(bucket_of, minlength=len(self.sizes))
+        self.kept += float((target.prod(1) / (shapes.prod(1, dtype=np.float64) * scale ** 2)).sum())
+        self.enlarged, self.most = self.enlarged + int((scale > 1).sum()), max(self.most, float(scale.max(initial=1.0)))
+
+    def __str__(self) -> str:
+        filled = ', '.join(f'{height}x{width} ({count})' for (height, width), count in zip(self.sizes.tolist(), self.counts) if count)
+        by = f' by up to {self.most:.2g} times' if self.enlarged else ''
+        return (f'images by height x width of their bucket: {filled}. {1 - self.kept / max(1, self.counts.sum()):.1%} of the pixels are '
+                f'cut off, {self.enlarged} images are enlarged{by}, none is left out')

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -65,7 +64,7 @@ def clean_caption(text: str) -> str:
     """One line without space at its ends. Raises ValueError for what cannot be a caption."""
     if len(text) > MAX_CAPTION_BYTES:
         raise ValueError(f'longer than {MAX_CAPTION_BYTES} bytes')
-    return re.sub(r'\s+', ' ', text).strip()
+    return ' '.join(text.split())
 
 
 def texts_of(value: Any) -> list[str]:

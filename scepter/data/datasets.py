@@ -23,7 +23,7 @@ from scepter.core.faults import ConfigError, Fault
 from scepter.core.logger import get_logger
 from scepter.core.registry import TRANSFORMS
 from scepter.core.schema import Component, param, parts
-from scepter.data.buckets import Size, bucket_sizes, nearest, occupancy
+from scepter.data.buckets import Occupancy, Size, bucket_sizes, nearest
 from scepter.data.captions import Captions, Texts
 from scepter.data.images import UnreadableError, load_image, size_of_image, to_mask, to_tensor
 from scepter.data.index import Index
@@ -33,6 +33,7 @@ from scepter.data.transforms import RecordedCrop
 
 T = TypeVar('T')
 PICTURES = ('image', 'video')    # what a sample's picture, or clip, is called
+BLOCK = 1 << 18                  # pictures that are sorted into buckets at once
 
 
 class BaseDataset(Component, base=True):
@@ -312,14 +313,17 @@ class ImageTextDataset(BaseDataset):
     def _sort(self) -> None:
         """Give each image its bucket, by its size; one that cannot be read is met, and replaced, when its turn comes."""
         shapes = self.index.sizes(self._measured)
-        is_read = shapes.all(1)
-        if not is_read.any():
+        self.sizes, self.bucket_of = _sizes(self.cfg), np.full(len(shapes), -1, np.int16)
+        found = Occupancy(self.sizes)
+        for first in range(0, len(shapes), BLOCK):
+            block, bucket_of = shapes[first:first + BLOCK], self.bucket_of[first:first + BLOCK]
+            is_read = block.all(1)
+            bucket_of[is_read] = nearest(self.sizes, block[is_read, 0], block[is_read, 1])
+            found.add(bucket_of[is_read], block[is_read])
+        if not found.counts.any():
             raise DataError(f'{self.place}: not one of {self.file_count} images can be read')
-        self.sizes = _sizes(self.cfg)
-        self.bucket_of = np.zeros(len(shapes), np.int16)
-        self.bucket_of[is_read] = nearest(self.sizes, shapes[is_read, 0], shapes[is_read, 1])
-        self.bucket_of[~is_read] = np.bincount(self.bucket_of[is_read]).argmax()
-        self.logger.info(f'{self.place}: {occupancy(self.sizes, self.bucket_of[is_read], shapes[is_read])}')
+        self.bucket_of[self.bucket_of < 0] = found.counts.argmax()
+        self.logger.info(f'{self.place}: {found}')
 
     def _measured(self, before: Index | None, earlier: np.ndarray | None) -> np.ndarray:
         """[N, 2] int32 (height, width) of each picture, 0 where it cannot be read: from its header, unless it is known."""

@@ -26,6 +26,7 @@ from scepter.core.stores import FS
 
 FORMAT = 1
 WORTH_KEEPING = 0.5    # seconds
+ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(',', ':')).encode    # json.dumps makes one for each value
 
 
 class Packed(Sequence[Any]):
@@ -42,7 +43,7 @@ class Packed(Sequence[Any]):
         """Values that JSON has, e.g. lists of texts and numbers."""
         data, starts = bytearray(), array('q', [0])
         for value in values:
-            data += json.dumps(value, ensure_ascii=False, separators=(',', ':')).encode('utf-8', 'surrogatepass')
+            data += ENCODE(value).encode('utf-8', 'surrogatepass')
             starts.append(len(data))
         return cls(np.frombuffer(data, np.uint8), np.frombuffer(starts, np.int64))
 
