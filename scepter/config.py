@@ -114,7 +114,7 @@ class Section(Config):
         return dict, (dict(self),)
 
 
-def _lines(node: Config, indent: str = '') -> Iterator[str]:
+def _lines(node: Mapping[str, Any], indent: str = '') -> Iterator[str]:
     for key in sorted(node):
         value = node[key]
         if isinstance(value, dict) and value:

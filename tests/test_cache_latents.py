@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -109,6 +110,16 @@ def test_two_processes_one_of_which_is_killed_and_a_third_write_the_same_bytes(w
 
     assert third == 0 and other.wait() == 0 and is_begun, other.communicate()[0]
     assert files(target) == files(whole)
+
+
+def test_a_disk_that_is_full_is_said_and_the_same_command_goes_on(whole: Path, source: Path, vae: Path, tmp_path: Path):
+    command = shlex.join([sys.executable, 'tools/cache_latents.py', *words(source, tmp_path / 'records', vae)])
+
+    full = subprocess.run(['bash', '-c', f'ulimit -f 5; {command}'], cwd=ROOT, capture_output=True, text=True)    # files of 5 KiB at most
+
+    assert full.returncode == 4 and 'cannot be written: File too large' in full.stderr and 'Traceback' not in full.stderr
+    assert list((tmp_path / 'records' / '.parts').glob('0*')) and cache(source, tmp_path / 'records', vae) == 0
+    assert files(tmp_path / 'records') == files(whole)
 
 
 def test_where_locks_do_nothing_the_bytes_are_the_same(whole: Path, source: Path, vae: Path, tmp_path: Path):

@@ -215,7 +215,10 @@ def test_clips_and_classes_are_trained_too_and_what_is_frozen_is_what_is_trained
     ({'PIPELINE__TYPE': 'nova_train_t2v'}, ConfigError, 'is nova_train_t2v, but the network in .* is for images'),
     ({'PIPELINE__TYPE': 'nova_train_c2i'}, ConfigError, 'told a text'), ({'PIPELINE__TYPE': 'nova'}, ConfigError, 'run_inference.py'),
     ({'MODEL__WEIGHTS': ''}, ConfigError, 'MODEL.WEIGHTS: is needed'), ({'MODEL__WEIGHTS': 'nowhere'}, CheckpointError, 'nowhere'),
-    ({'TRAIN__DATASET': ''}, ConfigError, 'TRAIN.DATASET: is needed')])
+    ({'TRAIN__DATASET': ''}, ConfigError, 'TRAIN.DATASET: is needed'),
+    ({'PIPELINE__MODULES': {'vae': ''}}, ConfigError, 'MODULES.vae: is taken away, but training needs it'),
+    ({'PIPELINE__MODULES': {'vea': '/x'}}, ConfigError, 'MODULES.vea: no such part; did you mean vae?'),
+    ({'PIPELINE__MODULES': {'vae': 'nowhere'}}, CheckpointError, 'nowhere')])
 def test_what_cannot_be_trained_is_said(place: Path, changes: dict[str, Any], error: type[Exception], expected: str):
     with pytest.raises(error, match=expected):
         as_ours(written(place, **changes))

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
 
     import scepter.components  # noqa: F401  fills the registries
     from scepter.commands import tool
-    from scepter.core.errors import DataError
+    from scepter.core.errors import CheckpointError, DataError
     from scepter.core.faults import ConfigError
     from scepter.core.logger import set_up_logging
     set_up_logging(None, 0)
@@ -88,7 +88,11 @@ def run(args: argparse.Namespace) -> None:
     samples = caching.Samples.find(args.source, autoencoder, clips=args.clips, labels=args.labels, size=args.size, frames=args.frames,
                                    every=args.every)
     work = caching.Work(Path(args.target), samples, autoencoder, args.batch, max(1, args.shard // args.batch), args.workers)
-    print(work.carry_out())
+    try:
+        print(work.carry_out())
+    except OSError as error:    # of the target: what a sample's file refuses is noted, and the sample left out
+        where = error.filename or args.target
+        raise CheckpointError(f'{where} cannot be written: {error.strerror}. What is done stays; the same command goes on') from error
 
 
 if __name__ == '__main__':

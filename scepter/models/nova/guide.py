@@ -14,7 +14,7 @@ import torch
 
 from scepter.core.config import Config, plain
 from scepter.core.errors import CheckpointError
-from scepter.core.faults import ConfigError, Fault
+from scepter.core.faults import ConfigError, Fault, check, did_you_mean
 from scepter.models.nova.model import FROZEN
 from scepter.weights import describe, read_json
 from scepter.weights.families import nova
@@ -68,6 +68,7 @@ def translate(theirs: Config) -> tuple[Config, list[Row]]:
 def _assembled(theirs: Config) -> Config:
     """What is described of parts that lie in several folders: those of PIPELINE.MODULES, else of MODEL.WEIGHTS."""
     model, modules = Config({'NAME': 'NovaModel'}), theirs.PIPELINE.MODULES
+    check(_module_faults(theirs.PIPELINE), theirs.file or 'the config')
     for part in (*PARTS, 'scheduler'):
         place = modules.get(part, f'{theirs.MODEL.WEIGHTS}/{part}')
         file = Path(place) / ('scheduler_config.json' if part == 'scheduler' else 'config.json')
@@ -79,6 +80,15 @@ def _assembled(theirs: Config) -> Config:
         model.COND_STAGE_MODEL.TOKENIZER_PATH = modules.get('tokenizer', f'{theirs.MODEL.WEIGHTS}/tokenizer')
         model.COND_STAGE_MODEL.MAX_LENGTH = model.NETWORK.TEXT_TOKEN_LEN
     return Config({'SOLVER': {'NAME': 'LatentDiffusionSolver', 'MODEL': model}})
+
+
+def _module_faults(pipeline: Config) -> Iterator[Fault]:
+    names, needed = (*PARTS, 'scheduler', 'tokenizer', 'model_index'), ('transformer', 'vae', 'scheduler')
+    for name, place in pipeline.MODULES.items():
+        if name not in names:
+            yield Fault(f'PIPELINE.MODULES.{name}', f'no such part{did_you_mean(name, names)}', pipeline.origin('MODULES'))
+        elif not place and name in needed:
+            yield Fault(f'PIPELINE.MODULES.{name}', 'is taken away, but training needs it: name its folder', pipeline.origin('MODULES'))
 
 
 def _take(model: Config, part: str, values: Mapping[str, Any], name: str) -> None:
