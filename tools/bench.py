@@ -9,6 +9,7 @@
     python tools/bench.py loader              # JPEGs from a folder to batches, against torchvision's ImageFolder
     python tools/bench.py latents             # batches out of a cache, against a TensorDataset
     python tools/bench.py open                # a table of a million rows: the first start and later ones
+    python tools/bench.py cache --size 128    # filling a cache of latents against a bare loop that encodes
     python tools/bench.py checkpointing       # what each level of CHECKPOINTING keeps for the backward pass, and what it costs
     python tools/bench.py checkpoint          # a save and a verified load of 1 GB, and how much of a save ASYNC_SAVE has the loop wait
     python tools/bench.py resume              # to the first batch of step 100,000, of 10 million samples
@@ -511,10 +512,50 @@ def opening(args: argparse.Namespace) -> None:
                len(later), grown_mb=round(float(np.median([row[1] for row in later])), 1))
 
 
+# ------------------------------------------------------------------------------------------------ filling a cache
+def cache(args: argparse.Namespace) -> None:
+    """SOLVER.CACHE with Stable Diffusion's autoencoder, from JPEGs to checked shards, against a loop that keeps nothing."""
+    from PIL import Image
+
+    import scepter.components  # noqa: F401
+    from scepter.core.config import Config
+    from scepter.core.env import we
+    from scepter.core.registry import DATASETS, MODELS
+    from scepter.data.cache import Pictures
+    from scepter.data.loader import OrderedLoader
+    from scepter.models.latent import LatentSpace
+    size, count, batch, kind = args.size or 512, 64, 8, native()
+    torch.manual_seed(0)
+    model = MODELS.build(Config.load('sd15.yaml').SOLVER.MODEL.FIRST_STAGE_MODEL).to(we.device).eval()
+    space = LatentSpace.of(model, 1.0, 0.0, model.size_factor, model.EMBED_DIM)
+
+    def encode(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast(we.device.type, kind, enabled=kind != torch.float32):
+            return space.moments(x.to(we.device))
+
+    with tempfile.TemporaryDirectory() as folder:
+        draw = np.random.default_rng(0)
+        for i in range(count):
+            pixels = draw.integers(0, 256, (size // 16, size // 12, 3), np.uint8)
+            Image.fromarray(pixels).resize((size * 4 // 3, size)).save(f'{folder}/{i}.jpg', quality=90)
+        data = DATASETS.build({'NAME': 'ImageTextFolderDataset', 'DATA_FOLDER': folder, 'BATCH_SIZE': batch,
+                               'TRANSFORMS': [{'NAME': 'RecordedCrop', 'SIZE': size}]})
+        fresh = iter(range(10 ** 6))
+
+        def ours() -> None:
+            Pictures(data, Path(folder) / f'cache-{next(fresh)}', 'sd15').fill(encode, batch)
+
+        def peer() -> None:
+            for rows, _ in OrderedLoader(data, batch):
+                encode(rows['image']).cpu()
+
+        compare('cache', ours, peer, args.pairs, unit='s/image', share=count, size=size, images=count, dtype=spelled(kind))
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], None]] = {
     'overhead': overhead, 'startup': startup, 'sd15-infer': infer('sd15.yaml', 512), 'sd15-train': sd15_train,
     'sdxl-infer': infer('sdxl/sdxl_1024.yaml', 1024), 'checkpointing': checkpointing, 'checkpoint': checkpoint, 'resume': resume,
-    'loader': loader, 'latents': latents, 'open': opening}
+    'loader': loader, 'latents': latents, 'open': opening, 'cache': cache}
 
 if __name__ == '__main__':
     main()
