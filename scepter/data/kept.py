@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scepter.core import pulse
 from scepter.core.errors import DataError
 from scepter.core.logger import duration, get_logger
 from scepter.data.images import UnreadableError
@@ -104,6 +105,7 @@ class Clock:
     def tick(self, count: int) -> None:
         """So many more are done."""
         self.done += count
+        pulse.beat()
         now = time.monotonic()
         if now - self.said < self.every and self.done < self.total:
             return

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from scepter.core import pulse
 from scepter.core.env import we
 from scepter.core.faults import ConfigError
 from scepter.core.registry import DATASETS, MODELS
@@ -103,7 +104,8 @@ def _complete(run: Run, table: Table, what: str, compute: Callable[[list[list[in
     there, missing = int((table.numbers >= 0).sum()), sum(map(len, parts))
     run.logger.info(f'cache {table.folder.parent}: {there:,} of {len(table.keys):,} {what} are there, {missing:,} {what} to encode')
     we.barrier()    # all have looked before anybody writes
-    compute(parts[we.rank::we.world_size])
+    with pulse.phase('caching'):
+        compute(parts[we.rank::we.world_size])
     if we.is_main:
         table.restore_indices()
     we.barrier()

@@ -26,6 +26,7 @@ from scepter.core.registry import DATASETS
 from scepter.data.cache import CachedDataset, Pictures
 from scepter.data.loader import Loader
 from scepter.data.sources import Source, SourceBook
+from scepter.data.texts import Texts
 
 FORKED = multiprocessing.get_context('fork')
 CROP = {'NAME': 'RecordedCrop', 'SIZE': 8, 'FLIP': 0.5}
@@ -166,3 +167,30 @@ def test_an_unreadable_picture_costs_no_other_its_row(tmp_path, photos):
     table.look()
 
     assert [i for i in range(40) if table.numbers[i] < 0] == [5] and table.missing() == [[5]]
+
+
+def test_what_is_quarantined_is_not_encoded(tmp_path, photos):
+    (tmp_path / 'list').write_text(f'{photos}/07.png\n')
+    table = pictures(dataset(photos, QUARANTINE=str(tmp_path / 'list')), tmp_path / 'cache')
+    table.fill(encode, 4)
+    table.look()
+
+    assert len(table.shards) == 39 and table.numbers[7] == -1 and not table.missing()
+
+
+def test_features_of_prompts_belong_to_their_text_encoder(tmp_path):
+    def features(prompts: list[str]) -> dict[str, Tensor]:
+        return {'context': torch.tensor([[len(p), ord(p[0])] for p in prompts]).float(), 'mask': torch.ones(len(prompts), 2) > 0}
+
+    table = Texts(['a', 'bb', 'ccc', 'dddd', 'eeeee'], tmp_path, 'one tower', rows=2)
+    assert table.missing() == [[0, 1], [2, 3], [4]]
+    table.fill(features, 1)
+    table.look()
+    row = table.of('ccc')
+
+    assert row['context'].tolist() == [3, 99] and row['mask'].tolist() == [True, True] and not table.missing()
+    assert len(Texts(['a', 'new'], tmp_path, 'one tower').missing()[0]) == 1
+    assert len(Texts(['a', 'bb'], tmp_path, 'another tower').missing()[0]) == 2
+    assert len(Texts(['a', 'bb'], tmp_path, 'one tower', torch.float16).missing()[0]) == 2
+    with pytest.raises(DataError, match="'f' was no prompt of TRAIN_DATA"):
+        table.of('f')

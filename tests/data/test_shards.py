@@ -110,3 +110,10 @@ def test_an_index_whose_byte_was_changed_is_not_believed(shard):
     index.write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1:])
 
     assert read(shard.parent) == dict.fromkeys(range(12), True) and len(Shards(shard.parent).verify()) == 1
+
+
+def test_a_shard_of_another_format_is_refused_and_its_rows_are_missing(shard, monkeypatch):
+    monkeypatch.setattr('scepter.data.shards.FORMAT', 2)
+    shards = Shards(shard.parent)
+
+    assert len(shards) == 0 and 'format 1, this version of scepter reads format 2' in shards.faults[0].what

@@ -21,8 +21,10 @@ from scepter.core.faults import ConfigError
 from scepter.core.launch import launch
 from scepter.core.logger import get_logger
 from scepter.core.registry import DATASETS, MODELS, SOLVERS
+from scepter.core.schema import param
 from scepter.data.datasets import BaseDataset
 from scepter.drawing import load
+from tests.models.nova_runs import NETWORK
 from tests.models.oracles import randomize
 
 AUTOENCODER = tiny.autoencoder(1, 1)
@@ -33,13 +35,16 @@ CROP = {'NAME': 'RecordedCrop', 'SIZE': 16, 'FLIP': 0.5}
 
 @DATASETS.register_class()
 class TinyWordings(BaseDataset):
-    """Eight pictures that no file holds, each with words that are drawn."""
+    """Eight pictures that no file holds, each with words that are drawn, and a label."""
+
+    SIDE: int = param(16)
 
     def __len__(self) -> int:
         return 8
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {'image': torch.full((3, 16, 16), index / 4 - 1), 'prompt': f'{random.choice(["a", "one"])} gray {index}'}
+        words = f'{random.choice(["a", "one"])} gray {index}'
+        return {'image': torch.full((3, self.SIDE, self.SIDE), index / 4 - 1), 'prompt': words, 'label': index}
 
 
 @pytest.fixture(scope='module')
@@ -204,6 +209,20 @@ def test_words_that_are_drawn_are_read_by_the_text_encoder_itself(tmp_path, vae,
     assert not any(p.is_meta for p in solver.model.cond_stage_model.parameters())
 
 
+def test_nova_trains_from_it_too(tmp_path):
+    coder = tiny.autoencoder(1, 1, 1, 1, channels=2)
+    save_file(randomize(MODELS.build(coder)).state_dict(), tmp_path / 'vae.safetensors')
+    model = {'NAME': 'NovaModel', 'NETWORK': NETWORK, 'FIRST_STAGE_MODEL': {**coder, 'PRETRAINED_MODEL': str(tmp_path / 'vae.safetensors')}}
+    for name in ('pictures', 'cached'):
+        cfg = config(tmp_path / name, tmp_path, None, 2, tmp_path / 'cache' if name == 'cached' else None, MODEL=model, NAME='BaseSolver',
+                     TRAIN_DATA={'NAME': 'TinyWordings', 'SIDE': 64, 'BATCH_SIZE': 2})
+        cfg.SOLVER.pop('SAMPLE_ARGS')
+        solver = tiny.run(cfg)
+
+    assert 'moments' in solver.batches[0][0] and all(p.is_meta for p in solver.model.first_stage_model.parameters())
+    assert not far(tiny.groups(tmp_path / 'pictures', 2), tiny.groups(tmp_path / 'cached', 2))
+
+
 def test_evaluations_draw_and_encode_in_the_middle_of_it(tmp_path, photos, vae):
     data = config(tmp_path, photos, vae).SOLVER.TRAIN_DATA
     more = {'EVAL_DATA': {**data, 'TRANSFORMS': [{**CROP, 'FLIP': 0}]}, 'EVAL_INTERVAL': 2, 'EVAL_HOOKS': [{'NAME': 'ProbeDataHook'}]}
@@ -211,6 +230,9 @@ def test_evaluations_draw_and_encode_in_the_middle_of_it(tmp_path, photos, vae):
     solver = tiny.run(config(tmp_path / 'cached', photos, vae, cache=tmp_path / 'cache', CHANNELS_LAST=True, **more))
 
     assert not far(tiny.groups(tmp_path / 'pictures', 4), tiny.groups(tmp_path / 'cached', 4))
+    with solver.ema_weights():
+        weight = solver.model.first_stage_model.encoder.conv_in.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) and weight.requires_grad is False
     assert solver.eval_outputs['loss'] > 0 and (tmp_path / 'cached/eval_images/step-00000004.png').is_file()
 
 
