@@ -6,6 +6,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 
 import tiny
 from scepter import drawing
+from scepter.core.config import Config
 from scepter.core.disk import checkpoints
 from scepter.core.disk.writing import Kept
 from scepter.core.env import Stopped
@@ -25,6 +28,7 @@ from scepter.core.stores import FS, mirror
 from scepter.core.stores.mirror import Mirror, newest_at
 
 oss = pytest.importorskip('tests.servers.oss')    # needs oss2
+ROOT = Path(__file__).resolve().parents[2]
 RUN = 'oss://bucket/runs/a'
 EVERY_TWO = [{'NAME': 'ModelEmaHook', 'BETA': 0.9}, {'NAME': 'CheckpointHook', 'INTERVAL': 2}, {'NAME': 'LogHook', 'LOG_INTERVAL': 1}]
 
@@ -260,3 +264,21 @@ def test_a_killed_writer_leaves_nothing_there_that_is_not_whole(server, tmp_path
         os.waitpid(child, 0)
         steps = whole_steps(server)
         assert steps and all(steps.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('more', [{'ASYNC_SAVE': True}, {'PARALLEL': 'fsdp', 'ASYNC_SAVE': True}], ids=['beside the loop', 'in shares'])
+def test_two_processes_that_save_beside_the_loop_are_followed_and_gone_on_from(server, tmp_path, more):
+    def go(machine: str, steps: int) -> int:
+        cfg = config(10, RESUME_FROM='auto', KEEP_CHECKPOINTS=2, FILE_SYSTEM={'NAME': 'AliyunOssFs', 'TIMEOUT': 5}, **more)
+        cfg.SOLVER.MAX_STEPS = steps
+        (tmp_path / 'train.yaml').write_text(str(Config({**cfg, 'ENV': {'DEVICE': 'cpu', 'NPROC': 2, 'THREADS': 1},
+                                                         'IMPORTS': [tiny.__file__]})))
+        done = subprocess.run([sys.executable, 'scepter/run_train.py', '--cfg', str(tmp_path / 'train.yaml')], cwd=ROOT, text=True,
+                              capture_output=True, env={**os.environ, 'SCEPTER_CACHE': str(tmp_path / machine), 'PYTHONPATH': str(ROOT)})
+        assert 'Traceback' not in done.stderr, done.stderr
+        return done.returncode
+
+    assert go('one', 6) == 0 and whole_steps(server) == {4: True, 6: True}
+    assert go('two', 10) == 0 and whole_steps(server) == {8: True, 10: True}
+    assert 'step-00000006 at step 6' in server.objects['runs/a/log.txt'].body.decode()

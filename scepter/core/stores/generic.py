@@ -8,14 +8,24 @@ from typing import Any, TypeVar
 
 from scepter.core.errors import DataError
 from scepter.core.registry import FILE_SYSTEMS
+from scepter.core.schema import param
+from scepter.core.secrets import hide
 from scepter.core.stores.client import FileClient, Kind, Transient, need_space, shown
 
 T = TypeVar('T')
+BUCKETS = ('s3', 's3a', 'gs', 'gcs', 'az', 'abfs', 'abfss', 'oci', 'obs')     # where making a folder makes a bucket, also of a typo
 
 
 @FILE_SYSTEMS.register_class()
 class FsspecFs(FileClient):
     """Stores through fsspec, with credentials where its packages look for them. `put_to` is as atomic as the store's own upload."""
+
+    SCHEMES: list[str] = param([], 'Schemes whose addresses this client serves, e.g. [s3]; a client without any config serves each.')
+    OPTIONS: dict = param({}, "What the scheme's package takes, e.g. {endpoint_url: https://...} for s3fs.")
+
+    @property
+    def prefixes(self) -> list[str]:
+        return [f'{scheme}://' for scheme in self.SCHEMES]
 
     @staticmethod
     def serves(scheme: str) -> bool:
@@ -44,7 +54,8 @@ class FsspecFs(FileClient):
 
     def put(self, source: Path, path: str) -> None:
         def send(fs: Any, name: str) -> int | None:
-            fs.makedirs(fs._parent(name), exist_ok=True)     # sftp and the like have folders; object stores shrug
+            if path.partition('://')[0].lower() not in BUCKETS:
+                fs.makedirs(fs._parent(name), exist_ok=True)
             fs.put_file(str(source), name)
             fs.invalidate_cache()
             return fs.info(name).get('size')
@@ -90,7 +101,7 @@ class FsspecFs(FileClient):
     def _do(self, path: str, work: Callable[[Any, str], T]) -> T:
         import fsspec
         try:
-            fs, name = fsspec.core.url_to_fs(path)
+            fs, name = fsspec.core.url_to_fs(path, **self.OPTIONS)
             return work(fs, name)
         except FileNotFoundError as error:
             raise DataError(f'{shown(path)}: does not exist') from error
@@ -98,3 +109,9 @@ class FsspecFs(FileClient):
             raise DataError(f'{shown(path)}: permission denied') from error
         except (ConnectionError, TimeoutError) as error:
             raise Transient(str(error) or type(error).__name__) from error
+        except (OSError, DataError, Transient):
+            raise
+        except Exception as error:      # each package has classes of its own for a network that fails
+            if type(error).__module__ == 'builtins':
+                raise
+            raise Transient(hide(str(error).split('\n')[0]) or type(error).__name__) from error
