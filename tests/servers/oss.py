@@ -173,6 +173,11 @@ class Handler(faults.Handler):
             raise Refused(400, 'InvalidArgument')
 
     def _append(self) -> None:
+        if self.server.overtaken:
+            self.server.objects[self.key], self.server.overtaken = Object(self.server.overtaken, can_grow=True), b''
+        self.server.received[self.key] = self.server.received.get(self.key, 0) + len(self.body)
+        if self.key.startswith(self.server.refused):
+            raise Refused(500, 'InternalError')
         old = self.server.objects.get(self.key, Object(b'', can_grow=True))
         if not old.can_grow:
             raise Refused(409, 'ObjectNotAppendable')
@@ -205,6 +210,8 @@ class OssServer(faults.Server):
         self.refused: tuple[str, ...] = ()      # beginnings of keys that cannot be written
         self.skew, self.fault, self.put_fault, self.page = 0.0, 'fine', 'fine', 1000
         self.uploads: dict[str, dict[int, Any]] = {}
+        self.overtaken = b''                    # what another has made of the file when the next append arrives
+        self.received: dict[str, int] = {}      # bytes that appends have brought, by key
         self.requests: list[tuple[str, str]] = []
         self.gets: list[tuple[str, str | None]] = []
         self.history: list[str] = []

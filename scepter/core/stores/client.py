@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import http.client
 import random
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -84,6 +86,12 @@ class FileClient(Component, base=True):
     def put(self, source: Path, path: str) -> None:
         """Make source, which the store of this machine consumes, the file at path: all of it, or nothing is seen. Proves what arrived."""
         raise self.lacks(path, 'be written')
+
+    def extend(self, source: Path, path: str) -> None:
+        """Make source, which grows at its end, the file at path; a store that can is sent what is new alone."""
+        with tempfile.NamedTemporaryFile() as still:
+            shutil.copyfile(source, still.name)
+            self.put(Path(still.name), path)
 
     def kind(self, path: str) -> Kind | None:
         """What is at path; None: nothing. A failure to find out is an error, never None."""

@@ -149,6 +149,12 @@ class FileSystem:
         with self.put_to(path) as temp, explained(address):
             shutil.copyfile(source, temp)
 
+    def extend_object_from_local_file(self, local_path: str | os.PathLike, path: str | os.PathLike) -> None:
+        """The same for a file that grows at its end, as logs do: a store that can (oss) is sent what is new alone."""
+        address = os.fspath(path)
+        self._ask(address, lambda client, address: client.extend(Path(local_path), address))
+        self._forget(address)
+
     def put_dir_from_local_dir(self, local_dir: str | os.PathLike, path: str | os.PathLike, threads: int = 8) -> None:
         """Copy every file below a local folder to below path, each whole or not at all."""
         root = os.fspath(path).rstrip('/')

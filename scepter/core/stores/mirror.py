@@ -234,7 +234,7 @@ class Mirror:
             state = file.stat()
             now = state.st_size, state.st_mtime_ns
             if self._sent.get(file) != now:
-                FS.put_object(file.read_bytes(), f'{self.address}/{name.as_posix()}')
+                FS.extend_object_from_local_file(file, f'{self.address}/{name.as_posix()}')
                 self._sent[file] = now
 
     def _check_owner(self) -> None:

@@ -184,6 +184,30 @@ class AliyunOssFs(FileClient):
                 pass
             raise
 
+    def extend(self, source: Path, path: str) -> None:
+        self._refuse_writing(path)
+        self._do(path, lambda bucket, key: self._append(bucket, key, source, source.stat().st_size))
+
+    def _append(self, bucket: Any, key: str, source: Path, size: int) -> None:
+        """What is there is gone on from if it is the beginning of the file, and can grow; else it is made anew."""
+        oss2 = self._oss2()
+        try:
+            head = bucket.head_object(key)
+            done = head.content_length
+            if head.object_type != 'Appendable' or done > size or head.server_crc != crc64(source, done):
+                bucket.delete_object(key)
+                done = 0
+        except oss2.exceptions.NotFound:
+            done = 0
+        if done == size > 0:
+            return
+        try:
+            with open(source, 'rb') as file:
+                file.seek(done)
+                bucket.append_object(key, done, oss2.SizedFileAdapter(file, size - done))
+        except oss2.exceptions.PositionNotEqualToLength as error:      # an answer was lost, or another writes there
+            raise Transient('the file there has grown meanwhile') from error
+
     def remove(self, path: str) -> None:
         self._refuse_writing(path)
         self._do(path, lambda bucket, key: bucket.delete_object(key))
@@ -304,13 +328,14 @@ def parse(path: str) -> tuple[str, str]:
     return bucket, key
 
 
-def crc64(file: Path) -> int:
-    """The CRC-64 (ECMA-182) of a file, as OSS keeps it."""
+def crc64(file: Path, size: int | None = None) -> int:
+    """The CRC-64 (ECMA-182) of a file, or of its first bytes, as OSS keeps it."""
     import oss2.utils
-    crc = oss2.utils.Crc64()
+    crc, left = oss2.utils.Crc64(), file.stat().st_size if size is None else size
     with open(file, 'rb', buffering=0) as opened:
-        while data := opened.read(1 << 22):
+        while data := opened.read(min(left, 1 << 22)):
             crc.update(data)
+            left -= len(data)
     return crc.crc
 
 

@@ -133,6 +133,20 @@ def test_wrong_keys_are_told_without_them(place, monkeypatch):
     assert 'WrongWrong' not in str(error.value) and 'wrong-secret' not in str(error.value)
 
 
+def test_a_file_that_grows_is_sent_by_its_new_bytes_and_made_anew_where_what_is_there_is_another(place, tmp_path):
+    fs, root = place
+    log = tmp_path / 'log.txt'
+    for text in ('one\n', 'one\ntwo\n', 'one\ntwo\n', 'another\n', ''):
+        log.write_text(text)
+        fs.extend_object_from_local_file(log, f'{root}/log.txt')
+        assert fs.get_object(f'{root}/log.txt') == text.encode()
+
+    fs.put_object(b'no log', f'{root}/log.txt')
+    log.write_text('no log at all')
+    fs.extend_object_from_local_file(log, f'{root}/log.txt')
+    assert fs.get_object(f'{root}/log.txt') == b'no log at all'
+
+
 # -------------------------------------------------------------------- faults
 @pytest.mark.parametrize('fault', [*faults.PASSING, 'no_length_cut'])    # what is cut without a word is found by its crc
 def test_a_passing_fault_is_overcome_and_no_wrong_byte_is_ever_seen(fs, server, fault):
@@ -182,6 +196,26 @@ def test_what_never_arrives_whole_is_told_and_an_upload_in_parts_is_given_up(fs,
     server.put_fault = 'always_flipped'
     with pytest.raises(DataError, match=r'gave up after 4 tries: 10 bytes of crc64 [0-9]+ were sent, the store has 10 of [0-9]+'):
         fs.put_object(BODY[:10], 'oss://bucket/x')
+
+
+def test_an_append_whose_answer_was_lost_is_not_made_twice_and_only_new_bytes_are_sent(fs, server, tmp_path):
+    (tmp_path / 'log').write_bytes(BODY)
+    server.put_fault = 'answer_lost'
+    fs.extend_object_from_local_file(tmp_path / 'log', 'oss://bucket/log')
+    (tmp_path / 'log').write_bytes(BODY + b'more')
+    fs.extend_object_from_local_file(tmp_path / 'log', 'oss://bucket/log')
+
+    assert server.objects['log'].body == BODY + b'more' and server.received['log'] == len(BODY) + 4
+
+
+def test_an_append_goes_on_where_the_store_is_though_another_has_written_meanwhile(fs, server, tmp_path):
+    (tmp_path / 'log').write_bytes(b'0123456789')
+    server.objects['log'] = oss.Object(b'0123', can_grow=True)
+    server.overtaken = b'012345'        # what is there when the append arrives
+
+    fs.extend_object_from_local_file(tmp_path / 'log', 'oss://bucket/log')
+
+    assert server.objects['log'].body == b'0123456789' and not server.overtaken
 
 
 # -------------------------------------------------------------------- keys, tokens, clocks
