@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scepter.core.config import Config
 from scepter.core.registry import BACKBONES
 from scepter.diffusion.process import Diffusion
-from scepter.diffusion.samplers import euler
-from scepter.diffusion.schedules import flow
+from scepter.diffusion.samplers import ddpm, euler
+from scepter.diffusion.schedules import cosine, flow
 from scepter.models.layers import attention
 from scepter.models.nova.blocks import causal_by_parts, may_see, patchify
 from scepter.models.nova.drawing import KeyedDraws, Painter, set_sizes
@@ -132,6 +133,33 @@ def test_all_sets_of_a_frame_share_noise_that_is_drawn_once():
     kinds = [first[0], first[3], *later]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(kinds, 2))
     assert torch.equal(KeyedDraws([2], 16, 8, torch.device('cpu')).fresh(1, 5, 1)[0], later[1][1])
+
+
+class Watched(TorchDispatchMode):
+    """Notes every operation, by its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func._schema.name.removeprefix('aten::'))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('how', [{}, {'renorm': 0.5, 'trunc': 300.0, 'image_scale': 1.0}])
+def test_no_set_asks_the_device_for_a_number(how: dict):
+    """A GPU would have to finish all that it was given before it answers, 64 times a frame."""
+    network = BACKBONES.build(Config(CLIP))
+    diffusion = Diffusion(*cosine(100), prediction='eps')
+    draws = KeyedDraws([1], 16, 8, torch.device('cpu'))
+    painter = Painter(network, diffusion, chains(diffusion, 3, 'leading'), ddpm, Guidance(**how), draws, 4)
+    told, order = torch.randn(painter.guidance.passes, 4, 32), torch.randperm(16)[None]
+
+    with torch.no_grad(), Watched() as watched:
+        painter._frame(0, told, order)
+
+    assert 'native_layer_norm' in watched.seen and not watched.seen & {'_local_scalar_dense', 'nonzero', 'masked_select', 'equal', 'unique'}
 
 
 @torch.no_grad()
