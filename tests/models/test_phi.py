@@ -13,7 +13,8 @@ from scepter.core.faults import ConfigError
 from scepter.core.registry import EMBEDDERS
 from scepter.models.embedders.phi import FrozenPhiEmbedder
 from scepter.models.nova.model import NovaModel
-from tests.models.nova_folders import PHI, phi, tokenizer
+from scepter.weights.vocabulary import byte_characters
+from tests.models.nova_folders import PHI, phi, tokenizer, write
 from tests.models.test_nova_model import TEXT
 from tests.models.test_nova_model import build as build_nova
 
@@ -59,6 +60,21 @@ def test_a_prompt_beyond_the_limit_is_cut_and_what_was_lost_is_said_once(files, 
 
     assert tokens.tolist() == [[1, 2, 4], [1, 10, 11]]
     assert len(caplog.records) == 1 and 'longer than 3 tokens; this was cut: "in snow"' in caplog.text
+
+
+def test_the_published_kind_of_tokenizer_frames_no_prompt(files, tmp_path):
+    """CodeGen's, of bytes and merges: an empty prompt has no tokens at all, which is what makes it nothing."""
+    letters, merges = list(byte_characters().values()), [('f', 'o'), ('fo', 'x'), ('Ġ', 'fox')]
+    tokens = [*letters, *(a + b for a, b in merges), '<|endoftext|>']
+    write(tmp_path / 'vocab.json', {token: i for i, token in enumerate(tokens)})
+    (tmp_path / 'merges.txt').write_text('#version: 0.2\n' + '\n'.join(map(' '.join, merges)) + '\n', encoding='utf-8')
+    write(tmp_path / 'tokenizer_config.json', {'tokenizer_class': 'CodeGenTokenizer', 'unk_token': '<|endoftext|>'})
+    embedder = build(files, TOKENIZER_PATH=str(tmp_path), VOCABULARY=300)
+
+    found = embedder.tokenize(['a fox', '', 'fox'])
+
+    assert found.tolist() == [[letters.index('a'), 258, *[-1] * 4], [-1] * 6, [257, *[-1] * 5]]
+    assert embedder(['', '']).context.shape == (2, 6, 24)
 
 
 def test_weights_begin_small_and_are_not_drawn_where_a_file_brings_them(files):
