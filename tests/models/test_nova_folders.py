@@ -3,7 +3,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from scepter.run_inference import main as run_inference
 from scepter.weights import describe
 from tests.models import nova_runs
 from tests.models.nova_folders import CLIP, DDPM, FLOW, NETWORK, TEXT, folder, write
+from tests.servers.hub import HubServer
 
 SHORT = {'sets': 3, 'sample_steps': 2, 'seed': 5}
 KINDS = {'text': (TEXT, FLOW), 'clip': (CLIP, DDPM), 'class': (NETWORK, DDPM)}
@@ -192,6 +196,25 @@ def test_the_command_draws_clips_as_mp4_with_their_settings(folders, tmp_path: P
         for i in range(5):
             image.seek(i)
             assert abs(frames[i] - torch.tensor(list(image.convert('RGB').getdata())).reshape(64, 64, 3).numpy()).mean() < 12
+
+
+@pytest.mark.slow
+def test_the_command_draws_from_the_hub(folders, tmp_path: Path):
+    server = HubServer()
+    files = {str(file.relative_to(folders['text'])): file.read_bytes() for file in folders['text'].rglob('*') if file.is_file()}
+    server.repos['org/nova'] = {'main': files}
+    unset = ('HF_HUB_CACHE', 'HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE', 'HTTP_PROXY', 'http_proxy')
+    env = {**{key: value for key, value in os.environ.items() if key not in unset}, 'HF_ENDPOINT': server.url, 'HF_TOKEN': '',
+           'HF_HOME': str(tmp_path / 'home'), 'HF_HUB_DISABLE_XET': '1', 'SCEPTER_CACHE': str(tmp_path / 'cache')}
+    words = ['--pretrained_model', 'hf://org/nova', '--save_folder', str(tmp_path / 'out'), '--sets', '2', '--sample_steps', '2',
+             '--num_samples', '1', '--prompt', 'a red fox']
+    try:
+        done = subprocess.run([sys.executable, '-m', 'scepter.run_inference', *words], env=env, capture_output=True, text=True, timeout=200)
+    finally:
+        server.close()
+
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / 'out').iterdir())) == 1
 
 
 def test_the_command_begins_a_clip_with_a_picture_of_any_size(folders, tmp_path: Path):
