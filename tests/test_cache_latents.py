@@ -148,18 +148,18 @@ def test_nothing_is_encoded_twice_by_two_processes(source: Path, vae: Path, tmp_
 
 @pytest.mark.parametrize('size, expected', [('48', 'size None there, [48, 48] now'), ('50', 'multiples of 8')])
 def test_another_cache_is_not_written_into_the_same_folder(whole: Path, source: Path, vae: Path, size: str, expected: str,
-                                                           caplog: pytest.LogCaptureFixture):
+                                                           capsys: pytest.CaptureFixture):
     before = files(whole)
 
     assert cache(source, whole, vae, '--size', size) == 3
-    assert expected in caplog.text and files(whole) == before
+    assert expected in capsys.readouterr().err and files(whole) == before
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(source: Path, vae: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_folder_that_holds_something_else_is_left_alone(source: Path, vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / 'mine.txt').write_text('mine')
 
     assert cache(source, tmp_path, vae) == 3
-    assert 'holds mine.txt' in caplog.text and files(tmp_path) == {'mine.txt': b'mine'}
+    assert 'holds mine.txt' in capsys.readouterr().err and files(tmp_path) == {'mine.txt': b'mine'}
 
 
 def test_shards_are_what_a_run_with_a_cache_finds(source: Path, vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -268,9 +268,14 @@ def test_one_example_trains_two_processes(followed: dict[str, Any], place: Path,
     assert code == 0 and checkpoints.load(tmp_path / 'run').state['samples'] == 4
 
 
-def test_a_file_with_a_typo_is_refused_with_its_line(place: Path, caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize('right, wrong, words', [('LOSS_REPEAT', 'LOSS_REPAET', 'did you mean LOSS_REPEAT?'),
+                                                 ('AdamW', 'AdamV', 'OPTIMIZERS has no AdamV; did you mean Adam')])
+def test_a_file_with_a_typo_is_refused_with_its_line(place: Path, right: str, wrong: str, words: str, capsys: pytest.CaptureFixture):
     file = written(place)
-    file.write_text(file.read_text().replace('LOSS_REPEAT', 'LOSS_REPAET'), encoding='utf-8')
+    text = file.read_text().replace(right, wrong)
+    file.write_text(text, encoding='utf-8')
+    line = next(i for i, row in enumerate(text.splitlines(), 1) if wrong in row)
 
     assert train(['--cfg', str(file), '--check']) == 2
-    assert 'did you mean LOSS_REPEAT?' in caplog.text and re.search(r'line \d+', caplog.text)
+    said = capsys.readouterr().err
+    assert words in said and f'line {line} ' in said

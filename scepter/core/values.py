@@ -144,7 +144,7 @@ def spell(type_: Any) -> str:
     if type_ is types.NoneType or type_ is None:
         return 'null'
     if origin is Literal:
-        return 'one of ' + ', '.join('null' if a is None else str(a) for a in args)
+        return 'one of ' + ', '.join('null' if a is None else str(a) or "''" for a in args)
     if origin in (Union, types.UnionType):
         return ' or '.join(spell(a) for a in [a for a in args if not is_foreign(a) or a is types.NoneType] or args)
     if origin is list and args:

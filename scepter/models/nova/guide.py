@@ -14,7 +14,7 @@ import torch
 
 from scepter.core.config import Config, plain
 from scepter.core.errors import CheckpointError
-from scepter.core.faults import ConfigError, Fault, check, did_you_mean
+from scepter.core.faults import ConfigError, Fault, Origin, check, did_you_mean
 from scepter.models.nova.model import FROZEN
 from scepter.weights import describe, read_json
 from scepter.weights.families import nova
@@ -58,8 +58,10 @@ def translate(theirs: Config) -> tuple[Config, list[Row]]:
     rows = [*_model(theirs, ours.SOLVER.MODEL), *_machine(theirs), *_data(theirs.TRAIN), *_steps(theirs.SOLVER), *_rates(theirs.SOLVER),
             *_average(theirs)]
     for row in rows:
+        section, _, key = row.key.rpartition('.')
+        origin = (theirs[section] if section else theirs).origin(key)    # so that a fault names the line of their file
         for path, value in row.ours.items():
-            _put(ours, path, value)
+            _put(ours, path, value, origin)
     ours.SOLVER.TRAIN_HOOKS = [{'NAME': name, **node} for name, node in ours.SOLVER.TRAIN_HOOKS.items()]
     object.__setattr__(ours, 'file', theirs.file)
     return ours, rows
@@ -185,8 +187,8 @@ def _average(theirs: Config) -> Iterator[Row]:
         yield Row(key, value, ours if train.MODEL_EMA else {}, '' if train.MODEL_EMA else 'no average is kept')
 
 
-def _put(cfg: Config, path: str, value: Any) -> None:
+def _put(cfg: Config, path: str, value: Any, origin: Origin) -> None:
     *above, last = path.split('.')
     for key in above:
         cfg = cfg.setdefault(key, {})
-    cfg[last] = value
+    cfg.put(last, value, origin)
