@@ -45,6 +45,7 @@ class Env(Component):
     BACKEND: Literal['nccl', 'gloo'] | None = param(None, 'How processes talk; default nccl with CUDA, else gloo.')
     TIMEOUT: float = param(300.0, 'Seconds after which a process that does not answer is taken for lost; a save may take longer.', above=0)
     LIMITS: Limits = param({}, 'After how many seconds without progress a process is taken for stuck, by phase; it is named, and all end.')
+    PEAK_TFLOPS: float | None = param(None, 'What one device can do in DTYPE, for perf/mfu; default known by the name of the GPU.', above=0)
     DETERMINISTIC: bool = param(False, 'Only algorithms that give the same bits on each run; slower on CUDA.')
     ALLOW_TF32: bool = param(True, 'Let CUDA use TF32 for float32 matrix products and convolutions.')
     USE_PL: bool = param(False, "PyTorch Lightning's Trainer turns the loop of training; steps, checkpoints and signals stay the solver's.")
@@ -59,6 +60,7 @@ class WorkEnv:
         self.launcher = 'single'
         self.seed = 2023
         self.debug = False
+        self.peak_tflops: float | None = None     # of the device, where the config says it
         self.use_pl = False           # whether Lightning turns the loop
         self.stop_signal = 0          # the number of the signal that asked this process to stop
         self.defers_stop = False      # whether there is something to save first

@@ -93,7 +93,7 @@ def _count(name: str, default: int | None = None) -> int:
 def _run(fn: Task, cfg: Config, env: Env, place: Place, debug: bool) -> None:
     import torch
     we.rank, we.world_size, we.local_rank, we.launcher = place.rank, place.world_size, place.local_rank, place.launcher
-    we.seed, we.debug, we.use_pl = env.SEED, debug, env.USE_PL
+    we.seed, we.debug, we.use_pl, we.peak_tflops = env.SEED, debug, env.USE_PL, env.PEAK_TFLOPS
     we._device = _choose_device(env.DEVICE, place.local_rank)
     if env.THREADS or place.here > 1:   # N processes on M cores must not start N * M threads; torchrun's default of 1 is too few
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

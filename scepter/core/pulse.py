@@ -4,11 +4,12 @@
         pulse.beat()                     # something was done: the limit begins anew
     with pulse.waiting():                # for another process: whatever takes long is that one's doing
 
-Nobody reads the clock here. core/watch.py looks at the count now and then, from a thread of its own.
+Almost nobody reads the clock here. core/watch.py looks at the count now and then, from a thread of its own.
 """
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,8 @@ beats = 0            # rises with everything that is done
 waits = 0            # waits for another process that this one is in, one within the other
 waits_beside = 0     # likewise of the thread that writes a checkpoint beside the loop
 compiles = 0         # of torch.compile, that have ended
+aside = 0.0          # seconds spent on what is no part of a step
+ASIDE = ('evaluation', 'saving', 'caching')
 _owner = threading.get_ident()
 
 
@@ -38,12 +41,16 @@ def at(number: int) -> None:
 @contextmanager
 def phase(name: str) -> Iterator[None]:
     """Inside, this process is in another phase: start, first_step, step, compile, data, evaluation, saving or caching."""
+    global aside
     before = phase_name
+    begin = time.monotonic() if name in ASIDE and before not in ASIDE else None
     enter(name)
     try:
         yield
     finally:
         enter(before)
+        if begin is not None:
+            aside += time.monotonic() - begin
 
 
 def enter(name: str) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from scepter.core import jsonl
@@ -19,20 +18,22 @@ from scepter.core.schema import param
 from scepter.hooks.base import Hook
 
 # how a line of text shows what is no plain number
-SHOWN = {'perf/samples_per_sec': '{:.3g} samples/s', 'perf/data_wait': 'waited for data {:.0%}', 'perf/gpu_gib': '{:.3g} GiB of GPU memory'}
+SHOWN = {'perf/throughput': '{:.3g} samples/s', 'perf/data_wait': 'waited for data {:.0%}', 'perf/mfu': '{:.1%} of the peak',
+         'perf/memory': '{:.3g} GiB'}
+RATES = ('perf/throughput', 'perf/mfu')     # over several steps, their harmonic mean: what was done, by the time that it took
 
 
 @HOOKS.register_class()
 class LogHook(Hook):
     """A progress bar, a line every LOG_INTERVAL steps with the mean since the last one, and WORK_DIR/log.jsonl, on the main process.
 
-    In log.jsonl `perf/data_wait` is the share of a step spent waiting for data, and a figure that is not finite is null. A resumed run
-    cuts off the lines of the steps that it goes through again.
+    In log.jsonl are the figures of docs/concepts.md; one that is not finite is null. A resumed run cuts off the lines of the steps that it
+    goes through again.
     """
 
     LOG_INTERVAL: int = param(10, 'Steps between lines.', least=1)
     PROGRESS: bool = param(True, 'Show a progress bar where the terminal can.')
-    SHOW_GPU_MEM: bool = param(False, 'Add the peak of the GPU memory.')
+    SHOW_GPU_MEM: bool = param(False, 'Show the peak of the memory in the line too; log.jsonl has it always, as perf/memory.')
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
@@ -60,14 +61,14 @@ class LogHook(Hook):
         self._first = self._first or (solver.step, time.monotonic())
         for key, value in figures.items():
             # the rate is shown as it is now, all others as their mean
+            value = 1 / value if key in RATES else value
             is_kept = key in self.sums and not key.startswith('train/lr')
             self.sums[key] = self.sums[key] + value if is_kept else value
             self.counts[key] = self.counts[key] + 1 if is_kept else 1
         self._move_bar(figures)
         if solver.step % self.LOG_INTERVAL == 0 or solver.step == solver.max_steps:
             means = {key: float(total) / self.counts[key] for key, total in self.sums.items()}
-            if self.SHOW_GPU_MEM and we.device.type == 'cuda':
-                means['perf/gpu_gib'] = torch.cuda.max_memory_allocated() / 2 ** 30
+            means |= {key: 1 / means[key] for key in RATES if key in means}
             self._write(solver, means)
             self.sums, self.counts = {}, {}
 
@@ -91,7 +92,7 @@ class LogHook(Hook):
 
     def _write(self, solver: Any, values: dict[str, float]) -> None:
         jsonl.append(self.path, [{'step': solver.step, 'time': round(time.time(), 3), **values}])
-        shown = [_shown(key, value) for key, value in values.items()]
+        shown = [_shown(key, value) for key, value in values.items() if self.SHOW_GPU_MEM or key != 'perf/memory']
         self.logger.info('  '.join([f'step {solver.step}/{solver.max_steps}', *self._time_left(solver), *shown]))
 
     def _time_left(self, solver: Any) -> list[str]:

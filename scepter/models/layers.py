@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from scepter.core import streams
+from scepter.core import flops, streams
 from scepter.models import cpu
 
 
@@ -35,12 +35,13 @@ def checkpoint(compute: Callable[..., Tensor], *args: Any) -> Tensor:
         return compute(*args)
     if torch.compiler.is_compiling():
         return torch_checkpoint(compute, *args, use_reentrant=False)
+    more: dict[str, Any] = {'context_fn': flops.contexts} if flops.is_counting() else {}
     keys = streams.captured()
 
     def with_keys(*args: Any) -> Tensor:
         with streams.restored(keys):
             return compute(*args)
-    return torch_checkpoint(with_keys, *args, use_reentrant=False)
+    return torch_checkpoint(with_keys, *args, use_reentrant=False, **more)
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:

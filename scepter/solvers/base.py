@@ -24,6 +24,7 @@ from scepter.solvers.optim import build_optimizers, rate_function
 from scepter.solvers.plan import Plan
 from scepter.solvers.run import MODES, Run
 from scepter.solvers.saving import Saver
+from scepter.solvers.speed import Speed
 from scepter.solvers.step import DTYPES, Batches, Outputs, TrainStep, arithmetic
 
 SAVE_FAILED = 1 << 16    # beyond what a stop signal can say
@@ -39,7 +40,7 @@ class BaseSolver(Run, base=True):
         self._checkpoint: checkpoints.Checkpoint | None = None    # what the run goes on from
         self._saved_step: int | None = None
         self._saver = Saver(self.ASYNC_SAVE, self.logger)
-        self._seconds = {'step': 0.0, 'data': 0.0}
+        self.speed = Speed()
 
     # ---------------------------------------------------------------- building, in the documents' order
     def set_up(self) -> None:
@@ -200,7 +201,7 @@ class BaseSolver(Run, base=True):
 
     def run_step_train(self, batches: Batches) -> Outputs:
         """One step of the optimizers from ACCU_STEP batches (solvers/step.py)."""
-        return self.train_step(batches, self.step)
+        return self.train_step(batches, self.step, self.speed.own)
 
     def run_eval(self) -> None:
         """Make the evaluations that are due; where none is, all (solvers/evaluation.py)."""
@@ -237,18 +238,18 @@ class BaseSolver(Run, base=True):
 
     def before_iter(self) -> None:
         """Take the step's batches, then the hooks."""
-        self._begin = time.monotonic()
         seed_everything(we.seed, 'step', we.rank, self.step)    # for code that draws from torch's own generator: dropout, a user's network
+        begin = time.monotonic()
         with pulse.phase('data'):
             self.batches = [next(self._loader) for _ in range(self.plan.accu)]
-        self._seconds['data'] = time.monotonic() - self._begin
+        self.speed.fetched(time.monotonic() - begin)
+        self.speed.count(self)
         self.call_hooks('before_iter', 'train')
 
     def after_iter(self) -> None:
         """Note the speed, then the hooks, then what was logged."""
-        self._seconds['step'] = time.monotonic() - self._begin
-        self.log('perf/samples_per_sec', self.plan.global_size / max(1e-9, self._seconds['step']))
-        self.log('perf/data_wait', self._seconds['data'] / max(1e-9, self._seconds['step']))
+        for name, value in self.speed.of_step(self, self.train_step.everybody or [self.speed.own]).items():
+            self.log(name, value)
         self.call_hooks('after_iter', 'train')
         self.hand_out_log(self.outputs)
 

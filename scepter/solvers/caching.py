@@ -91,6 +91,7 @@ def _on_device(run: Run, encoder: Any) -> Callable[[Any], Any]:
     run.model.get_submodule(encoder.part).to(we.device, DTYPES[run.PARAM_DTYPE])
 
     def encode(given: Any) -> Any:
+        pulse.beat()
         with torch.no_grad(), run.autocast():
             return encoder.encode(run.to_device({'given': given})['given'])
 

@@ -3,13 +3,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scepter.core import pulse, streams
+from scepter.core import flops, pulse, streams
 from scepter.core.env import we
 from scepter.core.errors import NonFiniteError
 from scepter.core.faults import ConfigError
@@ -38,12 +38,14 @@ class TrainStep:
         self._owned = [p for o in optimizers for p in o.owned.values()]
         self.refused = 0           # steps in a row
         self.has_changed = False   # whether the last step changed the weights
+        self.everybody: list[list[float]] = []
         self._counting = [(module, name) for module in model.modules() if any(p.requires_grad for p in module.parameters())
                           for name in module._buffers]
 
-    def __call__(self, batches: Batches, step: int) -> Outputs:
+    def __call__(self, batches: Batches, step: int, own: Sequence[float] = ()) -> Outputs:
         """The network's outputs for the last batch, its scalars averaged over batches and processes, and lr and grad_norm.
 
+        own: figures of this process that all should know; `everybody` has them afterwards, by rank.
         Raises NonFiniteError at the PATIENCEth refused step in a row.
         """
         due = [o for o in self.optimizers if step % o.every == 0]
@@ -66,8 +68,13 @@ class TrainStep:
         norm = total_norm(parameters)
         names = list(totals)
         # the step's one look at the device
+        told = torch.stack([*totals.values(), norm.float().to(we.device)])
+        if we.is_distributed and own:      # a mean of which all but one are 0
+            said = [[value * we.world_size * (rank == we.rank) for value in own] for rank in range(we.world_size)]
+            told = torch.cat([told, torch.tensor(said, device=we.device).flatten()])
         with we.waiting():
-            figures = we.all_reduce(torch.stack([*totals.values(), norm.float().to(we.device)]), 'mean').tolist()
+            figures = we.all_reduce(told, 'mean').tolist()
+        self.everybody = [figures[i:i + len(own)] for i in range(len(names) + 1, len(figures), len(own) or 1)] or [list(own)]
         scalars = dict(zip([*names, 'grad_norm'], figures))
         for o in self.optimizers:
             o.set_rate(self.factor(step))
@@ -84,6 +91,21 @@ class TrainStep:
             o.zero_grad()
         rates = {f'lr_{o.name}' if i else 'lr': o.rate for i, o in enumerate(self.optimizers)}
         return {**{k: v for k, v in outputs.items() if k not in totals}, **scalars, **rates}
+
+    def flops(self, batch: dict[str, Any], n: Tensor, step: int) -> int:
+        """Floating point operations of a batch, forward and backward for all optimizers, by one more pass that leaves no trace."""
+        before = [buffer.clone() for buffer in self.buffers]
+        devices = [we.device] if we.device.type == 'cuda' else []
+        with torch.random.fork_rng(devices), torch.compiler.set_stance('force_eager'), flops.counting() as count, \
+                streams.current(we.seed, n, step):
+            with self.autocast():
+                outputs = self.model('train', **self.prepare(batch))
+            self._backward(outputs, self.optimizers, 1)
+        for buffer, value in zip(self.buffers, before):
+            buffer.copy_(value)
+        for o in self.optimizers:
+            o.zero_grad()
+        return count()
 
     @property
     def buffers(self) -> list[Tensor]:

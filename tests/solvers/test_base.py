@@ -305,7 +305,7 @@ def test_logs_have_the_agreed_names(tmp_path):
     hooks = [{'NAME': 'LogHook', 'LOG_INTERVAL': 2}, {'NAME': 'TensorboardLogHook', 'LOG_INTERVAL': 2}]
     run(config(tmp_path, steps=4, TRAIN_HOOKS=hooks, EVAL_INTERVAL=4, EVAL_DATA={'NAME': 'TinyPoints', 'BATCH_SIZE': 16}))
     rows = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
-    assert {'train/loss', 'train/lr', 'train/grad_norm', 'perf/samples_per_sec', 'perf/data_wait'} <= rows[0].keys()
+    assert {'train/loss', 'train/lr', 'train/grad_norm', 'perf/throughput', 'perf/data_wait', 'perf/memory'} <= rows[0].keys()
     assert 'val/loss' in rows[-1]
     assert list((tmp_path / 'tensorboard').glob('events*'))
 
