@@ -27,8 +27,8 @@ demo: $(STAMP)       ## train on scikit-learn's digits, draw them, read them; SE
 test: $(STAMP)       ## every fast test
 	$(PYTEST) -n 2
 
-test-slow: $(STAMP)  ## published sizes and long runs
-	$(PYTEST) -m slow
+test-slow: $(STAMP)  ## published sizes and long runs; writes the figures of docs/reliability.md
+	$(PYTEST) -m '(slow or figure) and not gpu' --record
 
 test-gpu: $(STAMP)   ## what needs CUDA
 	$(PYTEST) -m gpu

@@ -58,11 +58,13 @@ def whole(tmp_path_factory):
 # ------------------------------------------------------------------------------------------------ one curve
 @pytest.mark.parametrize('launcher', ['lightning', 'spawn', 'torchrun', 'fsdp', *(
     pytest.param(n, marks=slow) for n in ('lightning-2', 'torchrun-lightning', 'torchrun-fsdp', 'lightning-fsdp'))])
-def test_every_launcher_sees_the_samples_and_the_losses_of_a_single_process(whole, launcher):
+def test_every_launcher_sees_the_samples_and_the_losses_of_a_single_process(whole, launcher, record_figure):
     alone, this = whole('single'), whole(launcher)
 
     assert samples(this) == samples(alone) and len(samples(this)) == STEPS
     assert losses(this) == pytest.approx(losses(alone), rel=1e-5, abs=0)
+    difference = max(abs(x / y - 1) for x, y in zip(losses(this), losses(alone)))
+    record_figure('losses on two processes against one, largest relative difference', difference)
     a, b = groups(alone, STEPS)['model'], groups(this, STEPS)['model']
     assert all(torch.allclose(a[key], b[key], rtol=1e-4, atol=1e-6) for key in a if key != 'seen')
     assert checkpoints.load(checkpoints.folder_of(this / 'checkpoints', STEPS)).state['world_size'] == 1 + (launcher not in ALONE)
@@ -72,11 +74,12 @@ def test_every_launcher_sees_the_samples_and_the_losses_of_a_single_process(whol
     ('single', 'lightning'), ('lightning', 'single'), ('spawn', 'torchrun'),
     *(pytest.param(*pair, marks=slow) for pair in (('torchrun', 'spawn'), ('torchrun', 'lightning-2'),
                                                    ('lightning-2', 'torchrun-lightning'), ('fsdp', 'torchrun-fsdp')))])
-def test_what_one_launcher_saved_another_continues_to_the_bit(whole, tmp_path, first, then):
+def test_what_one_launcher_saved_another_continues_to_the_bit(whole, tmp_path, first, then, record_figure):
     train(tmp_path, first, f'SOLVER.MAX_STEPS={CUT}')
     work_dir = train(tmp_path, then)
 
     assert same(groups(whole(first), STEPS), groups(work_dir, STEPS)) and losses(work_dir) == losses(whole(first))
+    record_figure('changes of launcher in the midst of a run, equal to the bit')
 
 
 IN_PARTS = ('SOLVER.SHARD_SIZE=2e-7', 'SOLVER.ASYNC_SAVE=true')    # several files for each group, written beside the loop

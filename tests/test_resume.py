@@ -22,6 +22,7 @@ from scepter.solvers.step import LossScale
 from tests.models import nova_runs
 
 ROOT = Path(__file__).resolve().parents[1]
+EQUAL = 'resumes, twice in a row, equal to the bit'
 EPOCH, STEPS = 6, 14                    # steps: 24 samples, 4 of them in a step
 CUTS = {'first': 1, 'mid-epoch': 3, 'before the epoch ends': EPOCH - 1, 'epoch end': EPOCH, 'after the epoch': EPOCH + 1,
         'before the last': STEPS - 1}
@@ -87,10 +88,11 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('cut', CUTS.values(), ids=CUTS)
-def test_a_run_cut_off_twice_in_a_row_is_the_whole_run(whole, tmp_path, cut, workers):
+def test_a_run_cut_off_twice_in_a_row_is_the_whole_run(whole, tmp_path, cut, workers, record_figure):
     run(tmp_path, cut, NUM_WORKERS=workers)
 
     assert not differences(outcome(whole, STEPS), outcome(tmp_path, STEPS))
+    record_figure(EQUAL)
 
 
 def test_no_curve_has_a_gap_or_a_doubled_step(whole, tmp_path):
@@ -124,7 +126,7 @@ def leave_out(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize('what', ['weights', 'optimizer', 'EMA', 'samples', 'scaler'])
-def test_whatever_a_resume_leaves_out_is_seen(tmp_path, monkeypatch, what):
+def test_whatever_a_resume_leaves_out_is_seen(tmp_path, monkeypatch, what, record_figure):
     row = {'DTYPE': 'float16'} if what == 'scaler' else {}
     run(tmp_path / 'whole', **row)
     run(tmp_path / 'sound', EPOCH, **row)
@@ -133,33 +135,37 @@ def test_whatever_a_resume_leaves_out_is_seen(tmp_path, monkeypatch, what):
 
     assert not differences(outcome(tmp_path / 'whole', STEPS), outcome(tmp_path / 'sound', STEPS))
     assert differences(outcome(tmp_path / 'whole', STEPS), outcome(tmp_path / 'broken', STEPS))
+    record_figure('restored things whose loss is seen')
 
 
 # ------------------------------------------------------------------------------------------------ several processes
 @pytest.mark.parametrize(('workers', 'use_pl'), [(0, False), pytest.param(2, False, marks=pytest.mark.slow),
                                                  pytest.param(0, True, marks=pytest.mark.slow)])
-def test_nor_does_it_differ_on_two_processes(tmp_path, workers, use_pl):
+def test_nor_does_it_differ_on_two_processes(tmp_path, workers, use_pl, record_figure):
     launch(of_all_processes(tmp_path, 2, workers, use_pl), everywhere)
 
     assert found(tmp_path) == {name: [] for name in CUTS}
+    record_figure(EQUAL, len(CUTS), of=len(CUTS))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('use_pl', [False, True])
-def test_nor_below_torchrun(tmp_path, use_pl):
+def test_nor_below_torchrun(tmp_path, use_pl, record_figure):
     words = [str(Path(sys.executable).with_name('torchrun')), '--nproc_per_node', '2', __file__, str(tmp_path), str(int(use_pl))]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=280)
 
     assert done.returncode == 0, done.stderr[-4000:]
     assert found(tmp_path) == {name: [] for name in CUTS}
+    record_figure(EQUAL, len(CUTS), of=len(CUTS))
 
 
 @pytest.mark.slow
-def test_nor_with_lightning(whole, tmp_path, monkeypatch):
+def test_nor_with_lightning(whole, tmp_path, monkeypatch, record_figure):
     monkeypatch.setattr(we, 'use_pl', True)
     for name, cut in CUTS.items():
         run(tmp_path / name, cut)
         assert not differences(outcome(whole, STEPS), outcome(tmp_path / name, STEPS)), name
+        record_figure(EQUAL)
 
 
 # ------------------------------------------------------------------------------------------------ NOVA

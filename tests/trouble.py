@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+from scepter.core import jsonl
 from scepter.core.env import we
 from scepter.core.registry import DATASETS, HOOKS
 from scepter.core.schema import param
@@ -47,6 +48,43 @@ class Trouble(Hook):
                                 'abort': os.abort, 'kill': lambda: os.kill(os.getpid(), signal.SIGKILL),
                                 'halt': lambda: os.kill(os.getpid(), signal.SIGSTOP), 'term': lambda: os.kill(os.getpid(), signal.SIGTERM)}
         does[self.WHAT]()
+
+
+@HOOKS.register_class()
+class Dawdle(Hook):
+    """The main process takes two seconds at one moment.    WORK_DIR/dawdling: it has begun to"""
+
+    MOMENT: Literal['before_solve', 'after_iter', 'state_dict'] = param('after_iter')
+
+    def before_solve(self, solver: Any) -> None:
+        self.work_dir: Path = solver.work_dir
+        self._dawdle('before_solve')
+
+    def after_iter(self, solver: Any) -> None:
+        if solver.step == 20:
+            self._dawdle('after_iter')
+
+    def state_dict(self) -> dict[str, Any]:
+        self._dawdle('state_dict')
+        return {}
+
+    def _dawdle(self, moment: str) -> None:
+        mark = self.work_dir / 'dawdling'
+        if we.is_main and moment == self.MOMENT and not mark.exists():
+            mark.touch()
+            time.sleep(2)
+
+
+@HOOKS.register_class()
+class Inventory(Hook):
+    """What a process holds.    WORK_DIR/inventory.jsonl: step, mib, descriptors, threads"""
+
+    def after_iter(self, solver: Any) -> None:
+        if solver.step % 50 == 0:
+            pages = int(Path('/proc/self/statm').read_text().split()[1])
+            jsonl.append(solver.work_dir / 'inventory.jsonl', [{
+                'step': solver.step, 'mib': pages * os.sysconf('SC_PAGE_SIZE') / 2 ** 20, 'descriptors': len(os.listdir('/proc/self/fd')),
+                'threads': len(os.listdir('/proc/self/task'))}])
 
 
 @DATASETS.register_class()

@@ -10,6 +10,7 @@
     python tools/bench.py latents             # batches out of a cache, against a TensorDataset
     python tools/bench.py open                # a table of a million rows: the first start and later ones
     python tools/bench.py cache --size 128    # filling a cache of latents against a bare loop that encodes
+    python tools/bench.py scaling             # a step on two processes against a bare DistributedDataParallel loop; memory of shares
     python tools/bench.py checkpointing       # what each level of CHECKPOINTING keeps for the backward pass, and what it costs
     python tools/bench.py checkpoint          # a save and a verified load of 1 GB, and how much of a save ASYNC_SAVE has the loop wait
     python tools/bench.py resume              # to the first batch of step 100,000, of 10 million samples
@@ -46,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('names', nargs='+', choices=sorted(BENCHMARKS), help='what to measure')
     parser.add_argument('--pairs', type=int, default=15, help='alternating pairs (default 15)')
+    parser.add_argument('--threads', type=int, default=1, help='threads of each of two processes on the CPU (default 1)')
     parser.add_argument('--size', type=int, help='pixels, where 512 (1024 for sdxl) is too much; megabytes of a checkpoint, '
                         'where 1000 are; thousands of samples to resume among, where 10,000 are')
     parser.add_argument('--count', type=int, help='images or rows, where a benchmark has such')
@@ -56,12 +58,13 @@ def main() -> None:
 
 
 def compare(name: str, ours: Callable[[], Any], peer: Callable[[], Any], pairs: int, unit: str = 's', share: float = 1.0,
-            **more: Any) -> None:
+            is_told: bool = True, **more: Any) -> None:
     """Time both in turn, after two of each that do not count (memory is still new then); share: how many units one call holds."""
     times = [(seconds(ours), seconds(peer)) if i % 2 else (seconds(peer), seconds(ours))[::-1] for i in range(pairs + 2)][2:]
     a, b = np.array(times).T / share
     low, high = interval(a / b)
-    report(name, float(np.median(a)), float(np.median(b)), float(np.median(a / b)), low, high, unit, pairs, **more)
+    if is_told:
+        report(name, float(np.median(a)), float(np.median(b)), float(np.median(a / b)), low, high, unit, pairs, **more)
 
 
 def interval(ratios: np.ndarray) -> tuple[float, float]:
@@ -108,26 +111,11 @@ def machine() -> str:
 # ------------------------------------------------------------------------------------------------ the solver's loop
 def overhead(args: argparse.Namespace) -> None:
     """The digits recipe with its average of the weights, by the solver and by a bare loop: same networks, optimizer, data, arithmetic."""
-    import scepter.components  # noqa: F401
-    from scepter.core.config import Config
     from scepter.core.env import we
-    from scepter.core.experiment import carry_out_imports
-    from scepter.core.registry import SOLVERS
     steps = 2
     with tempfile.TemporaryDirectory() as folder:
-        cfg = Config.load(ROOT / 'examples' / 'digits' / 'diffusion.yaml', [f'SOLVER.WORK_DIR={folder}'])
-        cfg.SOLVER.TRAIN_HOOKS = [hook for hook in cfg.SOLVER.TRAIN_HOOKS if hook.NAME == 'ModelEmaHook']
-        carry_out_imports(cfg)
-        del cfg.SOLVER.MODEL.FIRST_STAGE_MODEL['PRETRAINED_MODEL'], cfg.SOLVER['CACHE']
-
-        def solver() -> Any:
-            torch.manual_seed(0)
-            built = SOLVERS.build(cfg.SOLVER)
-            built.set_up()
-            built.train_mode()
-            return built
-
-        ours, peer = solver(), solver()
+        cfg = digits(folder)
+        ours, peer = built(cfg), built(cfg)
         ours.before_solve()
         ours.before_all_iter()
 
@@ -137,6 +125,93 @@ def overhead(args: argparse.Namespace) -> None:
 
         compare('overhead', solve, bare_loop(peer.model, peer.datasets['train'], cfg.SOLVER, steps, peer.autocast, we.device), args.pairs,
                 's/step', share=steps, recipe='examples/digits', dtype=spelled(peer.dtype))
+
+
+def scaling(args: argparse.Namespace) -> None:
+    """Two processes: the digits recipe by the solver and by a bare DDP loop. And what a process holds of Stable Diffusion 1.5's UNet, by
+    shares and whole, counted on the meta device: weights, gradients, two moments, and the blocks at work; no activations."""
+    import scepter.components  # noqa: F401
+    from scepter.core.config import Config
+    from scepter.core.launch import launch
+    from scepter.core.registry import BACKBONES
+    device = {} if torch.cuda.device_count() > 1 else {'DEVICE': 'cpu', 'THREADS': args.threads}
+    with tempfile.TemporaryDirectory() as folder:
+        launch(Config({'FOLDER': folder, 'PAIRS': args.pairs, 'ENV': {'NPROC': 2, **device}}), step_of_two)
+    with torch.device('meta'):
+        network = BACKBONES.build(Config.load('sd15.yaml').SOLVER.MODEL.DIFFUSION_MODEL)
+    whole = 4 * 4 * sum(p.numel() for p in network.parameters())
+    block = max(2 * 4 * sum(p.numel() for p in each.parameters()) for each in network.main_blocks())
+    for processes in (2, 8):
+        shares = whole / processes + 2 * block      # the next one is gathered while one computes
+        ratio = shares / whole
+        report(f'memory of a process, fsdp of {processes} / ddp', shares / 1e9, whole / 1e9, ratio, ratio, ratio, 'GB', 1,
+               recipe='sd15.yaml', how='counted on the meta device, without activations')
+
+
+def step_of_two(cfg: Any) -> None:
+    """What each of the two processes does; the main one tells."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    from scepter.core import streams
+    from scepter.core.env import we
+    recipe = digits(cfg.FOLDER)
+    recipe.SOLVER.TRAIN_HOOKS = []      # the peer keeps no average
+    ours, peer = built(recipe), built(recipe)
+    steps, micro = 2, ours.plan.micro
+    ours.before_solve()
+    ours.before_all_iter()
+
+    def solve() -> None:
+        for _ in range(steps):
+            ours.one_step()
+
+    sampler = torch.utils.data.DistributedSampler(peer.datasets['train'], drop_last=True)
+    loader = torch.utils.data.DataLoader(peer.datasets['train'], micro, sampler=sampler, drop_last=True)
+    model = DistributedDataParallel(peer.model, find_unused_parameters=False)
+    trained = [p for p in peer.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def endless() -> Any:
+        while True:
+            yield from loader
+
+    batches = endless()
+
+    def loop() -> None:
+        for step in range(steps):
+            with streams.current(0, torch.arange(micro), step), peer.autocast():
+                loss = model('train', **peer.to_device(next(batches)))['loss']
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss.item()
+
+    compare('scaling, two processes: solver / bare DDP loop', solve, loop, cfg.PAIRS, 's/step', share=steps, is_told=we.is_main,
+            recipe='examples/digits', dtype=spelled(peer.dtype), device=str(we.device.type))
+    ours.after_solve()
+
+
+def digits(folder: str) -> Any:
+    """The digits recipe, with no hook but its average of the weights, and without weights from files."""
+    import scepter.components  # noqa: F401
+    from scepter.core.config import Config
+    from scepter.core.experiment import carry_out_imports
+    cfg = Config.load(ROOT / 'examples' / 'digits' / 'diffusion.yaml', [f'SOLVER.WORK_DIR={folder}'])
+    cfg.SOLVER.TRAIN_HOOKS = [hook for hook in cfg.SOLVER.TRAIN_HOOKS if hook.NAME == 'ModelEmaHook']
+    carry_out_imports(cfg)
+    del cfg.SOLVER.MODEL.FIRST_STAGE_MODEL['PRETRAINED_MODEL'], cfg.SOLVER['CACHE']
+    return cfg
+
+
+def built(cfg: Any) -> Any:
+    """Its solver, ready to train, with the same weights each time."""
+    from scepter.core.registry import SOLVERS
+    torch.manual_seed(0)
+    solver = SOLVERS.build(cfg.SOLVER)
+    solver.set_up()
+    solver.train_mode()
+    return solver
 
 
 def bare_loop(model: Any, dataset: Any, cfg: Any, steps: int, autocast: Callable[[], Any], device: Any) -> Callable[[], None]:
@@ -555,7 +630,8 @@ def cache(args: argparse.Namespace) -> None:
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], None]] = {
     'overhead': overhead, 'startup': startup, 'sd15-infer': infer('sd15.yaml', 512), 'sd15-train': sd15_train,
     'sdxl-infer': infer('sdxl/sdxl_1024.yaml', 1024), 'checkpointing': checkpointing, 'checkpoint': checkpoint, 'resume': resume,
-    'loader': loader, 'latents': latents, 'open': opening, 'cache': cache}
+    'loader': loader, 'latents': latents, 'open': opening, 'cache': cache,
+    'scaling': scaling}
 
 if __name__ == '__main__':
     main()

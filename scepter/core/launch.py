@@ -65,8 +65,10 @@ def launch(cfg: Config, fn: Task, launcher: str = 'spawn', debug: bool = False) 
                 _run(fn, cfg, env, Place(), debug)
             return
         rank, world_size, local_rank = (_count(name) for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'))
+        here = _count('LOCAL_WORLD_SIZE', 1)
+        _refuse_crowding(env, here)
         with listening():
-            _run(fn, cfg, env, Place(rank, world_size, local_rank, _count('LOCAL_WORLD_SIZE', 1), 'torchrun', 'env://'), debug)
+            _run(fn, cfg, env, Place(rank, world_size, local_rank, here, 'torchrun', 'env://'), debug)
         return
     if 'TORCHELASTIC_RUN_ID' in os.environ:
         raise ConfigError('torchrun started this process, so it must not start others: add --launcher torchrun')
@@ -78,6 +80,7 @@ def launch(cfg: Config, fn: Task, launcher: str = 'spawn', debug: bool = False) 
         with listening():
             _run(fn, cfg, env, Place(), debug)
         return
+    _refuse_crowding(env, here)
     _spawn(fn, cfg, here, machine, machines, debug)
 
 
@@ -153,6 +156,16 @@ def _ends_told(watch: Watch) -> Iterator[None]:
 
 def _processes_here(env: Env) -> int:
     return _visible_devices(env.DEVICE) if env.NPROC is None else env.NPROC
+
+
+def _refuse_crowding(env: Env, here: int) -> None:
+    """Raise ConfigError where so many processes of this machine have no GPU each, but need one."""
+    import torch
+    gpus = torch.cuda.device_count()
+    if gpus and here > gpus and env.DEVICE in ('auto', 'cuda') and env.BACKEND != 'gloo':
+        raise ConfigError(f'{here} processes on this machine, but {gpus} GPU{"s" * (gpus > 1)}: NCCL wants one for each. '
+                          f'Start {gpus} (ENV.NPROC, --nproc_per_node), or share them with ENV.BACKEND=gloo')
+    _choose_device(env.DEVICE, 0)
 
 
 def _visible_devices(wish: str) -> int:
@@ -322,7 +335,7 @@ def _wait(processes: list, first_rank: int, wish: Wish, board: Board) -> None:
             if board.decide(story):
                 get_logger().error(story)
     # a rank that fails takes its peers along through the collective: give them time to say so, and after a signal to save
-    grace = time.monotonic() + (60 if wish.number and not wish.is_second else 1.8 if wish.is_second else 3)
+    grace = time.monotonic() + (60 if wish.number and not wish.is_second else 1.2 if wish.is_second else 3)
     while any(p.is_alive() for p in processes) and time.monotonic() < grace:
         time.sleep(0.02)
     if wish.is_second and any(p.is_alive() for p in processes):

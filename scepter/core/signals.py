@@ -24,7 +24,7 @@ from scepter.core.logger import get_logger
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP') if hasattr(signal, name))
 ECHO = 1.0     # seconds within which a signal repeats the one before it
 GRACE = 5.0    # seconds to tidy up in, when a process is to end at once; it may be waiting where Python cannot interrupt it
-SHORT_GRACE = 1.5     # ... after a second wish
+SHORT_GRACE = 1.0     # ... after a second wish
 
 
 class Wish:

@@ -132,7 +132,7 @@ def pair(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize('flips', [200, pytest.param(1000, marks=pytest.mark.slow)])
-def test_every_flipped_bit_is_detected_and_the_step_before_is_taken(pair, flips, caplog):
+def test_every_flipped_bit_is_detected_and_the_step_before_is_taken(pair, flips, caplog, record_figure):
     chance = random.Random(0)
     folder = pair / 'step-00000002'
     for flip in range(flips):
@@ -147,6 +147,7 @@ def test_every_flipped_bit_is_detected_and_the_step_before_is_taken(pair, flips,
             assert read(latest(pair)) == 1
         path.write_bytes(sound)
     assert read(latest(pair)) == 2
+    record_figure('flipped bits of a checkpoint that are found', flips, of=flips)
 
 
 def damages() -> Iterator[Any]:
@@ -356,7 +357,7 @@ def recovered(work_dir: Path) -> int:
 
 
 @pytest.mark.parametrize('kills', [25, pytest.param(200, marks=pytest.mark.slow)])
-def test_a_kill_at_any_moment_loses_no_acknowledged_step(tmp_path, kills):
+def test_a_kill_at_any_moment_loses_no_acknowledged_step(tmp_path, kills, record_figure):
     chance, done, begin = random.Random(2), 0, time.monotonic()
     write(tmp_path / 'first', 1, size=200_000)
     took = time.monotonic() - begin
@@ -370,6 +371,7 @@ def test_a_kill_at_any_moment_loses_no_acknowledged_step(tmp_path, kills):
         done = recovered(tmp_path)
         assert done >= acknowledged
     assert done > 0
+    record_figure('kills in the midst of saving after which every acknowledged step is there', kills, of=kills)
 
 
 @pytest.mark.parametrize('again', [False, True], ids=['a new step', 'the same step again'])
@@ -495,10 +497,11 @@ def power_cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget: str = ''
     return len(seen), lost
 
 
-def test_no_power_cut_loses_an_acknowledged_checkpoint(tmp_path, monkeypatch):
+def test_no_power_cut_loses_an_acknowledged_checkpoint(tmp_path, monkeypatch, record_figure):
     states, lost = power_cuts(tmp_path, monkeypatch)
 
     assert states > 60 and lost == 0
+    record_figure('states of the disk after a power cut that recover', states - lost, of=states)
 
 
 @pytest.mark.parametrize('forget', ['data', 'folder'])
