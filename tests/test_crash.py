@@ -29,6 +29,7 @@ from scepter.core.env import we
 from scepter.core.faults import ConfigError
 from scepter.core.launch import launch
 from scepter.core.shards import local
+from scepter.core.watch import is_debugged
 from tiny import config, groups, run, same
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='looks up processes in /proc')
@@ -98,6 +99,13 @@ def test_what_is_slow_and_goes_on_is_not_stuck(tmp_path):
     process = start(line, tmp_path)
 
     assert process.wait(120) == 0, (tmp_path / 'said.txt').read_text()[-4000:]
+
+
+def test_who_is_looked_at_in_a_debugger_is_not_stuck():
+    found: list[bool] = []
+    exec(compile('found.append(is_debugged())', '/usr/lib/pdb.py', 'exec'), {'found': found, 'is_debugged': is_debugged})  # noqa: S102
+
+    assert found == [True] and not is_debugged()
 
 
 def test_a_save_reports_its_progress(tmp_path):

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from scepter.core import processes, pulse
@@ -31,6 +32,7 @@ SILENT = 5.0      # seconds without a sign of life, after which a process is the
 PATIENCE = 300.0  # seconds of silence in a phase without a limit
 GRACE = 2.0       # seconds in which a process may still end by itself after a verdict
 SLOWER = 3.0      # a step may take so many times as long as the longest one before it
+DEBUGGERS = ('bdb', 'pdb', 'pydevd')     # files of theirs that a halted thread is in
 SIZE = 1024       # bytes of a record in a folder
 
 
@@ -171,7 +173,7 @@ class Watch:
             if text := self.board.verdict():
                 self._end(text, is_told=True)
                 return
-        suspects = [own] if own['limit'] and own['still'] > own['limit'] else []
+        suspects = [own] if own['limit'] and own['still'] > own['limit'] and not is_debugged() else []
         suspects += self._next_one(own)
         if suspects:
             self._judge(suspects)
@@ -263,6 +265,14 @@ def _story(one: dict[str, Any]) -> str:
             f'{one["limit"]:g} s')
 
 
+def is_debugged() -> bool:
+    """Whether somebody has halted the main thread in a debugger, to look at it."""
+    return any(Path(frame.f_code.co_filename).stem in DEBUGGERS for frame, _ in traceback.walk_stack(_main_frame()))
+
+
 def _main_stack() -> str:
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    return ''.join(traceback.format_stack(frame)).rstrip() if frame is not None else ''
+    return ''.join(traceback.format_stack(_main_frame())).rstrip()
+
+
+def _main_frame() -> FrameType | None:
+    return sys._current_frames().get(threading.main_thread().ident or 0)
