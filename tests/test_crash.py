@@ -38,8 +38,7 @@ HOST = socket.gethostname()
 
 
 def ended(process: subprocess.Popen, folder: Path, seconds: float) -> tuple[int, list[str], float]:
-    """The exit code of a run that something has struck, what it said, and how long it took: so many seconds, in proportion more where
-    a machine has more to do than processors."""
+    """The exit code of a run that something has struck, what it said, and how long it took."""
     struck = folder / 'work' / 'struck'
     while not struck.exists() or not struck.read_text():
         assert process.poll() is None, (folder / 'said.txt').read_text()[-4000:]
@@ -50,9 +49,14 @@ def ended(process: subprocess.Popen, folder: Path, seconds: float) -> tuple[int,
     finally:
         process.kill()
     took, said = time.time() - float(struck.read_text()), (folder / 'said.txt').read_text()
-    assert took < seconds * max(1, os.getloadavg()[0] / (os.cpu_count() or 1)), f'{took:.1f} s\n{said[-4000:]}'
+    assert took < patience(seconds), f'{took:.1f} s\n{said[-4000:]}'
     assert not [pid for pid in trained if is_running(pid)], 'a process was left behind'
     return code, said.splitlines(), took
+
+
+def patience(seconds: float) -> float:
+    """So many seconds, in proportion more where a machine has more to do than processors."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def is_running(pid: int) -> bool:
@@ -151,7 +155,7 @@ def test_a_process_that_ends_ends_the_others_which_name_it(tmp_path, what, momen
     told = ' '.join(said[said.index(first_of(said)):])
     is_seen_by_torchrun = what in ('kill', 'abort') and 'is gone without' in told      # which tells the signal itself, later
     assert f'rank {rank} on {HOST}' in first_of(said) and (SAYS[what] in told or is_seen_by_torchrun), said[-40:]
-    assert code == {'torchrun': 1}.get(launcher, 1 if what in ('raise', 'exit') else 5)
+    assert code in ({1} if launcher == 'torchrun' else {5, 1} if what in ('raise', 'exit') else {5})     # or the code of its error
     if what in ('raise', 'exit', 'abort'):
         assert 'trouble.py' in told and 'in _strike' in told      # its traceback
     record_figure(f'ranks that end and end the others, by {launcher}')
@@ -242,7 +246,7 @@ def test_a_wish_to_stop_is_heard_wherever_it_comes_and_nothing_is_lost(undisturb
         assert not list(work.glob('checkpoints/step-*'))     # there was nothing to save
         return
     saved = checkpoints.resolve(work, 'latest')
-    assert saved is not None and saved.step == len(samples(work)) < WHOLE and took < 15, said[-3000:]
+    assert saved is not None and saved.step == len(samples(work)) < WHOLE and took < patience(5), said[-3000:]
     assert same(groups(undisturbed(launcher), saved.step), groups(work, saved.step))
     record_figure('stop signals after which the running step was saved, equal to the bit')
     record_figure('a stop signal until all have ended', took)
@@ -260,7 +264,7 @@ def test_a_second_wish_is_granted_within_two_seconds(tmp_path, record_figure):
     process.send_signal(signal.SIGTERM)
 
     while [pid for pid in trained if is_running(pid)]:
-        assert time.monotonic() - begin < 2, (tmp_path / 'said.txt').read_text()[-3000:]
+        assert time.monotonic() - begin < patience(2), (tmp_path / 'said.txt').read_text()[-3000:]
         time.sleep(0.02)
     record_figure('a second stop signal until all ranks have ended', time.monotonic() - begin)
     assert process.wait(60) == 143, (tmp_path / 'said.txt').read_text()[-3000:]
