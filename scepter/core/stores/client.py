@@ -20,6 +20,7 @@ from scepter.core.logger import get_logger
 from scepter.core.schema import Component, param
 
 SLOWEST = 100       # bytes a second; below it over TIMEOUT seconds a transfer has stalled, though bytes still drip
+CRAWL = 1024        # bytes a second; a try that brings less has brought nothing
 Kind = Literal['file', 'folder']
 T = TypeVar('T')
 
@@ -33,10 +34,6 @@ class Transient(Exception):
     def __init__(self, message: str, wait: float | None = None):
         super().__init__(message)
         self.wait = wait
-
-
-class Stalled(Transient):
-    """So slow that the bytes which came are no progress."""
 
 
 class FileClient(Component, base=True):
@@ -136,7 +133,7 @@ def persist(client: FileClient, address: str, work: Callable[[], T], progress: C
             reached, now = progress(), time.monotonic()
             if now - began > client.PATIENCE:    # what has stalled ends sooner: this one was at work
                 since = now
-            if reached > best and not isinstance(error, Stalled):
+            if reached - best > CRAWL * (now - began):
                 tries, since = 0, now
             tries, best = tries + 1, max(best, reached)
             pause = min(30.0, client.RETRY_DELAY * 2 ** (tries - 1)) if error.wait is None else min(60.0, error.wait)
@@ -147,7 +144,7 @@ def persist(client: FileClient, address: str, work: Callable[[], T], progress: C
 
 
 def receive(read: Callable[[int], bytes], file: IO[bytes], timeout: float) -> None:
-    """Write what comes to the file, to its end. Raises Stalled where bytes only drip, Transient where the connection breaks."""
+    """Write what comes to the file, to its end. Raises Transient where bytes only drip, or the connection breaks."""
     began, received = time.monotonic(), 0
     try:
         while data := read(1 << 18):
@@ -156,7 +153,7 @@ def receive(read: Callable[[int], bytes], file: IO[bytes], timeout: float) -> No
             now = time.monotonic()
             if now - began > timeout:
                 if received < SLOWEST * (now - began):
-                    raise Stalled(f'stalled: {received} bytes in {now - began:.0f} s')
+                    raise Transient(f'stalled: {received} bytes in {now - began:.0f} s')
                 began, received = now, 0
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, OSError) and error.errno in atomic.NO_SPACE:

@@ -330,6 +330,45 @@ def test_a_store_of_fsspec_is_read_written_listed(fs, memory):
         pass
 
 
+def test_copies_go_where_they_are_asked_for(fs, memory, tmp_path):
+    for name in ('a.txt', 'sub/b.txt'):
+        fs.put_object(name, f'memory://root/{name}')
+    (tmp_path / 'there').mkdir()
+    (tmp_path / 'there' / 'mine').write_text('stays')
+
+    local = fs.get_from('memory://root/a.txt', tmp_path / 'deep' / 'copy.txt')
+    fs.get_dir_to_local_dir('memory://root', tmp_path / 'there')
+    fs.get_dir_to_local_dir('memory://root', tmp_path / 'new')
+    fs.get_dir_to_local_dir(tmp_path / 'new', tmp_path / 'newer')
+
+    assert local == str(tmp_path / 'deep' / 'copy.txt') and Path(local).read_text() == 'a.txt'
+    assert fs.list(tmp_path / 'there') == ['a.txt', 'mine', 'sub/b.txt'] and fs.list(tmp_path / 'newer') == ['a.txt', 'sub/b.txt']
+    assert not list(tmp_path.rglob('.tmp-*'))
+
+
+def test_many_files_come_in_their_order_and_the_first_error_is_told(fs, memory):
+    paths = [f'memory://root/{i}' for i in range(40)]
+    for i, path in enumerate(paths):
+        fs.put_object(str(i), path)
+
+    assert [Path(local).read_text() for local in fs.get_batch_objects_from(paths)] == [str(i) for i in range(40)]
+    with fs.without_requests('a stranger named it'), pytest.raises(DataError, match=r'root/none was not fetched: a stranger named it'):
+        list(fs.get_batch_objects_from([*paths, 'memory://root/none']))
+
+
+def test_folders_are_put_and_made(fs, memory, tmp_path):
+    (tmp_path / 'from' / 'sub').mkdir(parents=True)
+    (tmp_path / 'from' / 'sub' / 'x').write_text('x')
+
+    for target in ('memory://root/put', tmp_path / 'put'):
+        fs.put_dir_from_local_dir(tmp_path / 'from', target)
+        fs.make_dir(f'{target}/empty')
+        assert fs.list(target) == ['sub/x'] and fs.isdir(f'{target}/empty') and fs.size(f'{target}/sub/x') == 1
+
+    assert (tmp_path / 'from' / 'sub' / 'x').exists() and fs.is_local(tmp_path) and not fs.is_local('memory://root')
+    assert fs.can_write('memory://root') and not fs.can_write('https://host/x')
+
+
 def test_a_failed_put_to_a_remote_store_shows_nothing(fs, memory):
     with pytest.raises(ZeroDivisionError), fs.put_to('memory://root/x') as local:
         Path(local).write_text('half')
