@@ -560,7 +560,7 @@ import scepter.components
 from scepter.core.registry import DATASETS
 before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
 dataset = DATASETS.build({'NAME': 'ImageTextTableDataset', 'TABLE': sys.argv[1], 'BUCKETS': 512, 'TRANSFORMS': [{'NAME': 'RecordedCrop'}]})
-names = [dataset.name_of(i * 7919 % len(dataset)) for i in range(1000)]
+names = [dataset.name_of(i * 7919 % len(dataset)) for i in range(100)]    # each maps 64 kB
 print(time.perf_counter() - begin, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
