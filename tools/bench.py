@@ -11,6 +11,8 @@
     python tools/bench.py open                # a table of a million rows: the first start and later ones
     python tools/bench.py cache --size 128    # filling a cache of latents against a bare loop that encodes
     python tools/bench.py scaling             # a step on two processes against a bare DistributedDataParallel loop; memory of shares
+    python tools/bench.py nova-train          # the solver's loop on NOVA against a bare loop over the same network
+    python tools/bench.py nova-sample         # a clip with keys and values kept against the whole sequence anew for each frame
     python tools/bench.py checkpointing       # what each level of CHECKPOINTING keeps for the backward pass, and what it costs
     python tools/bench.py checkpoint          # a save and a verified load of 1 GB, and how much of a save ASYNC_SAVE has the loop wait
     python tools/bench.py resume              # to the first batch of step 100,000, of 10 million samples
@@ -37,8 +39,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
 
+import bench_nova  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
@@ -631,7 +634,8 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], None]] = {
     'overhead': overhead, 'startup': startup, 'sd15-infer': infer('sd15.yaml', 512), 'sd15-train': sd15_train,
     'sdxl-infer': infer('sdxl/sdxl_1024.yaml', 1024), 'checkpointing': checkpointing, 'checkpoint': checkpoint, 'resume': resume,
     'loader': loader, 'latents': latents, 'open': opening, 'cache': cache,
-    'scaling': scaling}
+    'scaling': scaling, 'nova-train': partial(bench_nova.train, compare=compare),
+    'nova-sample': partial(bench_nova.sample, compare=compare)}
 
 if __name__ == '__main__':
     main()
