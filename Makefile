@@ -13,16 +13,22 @@ endif
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu lint docs
+.PHONY: help install demo demo-nova demo-nova-clips test test-slow test-gpu lint docs
 
 help:            ## this list
 	@echo 'make TARGET [VENV=none: the current environment] [PYTHON=python3.12: another interpreter]'
-	@sed -n 's/^\([a-z-]*\):.*## */  \1	/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## */  \1	/p' Makefile | expand -t 20
 
 install: $(STAMP)    ## set up .venv with everything that training, drawing and testing need (minutes, 6 GB)
 
 demo: $(STAMP)       ## train on scikit-learn's digits, draw them, read them; SEED=2 for another run
 	$(RUN) examples/digits/demo.py --seed $(SEED)
+
+demo-nova: $(STAMP)  ## the same by NOVA, in 1, 2, 4 and 8 sets of tokens
+	$(RUN) examples/nova/demo.py --seed $(SEED)
+
+demo-nova-clips: $(STAMP)  ## clips of two digits that move as they are told
+	$(RUN) examples/nova/demo.py --clips --seed $(SEED)
 
 test: $(STAMP)       ## every fast test
 	$(PYTEST) -n 2

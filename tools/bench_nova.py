@@ -1,4 +1,4 @@
-"""NOVA, for tools/bench.py: a training step beside a bare loop, and drawing clips with keys and values kept beside the whole sequence anew."""
+"""NOVA, for tools/bench.py: a training step beside a bare loop, and clips drawn with keys and values kept beside the sequence anew."""
 from __future__ import annotations
 
 import argparse

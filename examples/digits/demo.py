@@ -68,14 +68,14 @@ def main() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ judging
-def judge(folder: Path) -> dict:
-    """Read every picture with a classifier of real digits, and compare how much pictures of a class differ."""
+def judge(folder: Path, pixels: int = 32) -> dict:
+    """Read every picture with a classifier of real digits, and compare how much pictures of a class differ.    pixels: their side"""
     from sklearn.svm import SVC
     size = 8
     images, labels = load_digits('train', size)
     reader = SVC(gamma=0.02, C=10).fit(flat(images), labels)
     test_images, test_labels = load_digits('test', size)
-    shown, shown_labels = load_digits('all')     # as the networks see them, and made small in the same way as what they draw
+    shown, shown_labels = load_digits('all', pixels)     # as the networks see them, and made small in the same way as what they draw
     drawn, wanted, wording = load_drawn(folder, size)
     read = reader.predict(flat(drawn))
     right = read == wanted
