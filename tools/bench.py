@@ -602,7 +602,7 @@ def cache(args: argparse.Namespace) -> None:
     from scepter.data.cache import Pictures
     from scepter.data.loader import OrderedLoader
     from scepter.models.latent import LatentSpace
-    size, count, batch, kind = args.size or 512, 64, 8, native()
+    size, count, batch, kind = args.size or 512, args.count or 64, 8, native()
     torch.manual_seed(0)
     model = MODELS.build(Config.load('sd15.yaml').SOLVER.MODEL.FIRST_STAGE_MODEL).to(we.device).eval()
     space = LatentSpace.of(model, 1.0, 0.0, model.size_factor, model.EMBED_DIM)

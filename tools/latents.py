@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ if not __package__:    # run as a file
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 KINDS = ('pictures', 'texts')
+STALE = 3600     # seconds after which a file that was never finished is what a kill has left
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +87,7 @@ def info(args: argparse.Namespace) -> None:
 
 
 def prune(args: argparse.Namespace) -> None:
-    from scepter.data.shards import index_of
+    from scepter.data.shards import index_of, key_of
     wanted = tables(args) if args.cfg is not None else {}
     for name, shards in opened(args).items():
         doomed = {fault.file for fault in shards.verify() if fault.rows or fault.file.suffix == '.safetensors'}
@@ -98,6 +100,14 @@ def prune(args: argparse.Namespace) -> None:
                 file.unlink(missing_ok=True)
             print(f'dropped {path}')
         print(f'{name}: {len(doomed):,} files dropped')
+    folder = next(iter(opened(args).values())).folder.parent
+    stale = [path for path in folder.rglob('.tmp-*') if time.time() - path.stat().st_mtime > STALE]
+    if args.unused:
+        needed = {f'{key_of(table.encoder).hex()}.safetensors' for table in wanted.values()}
+        stale += [path for path in (folder / 'encoders').glob('*.safetensors') if path.name not in needed]
+    for path in stale:
+        path.unlink(missing_ok=True)
+        print(f'dropped {path}')
 
 
 COMMANDS = {'build': build, 'verify': verify, 'info': info, 'prune': prune}

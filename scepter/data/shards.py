@@ -194,7 +194,7 @@ class Shards:
         self.folder = Path(folder)
         self.shards: list[Shard] = []
         self.faults: list[Fault] = []
-        for path in sorted(self.folder.glob('*.safetensors')):
+        for path in sorted(self.folder.glob('[!.]*.safetensors')):    # a hidden one is still being written
             try:
                 self.shards.append(Shard.open(path))
             except DataError as error:

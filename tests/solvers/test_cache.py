@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from scepter.data.datasets import BaseDataset
 from scepter.drawing import load
 from tests.models.nova_runs import NETWORK
 from tests.models.oracles import randomize
+from tests.twins import network, publish, three_images, twin
 
 AUTOENCODER = tiny.autoencoder(1, 1)
 WITH_TEXT = tiny.LATENT_DIFFUSION
@@ -201,6 +203,21 @@ def test_features_of_prompts_are_kept_too_and_the_text_encoder_rests(tmp_path, p
     assert '9 of 10 prompts are there, 1 prompts to encode' in next(line for line in reversed(said) if 'prompts to encode' in line)
 
 
+@pytest.mark.slow
+def test_sizes_that_sdxl_is_told_stay_those_of_each_sample(tmp_path):
+    images, weights = three_images(tmp_path / 'images'), tmp_path / 'sdxl.safetensors'
+    publish(network(twin('sdxl/sdxl_1024', tmp_path / 'none.yaml')), weights)
+    for name, folder in (('pictures', None), ('cached', str(tmp_path / 'cache'))):
+        cfg = twin('sdxl/sdxl_1024', tmp_path / f'{name}.yaml', weights, images, MAX_STEPS=2, TRAIN_HOOKS=[{'NAME': 'CheckpointHook'}],
+                   CACHE={'FOLDER': folder}, WORK_DIR=str(tmp_path / name), OPTIMIZER={'NAME': 'SGD', 'LEARNING_RATE': 0.01})
+        cfg.SOLVER.MODEL['P_ZERO'] = 0.4
+        solver = tiny.run(cfg)
+
+    assert all(p.is_meta for p in solver.model.cond_stage_model.parameters()) and 'text_vector' in solver.batches[0][0]
+    assert solver.batches[0][0]['original_size'].shape == (2, 2)
+    assert not far(tiny.groups(tmp_path / 'pictures', 2), tiny.groups(tmp_path / 'cached', 2))
+
+
 def test_words_that_are_drawn_are_read_by_the_text_encoder_itself(tmp_path, vae, said):
     cfg = config(tmp_path / 'run', tmp_path, vae, 2, tmp_path / 'cache', text=True, TRAIN_DATA={'NAME': 'TinyWordings', 'BATCH_SIZE': 3})
     solver = tiny.run(cfg)
@@ -279,7 +296,11 @@ def test_the_tool_fills_checks_and_thins_out_a_cache(tmp_path, photos, vae, caps
     found = capsys.readouterr()
     assert 'pictures: 1 of 10 are to be computed' in found.out and f'{shard}: 1 of' in found.err
 
-    assert latents('prune', *words) == 0 and not shard.exists()
+    left = shard.with_name('.tmp-1-aa-left.safetensors')    # by a kill
+    left.write_bytes(b'')
+    assert latents('prune', *words) == 0 and not shard.exists() and left.exists()    # somebody may be writing it
+    os.utime(left, (0, 0))
+    assert latents('prune', *words) == 0 and not left.exists()
     assert latents('build', *words) == 0 and latents('verify', *words) == 0
     assert latents('prune', *words, '--unused', 'SOLVER.DTYPE=bfloat16') == 0
     assert not list((tmp_path / 'cache/pictures').iterdir())
