@@ -4,7 +4,7 @@ How they come to be is solvers/parallel.py. Every function takes plain tensors t
 """
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -35,6 +35,15 @@ def local(tensor: Any) -> Tensor:
 def fill(target: Tensor, value: Tensor) -> None:
     """Copy a whole tensor, which every process has, into one that may be a share. Nobody waits."""
     local(target).copy_(local(laid_out(value, target)))
+
+
+@torch.no_grad()
+def fill_from(target: Tensor, whole: Callable[[], Tensor], rows: Callable[[int, int], Tensor] | None) -> None:
+    """Copy into a tensor what is read for it: of a share, its rows alone, where they can be read alone. Nobody waits."""
+    if rows is not None and is_share(target) and isinstance(share := share_of(target), Share):
+        share.rows.copy_(rows(*rows_of(target.shape[0], we.rank)))
+    else:
+        fill(target, whole())
 
 
 def laid_out(value: Tensor, like: Any) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from scepter.core.config import Config
+from scepter.core.disk.tensors import Stored
 from scepter.core.faults import Fault
 from scepter.core.schema import Component
 
@@ -76,5 +77,5 @@ class Hook(Component, base=True):
         so these must be alike in all."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any], tensors: Stored) -> None:
         """Take back what state_dict and state_tensors gave. Each tensor is read from the disk when it is asked for."""

@@ -6,6 +6,7 @@ from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 from scepter.core.config import Config
+from scepter.core.disk.tensors import Stored
 from scepter.core.faults import ConfigError, Fault, did_you_mean
 from scepter.core.registry import HOOKS
 from scepter.core.schema import param
@@ -73,7 +74,7 @@ class CheckpointHook(Hook):
     def state_dict(self) -> dict[str, Any]:
         return {'best': self.best, 'best_step': self.best_step, 'best_by': self.SAVE_BEST_BY}
 
-    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], tensors: Stored) -> None:
         if state.get('best_by', self.SAVE_BEST_BY) == self.SAVE_BEST_BY:    # else it is the best of another figure
             self.best, self.best_step = state['best'], state['best_step']
 

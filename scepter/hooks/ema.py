@@ -2,17 +2,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from scepter.core.disk.tensors import Slot, Stored
 from scepter.core.errors import CheckpointError
 from scepter.core.logger import get_logger
 from scepter.core.registry import HOOKS
 from scepter.core.schema import param
-from scepter.core.shards import copy_of, fill, local
+from scepter.core.shards import copy_of, fill_from, local
 from scepter.hooks.base import Hook
 
 
@@ -37,7 +39,7 @@ class ModelEmaHook(Hook):
         super().__init__(cfg, logger=logger)
         self.average: dict[str, Tensor] = {}    # of the parameters that are trained
         self.buffers: dict[str, Tensor] = {}    # copies of the buffers that change
-        self._loaded: Mapping[str, Tensor] = {}
+        self._loaded: Stored | None = None
         self._is_begun = self._is_swapped = False
 
     def before_all_iter(self, solver: Any) -> None:
@@ -78,7 +80,7 @@ class ModelEmaHook(Hook):
 
     def swapped(self, model: nn.Module) -> contextlib.AbstractContextManager[None] | None:
         """Inside, the network has the averaged weights; its own come back untouched, also after an error. Within itself it does nothing."""
-        if not self._is_begun and self._loaded:
+        if not self._is_begun and self._loaded is not None:
             self.begin(model)
         if not self._is_begun:
             return None
@@ -106,20 +108,19 @@ class ModelEmaHook(Hook):
         assert not self._is_swapped, 'the averages are in the network'
         return {**self.average, **self.buffers}
 
-    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self._loaded = tensors
+    def load_state_dict(self, state: dict[str, Any], tensors: Stored) -> None:
+        self._loaded = tensors or None
 
     def _take_loaded(self) -> None:
-        own, loaded, self._loaded = self.state_tensors(), self._loaded, {}
-        if not loaded:
+        own, loaded, self._loaded = self.state_tensors(), self._loaded, None
+        if loaded is None:
             return
         faults = []
         for name in sorted(own.keys() & loaded.keys()):
-            value = loaded[name]    # read now: of all of them, no more than one is in memory
-            if _told(own[name]) == _told(value):
-                fill(own[name], value)
+            if _told(own[name]) == (found := _told(loaded.slot(name))):
+                fill_from(own[name], partial(loaded.__getitem__, name), partial(loaded.rows, name))
             else:
-                faults.append(f'{name}: {_told(own[name])} expected, {_told(value)} found')
+                faults.append(f'{name}: {_told(own[name])} expected, {found} found')
         if faults:
             raise CheckpointError(f"the average in the checkpoint's {self.group} is of another network:\n  " + '\n  '.join(faults[:10]))
         for names, what in ((loaded.keys() - own.keys(), 'are trained no longer: they are drawn as they are, without their average'),
@@ -148,5 +149,5 @@ def _changing_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
             for key, buffer in module._buffers.items() if buffer is not None and (name := f'{path}.{key}' if path else key) in kept}
 
 
-def _told(value: Tensor) -> str:
+def _told(value: Tensor | Slot) -> str:
     return f'{str(value.dtype).removeprefix("torch.")} {list(value.shape)}'

@@ -3,13 +3,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from scepter.core import jsonl
+from scepter.core.disk.tensors import Stored
 from scepter.core.env import we
 from scepter.core.images import is_figure, to_uint8
 from scepter.core.logger import duration
@@ -80,7 +79,7 @@ class LogHook(Hook):
         sums = {key: float(total) for key, total in self.sums.items()}
         return {'sums': {key: total if math.isfinite(total) else None for key, total in sums.items()}, 'counts': self.counts}
 
-    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any], tensors: Stored) -> None:
         self.sums = {key: math.nan if total is None else total for key, total in state.get('sums', {}).items()}
         self.counts = dict(state.get('counts', {}))
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from scepter.core.config import Config
+from scepter.core.disk.tensors import Stored
 from scepter.core.errors import CheckpointError
 from scepter.core.faults import ConfigError
 from scepter.core.registry import LR_SCHEDULERS, OPTIMIZERS
 from scepter.core.schema import Component, param, split_node
-from scepter.core.shards import fill, is_share
+from scepter.core.shards import fill_from, is_share
 from scepter.core.values import Bounds
 
 for _name, _value in vars(torch.optim).items():
@@ -138,7 +140,7 @@ class NamedOptimizer:
         stateless = [name for name, p in self.owned.items() if not self.optimizer.state.get(p)]
         return {'class': type(self.optimizer).__name__, 'stateless': stateless}
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor], prefix: str, stateless: Collection[str], where: str) -> None:
+    def load_state_tensors(self, tensors: Stored, prefix: str, stateless: Collection[str], where: str) -> None:
         """Take the state of each owned parameter by its name behind the prefix, in the parameter's own layout, as fused kernels need it.
 
         tensors: each is read when its turn has come. stateless: parameters that had none. Raises CheckpointError where another one has
@@ -155,22 +157,23 @@ class NamedOptimizer:
                                   f'{" ..." if len(missing) > 5 else ""}; this config trains other parameters')
         for name, p in self.owned.items():
             if name in found:
-                self.optimizer.state[p] = {entry: self._like_its_parameter(tensors[f'{prefix}{name}/{entry}'], p, entry,
-                                                                            f'{where}: {self.name}/{name}/{entry}')
+                self.optimizer.state[p] = {entry: self._like_its_parameter(tensors, f'{prefix}{name}/{entry}', p, where)
                                            for entry in found[name]}
 
-    def _like_its_parameter(self, value: Tensor, p: nn.Parameter, entry: str, where: str) -> Tensor:
+    def _like_its_parameter(self, tensors: Stored, key: str, p: nn.Parameter, where: str) -> Tensor:
+        entry = key.rpartition('/')[2]
+        if p.ndim and tensors.slot(key).shape == p.shape:
+            # a state in another memory order than its weight is read in the wrong order by the fused kernels, without a word
+            fill_from(own := torch.empty_like(p, requires_grad=False), partial(tensors.__getitem__, key), partial(tensors.rows, key))
+            return own
+        value = tensors[key]
         if value.ndim == 0:
             # torch keeps the step counter on the CPU unless the step is fused or captured, and all else beside the parameter
             group = self.optimizer.param_groups[0]
-            return value.clone().to('cpu' if entry == 'step' and not (group.get('fused') or group.get('capturable')) else p.device)
-        if value.shape == p.shape:
-            # a state in another memory order than its weight is read in the wrong order by the fused kernels, without a word
-            fill(own := torch.empty_like(p, requires_grad=False), value)
-            return own
+            return value.to('cpu' if entry == 'step' and not (group.get('fused') or group.get('capturable')) else p.device)
         if value.ndim != p.ndim or any(v not in (1, d) for v, d in zip(value.shape, p.shape)):     # Adafactor keeps rows and columns
-            raise CheckpointError(f'{where} has shape {list(value.shape)}, the parameter has {list(p.shape)}')
-        return value.clone().to(p.device)
+            raise CheckpointError(f'{where}: {key} has shape {list(value.shape)}, the parameter has {list(p.shape)}')
+        return value.to(p.device)
 
 
 def build_optimizers(cfg: Config, model: nn.Module) -> list[NamedOptimizer]:

@@ -37,6 +37,7 @@ class Entry(NamedTuple):
     read: Callable[[], Tensor]
     files: tuple[Path, ...] = ()    # where it lies
     origin: Any = None              # where it really comes from, for what a checkpoint of ours left out (weights/records.py)
+    rows: Callable[[int, int], Tensor] | None = None    # reads some of its rows alone, where it lies as it is
 
 
 class Weights(Mapping[str, Tensor]):
@@ -55,7 +56,8 @@ class Weights(Mapping[str, Tensor]):
         if isinstance(tensors, Weights):
             return tensors
         if isinstance(tensors, TensorFile):
-            entries = {n: Entry(s.shape, s.dtype, partial(tensors.__getitem__, n), (tensors.path,)) for n, s in tensors.slots.items()}
+            entries = {n: Entry(s.shape, s.dtype, partial(tensors.__getitem__, n), (tensors.path,), None, partial(tensors.rows, n))
+                       for n, s in tensors.slots.items()}
             return cls(entries, str(tensors.path), {'metadata': tensors.metadata})
         files = (Path(source),) if Path(source).is_file() else ()
         return cls({n: Entry(tuple(t.shape), t.dtype, partial(tensors.__getitem__, n), files) for n, t in tensors.items()}, source)

@@ -11,6 +11,7 @@ from torch import nn
 from scepter.core.disk.checkpoints import Checkpoint
 from scepter.core.errors import CheckpointError
 from scepter.core.logger import get_logger
+from scepter.core.shards import fill_from, is_share
 from scepter.core.stores import FS
 from scepter.core.stores.client import shown
 from scepter.weights.compare import latent_beside, refuse_contradictions
@@ -82,7 +83,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint, use_ema: bool = False) -> Non
     there = {name for name, entry in entries.items() if entry.origin and name in marks and _is_same(name, marks[name], entry.origin[0])}
     taken = {name: entry for name, entry in entries.items() if name not in there}
     for name, entry in taken.items():
-        put(model, name, targets[name], entry.read())
+        fill_from(targets[name], entry.read, entry.rows) if is_share(targets[name]) else put(model, name, targets[name], entry.read())
     mark(model, taken)
 
 

@@ -1,11 +1,14 @@
 """The average of the weights: what is averaged, what is copied, and that nothing is lost when it is looked at."""
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import tiny
+from scepter.core.disk.tensors import TensorFile, write_tensors
 from scepter.core.errors import CheckpointError
 from scepter.hooks.ema import ModelEmaHook
 
@@ -88,21 +91,28 @@ def test_names_and_modules_are_walked_once_and_not_at_each_step(monkeypatch):
         pass
 
 
-def test_a_checkpoint_of_another_shape_or_type_is_refused_by_name():
+def load(hook: ModelEmaHook, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """As from a checkpoint."""
+    file = folder / f'{len(list(folder.iterdir()))}.safetensors'
+    write_tensors(file, tensors)
+    hook.load_state_dict({}, TensorFile(file))
+
+
+def test_a_checkpoint_of_another_shape_or_type_is_refused_by_name(tmp_path):
     before, _ = started()
     for change, words in ((lambda w: w[:2], r'layer.weight: float32 \[3, 3\] expected, float32 \[2, 3\] found'),
                           (lambda w: w.half(), r'layer.weight: float32 \[3, 3\] expected, float16 \[3, 3\] found')):
         hook = ModelEmaHook({'NAME': 'ModelEmaHook'})
-        hook.load_state_dict({}, {**before.state_tensors(), 'layer.weight': change(before.average['layer.weight'])})
+        load(hook, {**before.state_tensors(), 'layer.weight': change(before.average['layer.weight'])}, tmp_path)
         with pytest.raises(CheckpointError, match=words):
             hook.begin(Network())
 
 
-def test_a_layer_frozen_since_is_told_and_drawn_as_it_is(capsys):
+def test_a_layer_frozen_since_is_told_and_drawn_as_it_is(tmp_path, capsys):
     before, network = started()
     before.average['layer.weight'] += 1
     hook = ModelEmaHook({'NAME': 'ModelEmaHook'})
-    hook.load_state_dict({}, before.state_tensors())
+    load(hook, before.state_tensors(), tmp_path)
     network.norm.requires_grad_(False)
     hook.begin(network)
     told = capsys.readouterr().err
@@ -111,10 +121,10 @@ def test_a_layer_frozen_since_is_told_and_drawn_as_it_is(capsys):
     assert torch.equal(hook.average['layer.weight'], before.average['layer.weight'])
 
 
-def test_the_average_lies_in_memory_as_its_weight_does_also_after_a_resume():
+def test_the_average_lies_in_memory_as_its_weight_does_also_after_a_resume(tmp_path):
     network = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
     hook = ModelEmaHook({'NAME': 'ModelEmaHook'})
-    hook.load_state_dict({}, {name: p.detach().contiguous() for name, p in network.named_parameters()})
+    load(hook, {name: p.detach().contiguous() for name, p in network.named_parameters()}, tmp_path)
     hook.begin(network)
     assert hook.average['weight'].stride() == network.weight.stride()
 

@@ -56,6 +56,15 @@ class DiskIsFull(Hook):
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
+@HOOKS.register_class()
+class SaveAt2And4(Hook):
+    """Asks for two checkpoints, and for none at the end."""
+
+    def after_iter(self, solver: Any) -> None:
+        if solver.step in (2, 4):
+            solver.request_save()
+
+
 @contextmanager
 def largest_file_restored() -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -125,14 +134,21 @@ def test_a_stop_signal_waits_until_its_step_is_written(tmp_path, interval, step)
     assert stop.value.signal == signal.SIGTERM and checkpoints.resolve(tmp_path, 'latest').step == step
 
 
-@pytest.mark.parametrize(('steps', 'at'), [(50, 3), (4, 4)], ids=['at the end of a step', 'at the end of the run'])
-def test_an_error_of_the_writer_ends_the_run(tmp_path, steps, at):
-    hooks = [{'NAME': 'Heavy', 'MEGABYTES': 4}, {'NAME': 'DiskIsFull', 'STEP': at}]
-    with largest_file_restored(), pytest.raises(CheckpointError, match=rf'no space for .*step-0000000{at + at % 2}') as error:
-        run(beside(tmp_path, steps, more=hooks))
+@pytest.mark.parametrize(('steps', 'seen'), [(3000, range(4, 3000)), (4, [4])], ids=['at the end of a step', 'at the end of the run'])
+def test_an_error_of_the_writer_ends_the_run(tmp_path, steps, seen):
+    hooks = [{'NAME': 'SaveAt2And4'}, {'NAME': 'Heavy', 'MEGABYTES': 4}, {'NAME': 'DiskIsFull', 'STEP': 4}, {'NAME': 'NoteSamples'}]
+    with largest_file_restored(), pytest.raises(CheckpointError, match=r'no space for .*step-00000004') as error:
+        run(beside(tmp_path, steps, TRAIN_HOOKS=hooks))
 
     assert error.value.exit_code == 4 and checkpoints.resolve(tmp_path, 'latest').step == 2
     assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['step-00000002']
+    assert len((tmp_path / 'samples.jsonl').read_text().splitlines()) in seen
+
+
+def test_a_stop_whose_step_cannot_be_written_is_an_error_and_no_stop(tmp_path):
+    hooks = [{'NAME': 'SaveAt2And4'}, {'NAME': 'Heavy', 'MEGABYTES': 4}, {'NAME': 'DiskIsFull'}, {'NAME': 'StopAfter', 'BATCHES': 3}]
+    with largest_file_restored(), pytest.raises(CheckpointError, match=r'no space for .*step-00000003'):
+        run(beside(tmp_path, 50, TRAIN_HOOKS=hooks))
 
 
 def test_a_tensor_that_is_not_finite_is_refused_beside_the_loop_too(tmp_path):

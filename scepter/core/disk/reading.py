@@ -5,7 +5,7 @@ Damage is always a CheckpointError that names the file, what was expected and wh
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scepter.core.disk import manifests
 from scepter.core.disk.manifests import MANIFEST, step_of
-from scepter.core.disk.tensors import TensorFile
+from scepter.core.disk.tensors import Slot, Stored, TensorFile
 from scepter.core.errors import CheckpointError
 from scepter.core.faults import did_you_mean
 from scepter.core.logger import get_logger
@@ -54,7 +54,7 @@ class Checkpoint:
             raise CheckpointError(f'{self.path / "state.json"}: an object expected, {type(state).__name__} found')
         return state
 
-    def tensors(self, group: str) -> Mapping[str, Tensor]:
+    def tensors(self, group: str) -> Stored:
         """The tensors of a group, each read when it is asked for; names and shapes cost nothing.
 
         Raises CheckpointError where the checkpoint has no such group.
@@ -75,7 +75,7 @@ class Checkpoint:
             raise CheckpointError(f'{self.path / name}: cannot be read: {error.strerror}') from error
 
 
-class _Parts(Mapping[str, Tensor]):
+class _Parts(Stored):
     """The tensors of a group that lies in several files, each file opened when a tensor of it is asked for."""
 
     def __init__(self, checkpoint: Checkpoint, files: Sequence[str]):
@@ -84,10 +84,13 @@ class _Parts(Mapping[str, Tensor]):
         self._opened: dict[str, TensorFile] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        file = self.places[name]
-        if file not in self._opened:
-            self._opened[file] = self._open(file)
-        return self._opened[file][name]
+        return self._file_of(name)[name]
+
+    def slot(self, name: str) -> Slot:
+        return self._file_of(name).slot(name)
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        return self._file_of(name).rows(name, first, last)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -95,11 +98,14 @@ class _Parts(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.places)
 
-    def _open(self, file: str) -> TensorFile:
-        opened, index = TensorFile(self.checkpoint.path / file), self.checkpoint.manifest['index'][file]
-        if opened.keys() != {*index}:
-            raise CheckpointError(f'{opened.path}: holds {len(opened)} tensors, not the {len(index)} that {MANIFEST} says')
-        return opened
+    def _file_of(self, name: str) -> TensorFile:
+        file = self.places[name]
+        if file not in self._opened:
+            opened, index = TensorFile(self.checkpoint.path / file), self.checkpoint.manifest['index'][file]
+            if opened.keys() != {*index}:
+                raise CheckpointError(f'{opened.path}: holds {len(opened)} tensors, not the {len(index)} that {MANIFEST} says')
+            self._opened[file] = opened
+        return self._opened[file]
 
 
 def load(folder: Path | str, verify: Literal['full', 'size'] = 'full') -> Checkpoint:

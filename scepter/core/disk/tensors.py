@@ -50,7 +50,19 @@ class Slot(NamedTuple):
     size: int       # bytes
 
 
-class TensorFile(Mapping[str, Tensor]):
+class Stored(Mapping[str, Tensor]):
+    """Tensors on the disk, each read when it is asked for."""
+
+    def slot(self, name: str) -> Slot:
+        """Type and shape of a tensor, which is not read for it."""
+        raise NotImplementedError
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Of a tensor its rows from first to last, that one not included; no others are read."""
+        raise NotImplementedError
+
+
+class TensorFile(Stored):
     """The tensors of a safetensors file, each read from the disk when it is asked for.
 
     `slots` tells names, types and shapes without reading any tensor, `metadata` holds the writer's own strings.
@@ -67,15 +79,25 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         slot = self.slots[name]
-        tensor = torch.empty(slot.shape, dtype=slot.dtype)
-        if slot.size:
+        return self._read(name, torch.empty(slot.shape, dtype=slot.dtype), slot.start)
+
+    def slot(self, name: str) -> Slot:
+        return self.slots[name]
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        slot = self.slots[name]
+        begin = slot.start + slot.size // max(1, slot.shape[0]) * first
+        return self._read(name, torch.empty((last - first, *slot.shape[1:]), dtype=slot.dtype), begin)
+
+    def _read(self, name: str, tensor: Tensor, start: int) -> Tensor:
+        if tensor.numel():
             buffer = tensor.view(-1).view(torch.uint8).numpy()
             # readinto, not mmap: a file that shrinks under a map kills the process, here it is an error
             with open(self.path, 'rb', buffering=0) as file:
-                file.seek(slot.start)
+                file.seek(start)
                 found = _read_fully(file, buffer.data)
-            if found != slot.size:
-                raise CheckpointError(f'{self.path}: ends inside {name}: {slot.size} bytes expected, {found} found')
+            if found != tensor.nbytes:
+                raise CheckpointError(f'{self.path}: ends inside {name}: {tensor.nbytes} bytes expected, {found} found')
         return tensor
 
     def __iter__(self) -> Iterator[str]:

@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from scepter.core.disk.writing import Save, as_json
 from scepter.core.env import Exit, we
 from scepter.core.errors import CheckpointError, PeerError
 from scepter.core.launch import launch
+from scepter.core.shards import fill_from
 from tiny import memory_for
 
 TWO = {'NPROC': 2, 'DEVICE': 'cpu', 'THREADS': 1}
@@ -140,6 +143,7 @@ def both(cfg: Config) -> None:
     everybody_hears('NaN or infinity: model: large', folder / 'nan', lambda: written(folder / 'nan', damaged))
     if sys.platform == 'linux':
         small_in_memory(folder / 'memory')
+        reads_its_rows(folder / 'memory', shared({'model': {str(i): torch.zeros(8, MEGABYTE) for i in range(8)}})['model'])
 
 
 def with_bad_state() -> Any:
@@ -165,6 +169,32 @@ def small_in_memory(root: Path) -> None:
     del groups
     grown = memory_for(lambda: checkpoints.write(Save.of(root, 1, lambda: (shares, STATE), 60 * MEGABYTE)))
     assert grown < 2.5 * 32 * MEGABYTE, grown / MEGABYTE     # the tensor, and its shares under way
+
+
+def reads_its_rows(root: Path, shares: dict[str, Tensor]) -> None:
+    """Half of 256 MB in each of two processes, and in its place."""
+    stored = load(root, 'size').tensors('model')
+    before = read_so_far()
+    for name, share in shares.items():
+        fill_from(share, partial(stored.__getitem__, name), partial(stored.rows, name))
+    assert 128 <= (read_so_far() - before) / MEGABYTE < 130
+    assert all((share.to_local() == float(name)).all() for name, share in shares.items())
+
+
+def read_so_far() -> int:
+    return int(re.search(r'rchar: (\d+)', Path('/proc/self/io').read_text())[1])
+
+
+@pytest.mark.parametrize('limit', [1e9, 100], ids=['one file', 'several'])
+def test_rows_of_a_stored_tensor_are_read_alone(tmp_path, limit):
+    groups = tensors()
+    stored = load(save(tmp_path, 1, groups, {}, '', limit=limit)).tensors('model')
+
+    for name, value in groups['model'].items():
+        assert (stored.slot(name).shape, stored.slot(name).dtype) == (value.shape, value.dtype)
+        for first, last in ((0, 1), (1, 3), (2, 2)) if value.ndim else ():
+            if last <= len(value):
+                assert torch.equal(stored.rows(name, first, last), value[first:last])
 
 
 def test_two_processes_write_the_files_of_one_byte_for_byte_or_nothing(tmp_path):
