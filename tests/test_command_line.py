@@ -206,7 +206,7 @@ def test_imports_of_a_checkpoint_are_not_carried_out_unless_named_on_the_command
     source, = file.parent.glob('solver*.py')
 
     assert main('--cfg', file, '--check') == 2
-    assert 'IMPORTS: not carried out, since they stand in a checkpoint: name the files with --imports' in capsys.readouterr().err
+    assert 'IMPORTS: not carried out, since they stand in a checkpoint or came from an address: name the files' in capsys.readouterr().err
     assert source.stem not in sys.modules
     assert main('--cfg', file, '--check', '--imports', source) == 0
 
