@@ -13,7 +13,7 @@ endif
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-nova demo-nova-clips test test-slow test-gpu lint docs
+.PHONY: help install demo demo-nova demo-nova-clips demo-emoji test test-slow test-gpu lint docs
 
 help:            ## this list
 	@echo 'make TARGET [VENV=none: the current environment] [PYTHON=python3.12: another interpreter]'
@@ -29,6 +29,9 @@ demo-nova: $(STAMP)  ## the same by NOVA, in 1, 2, 4 and 8 sets of tokens
 
 demo-nova-clips: $(STAMP)  ## clips of two digits that move as they are told
 	$(RUN) examples/nova/demo.py --clips --seed $(SEED)
+
+demo-emoji: $(STAMP) ## the same with the colour emoji of the system's font; SEED=2 for another run
+	$(RUN) examples/emoji/demo.py --seed $(SEED)
 
 test: $(STAMP)       ## every fast test
 	$(PYTEST) -n 2

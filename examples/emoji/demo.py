@@ -1,0 +1,91 @@
+"""From a font to pictures drawn on demand: train both stages, draw, and ask which real emoji each picture is nearest to.
+
+    make demo-emoji      or            python examples/emoji/demo.py --seed 2
+
+Writes outputs/emoji/: samples.png (a prompt each), held_out.png (above: drawn, below: the real one, which nothing was trained on), loss.png
+and report.json.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+RECIPES = Path(__file__).resolve().parent
+sys.path[:0] = [str(RECIPES.parents[1]), str(RECIPES.parent), str(RECIPES)]
+
+import numpy as np  # noqa: E402
+from emoji_data import all_emoji, draw, open_font, with_article  # noqa: E402
+from nearest import Real, judge  # noqa: E402
+from PIL import Image  # noqa: E402
+from running import draw as draw_prompts  # noqa: E402
+from running import newest, plot_losses, python, train, write_prompts  # noqa: E402
+
+from scepter.core.errors import DataError  # noqa: E402
+from scepter.core.images import read_settings  # noqa: E402
+
+SHOWN = ('a red apple', 'a cat with heart eyes', 'a green train', 'a pizza', 'a rocket', 'a rainbow', 'a blue heart', 'a hot dog',
+         'a ghost', 'an octopus', 'a woman astronaut dark skin', 'a thumbs up sign light skin', 'a sunflower', 'a birthday cake',
+         'a soccer ball', 'a robot face')
+TRAINED = 200 # of the prompts trained on, so many are drawn to judge
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--seed', type=int, default=1, help='of the whole run (default 1)')
+    parser.add_argument('--out', default='outputs/emoji', help='folder of the run; what an earlier run left there is removed')
+    args = parser.parse_args()
+    out = Path(args.out)
+    try:
+        real = Real.of_the_font()
+    except DataError as error:
+        sys.exit(f'{error}')
+    for name in ('autoencoder', 'diffusion', 'drawn', 'shown'):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+    print(f'{len(real.names)} emoji, {sum(real.held_out)} of them held out. Two trainings: about 20 minutes on two CPU cores', flush=True)
+    begin = time.monotonic()
+    train(RECIPES / 'autoencoder.yaml', out / 'autoencoder', args.seed)
+    train(RECIPES / 'emoji.yaml', out / 'diffusion', args.seed,
+          f'SOLVER.MODEL.FIRST_STAGE_MODEL.PRETRAINED_MODEL={newest(out / "autoencoder")}')
+    train_seconds = time.monotonic() - begin
+
+    trained = np.flatnonzero(~real.held_out)
+    chosen = [*trained[::max(len(trained) // TRAINED, 1)], *np.flatnonzero(real.held_out)]
+    draw_prompts(out / 'diffusion', out / 'drawn', args.seed, len(chosen),
+                 '--prompt_file', write_prompts(out / 'prompts.txt', (with_article(real.names[i]) for i in chosen)))
+    draw_prompts(out / 'diffusion', out / 'shown', args.seed, len(SHOWN), '--grid',
+                 '--prompt_file', write_prompts(out / 'shown.txt', SHOWN))
+    shutil.copyfile(out / 'shown' / 'grid.png', out / 'samples.png')
+
+    plot_losses(out / 'loss.png', out / 'autoencoder', out / 'diffusion')
+    report = {**judge(out / 'drawn', real), 'train_seconds': round(train_seconds, 1), 'seed': args.seed}
+    show_held_out(out, real)
+    (out / 'report.json').write_text(json.dumps(report, indent=1) + '\n', encoding='utf-8')
+    for what, figures in (('trained on', report['trained']), ('never seen together', report['held_out'])):
+        print(f'{what}: {figures["pictures"]} pictures. The emoji that was asked for is the nearest of all {len(real.names)} for '
+              f'{figures["top1"]:.2f}, among the five nearest for {figures["top5"]:.2f} (chance {report["chance_top5"]:.4f}); '
+              f'the nearest of its own tones and colours for {figures["variant"]:.2f} (chance {figures["chance_variant"]:.2f})')
+    for name in ('samples.png', 'held_out.png', 'loss.png', 'report.json'):
+        print(out / name)
+    print(f'\nDraw your own:\n  {python()} scepter/run_inference.py --prompt "a red apple" --pretrained_model {out / "diffusion"}')
+
+
+def show_held_out(out: Path, real: Real, count: int = 12) -> None:
+    """held_out.png: `count` drawn pictures above the real ones that nobody showed to the network."""
+    number = {with_article(name): i for i, name in enumerate(real.names)}
+    files = [(number[read_settings(file)['prompt']], file) for file in sorted((out / 'drawn').glob('*.png'))]
+    held_out = [(i, file) for i, file in files if real.held_out[i]]
+    some = held_out[::max(len(held_out) // count, 1)][:count]
+    drawn = [np.asarray(Image.open(file).convert('RGB').resize((64, 64))) for _, file in some]
+    font = open_font()
+    texts = {name: text for text, name in all_emoji(font)}
+    asked = [draw(texts[real.names[i]], font, 64) for i, _ in some]
+    Image.fromarray(np.vstack([np.hstack(drawn), np.hstack(asked)])).save(out / 'held_out.png')
+
+
+if __name__ == '__main__':
+    main()
