@@ -119,6 +119,7 @@ def test_both_stages_train_and_draw(font_file, tmp_path):
     assert run_train.main(['--cfg', str(recipes / 'autoencoder.yaml'), f'SOLVER.WORK_DIR={tmp_path}/autoencoder', *common]) == 0
     stage1 = f'SOLVER.MODEL.FIRST_STAGE_MODEL.PRETRAINED_MODEL={tmp_path}/autoencoder/checkpoints/step-00000002'
     assert run_train.main(['--cfg', str(recipes / 'emoji.yaml'), f'SOLVER.WORK_DIR={tmp_path}/diffusion', stage1, *common,
+                           f'SOLVER.CACHE.FOLDER={tmp_path}/cache',
                            'SOLVER.MODEL.DIFFUSION_MODEL.MODEL_CHANNELS=32']) == 0
     image = scepter.load(tmp_path / 'diffusion')('a red apple', sample_steps=2).images[0]
     assert image.size == (64, 64)

@@ -43,14 +43,14 @@ def main() -> None:
         real = Real.of_the_font()
     except DataError as error:
         sys.exit(f'{error}')
-    for name in ('autoencoder', 'diffusion', 'drawn', 'shown'):
+    for name in ('autoencoder', 'diffusion', 'cache', 'drawn', 'shown'):
         shutil.rmtree(out / name, ignore_errors=True)
 
     print(f'{len(real.names)} emoji, {sum(real.held_out)} of them held out. Two trainings: about 20 minutes on two CPU cores', flush=True)
     begin = time.monotonic()
     train(RECIPES / 'autoencoder.yaml', out / 'autoencoder', args.seed)
     train(RECIPES / 'emoji.yaml', out / 'diffusion', args.seed,
-          f'SOLVER.MODEL.FIRST_STAGE_MODEL.PRETRAINED_MODEL={newest(out / "autoencoder")}')
+          f'SOLVER.MODEL.FIRST_STAGE_MODEL.PRETRAINED_MODEL={newest(out / "autoencoder")}', f'SOLVER.CACHE.FOLDER={out / "cache"}')
     train_seconds = time.monotonic() - begin
 
     trained = np.flatnonzero(~real.held_out)
