@@ -252,7 +252,8 @@ class Shards:
         return {**self.__dict__, '_files': OrderedDict()}
 
     def __del__(self) -> None:
-        self.close()
+        if os is not None:    # where the interpreter ends, modules are gone first, and the files go with it
+            self.close()
 
     def verify(self) -> list[Fault]:
         """Every fault that reading every byte finds."""
