@@ -85,7 +85,9 @@ def test_a_process_that_is_stuck_is_named_and_all_end(tmp_path, what, launcher, 
 
     how = 'is stuck: it has done nothing for' if what == 'sleep' else 'has given no sign of life for'
     first = first_of(said)
-    step = int(re.search(r'in step (\d+) \(step\)', first).group(1))      # of a halted one, that in which it was last heard of
+    found = re.search(r'in step (\d+) \(step\)', first)      # of a halted one, that in which it was last heard of
+    assert found, said[-40:]
+    step = int(found.group(1))
     assert f'rank {rank} on {HOST} (pid ' in first and how in first and 0 < step < AT, said[-40:]
     assert code == (1 if 'torchrun' in launcher else 5)
     if what == 'sleep':

@@ -22,6 +22,7 @@ from scepter.core.schema import schema_of
 EXAMPLES = Path(__file__).resolve().parents[2] / 'examples'
 SHIPPED = sorted(p for p in EXAMPLES.glob('*/*.yaml') if not p.parent.name.startswith('_'))
 Step = str | int
+FREE = [('EVALS',), ('PARTS',), ('CAPTION',), ('BESIDE',)]     # below these, names are the user's own
 
 
 @pytest.fixture(scope='module', params=SHIPPED, ids=lambda p: str(p.relative_to(EXAMPLES)))
@@ -80,8 +81,7 @@ def mutants(cfg: Config) -> Iterator[tuple[str, Config]]:
         siblings = cfg
         for step in path[:-1]:
             siblings = siblings[step]
-        # the names of optimizers and of evaluations are the user's own
-        is_free = (path[-2:-1] == ('OPTIMIZER',) and 'NAME' not in siblings) or path[-2:-1] == ('EVALS',)
+        is_free = (path[-2:-1] == ('OPTIMIZER',) and 'NAME' not in siblings) or path[-2:-1] in FREE
         for typo in () if is_free else sorted(typos(key, chance)):
             if typo not in siblings:
                 yield key, with_key(cfg, path, typo)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -245,8 +246,11 @@ def test_a_clip_that_is_longer_than_the_network_was_made_for_is_refused(how: dic
 def test_progress_counts_the_sets_of_all_frames(capsys: pytest.CaptureFixture[str]):
     seen: list[tuple[int, int]] = []
 
-    build(CLIP).forward_test(prompt=[''], length=3, sets=4, sample_steps=2, show_progress=True,
-                             on_step=lambda number, count, tokens: seen.append((number, count)))
+    def look(number: int, count: int, tokens: Tensor) -> None:
+        seen.append((number, count))
+        time.sleep(0.02)      # a bar shows itself ten times a second at most
+
+    build(CLIP).forward_test(prompt=[''], length=3, sets=4, sample_steps=2, show_progress=True, on_step=look)
 
     assert seen == [(i, 12) for i in range(1, 13)] and '/12 [' in capsys.readouterr().err
 

