@@ -44,6 +44,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
 import bench_nova  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from bench_training import Update, built, endless, recipe  # noqa: E402
+
+DIGITS = 'digits/diffusion.yaml'
 
 
 def main() -> None:
@@ -117,7 +120,7 @@ def overhead(args: argparse.Namespace) -> None:
     from scepter.core.env import we
     steps = 2
     with tempfile.TemporaryDirectory() as folder:
-        cfg = digits(folder)
+        cfg = recipe(DIGITS, folder)
         ours, peer = built(cfg), built(cfg)
         ours.before_solve()
         ours.before_all_iter()
@@ -157,9 +160,9 @@ def step_of_two(cfg: Any) -> None:
 
     from scepter.core import streams
     from scepter.core.env import we
-    recipe = digits(cfg.FOLDER)
-    recipe.SOLVER.TRAIN_HOOKS = []      # the peer keeps no average
-    ours, peer = built(recipe), built(recipe)
+    digits = recipe(DIGITS, cfg.FOLDER)
+    digits.SOLVER.TRAIN_HOOKS = []      # the peer keeps no average
+    ours, peer = built(digits), built(digits)
     steps, micro = 2, ours.plan.micro
     ours.before_solve()
     ours.before_all_iter()
@@ -171,64 +174,27 @@ def step_of_two(cfg: Any) -> None:
     sampler = torch.utils.data.DistributedSampler(peer.datasets['train'], drop_last=True)
     loader = torch.utils.data.DataLoader(peer.datasets['train'], micro, sampler=sampler, drop_last=True)
     model = DistributedDataParallel(peer.model, find_unused_parameters=False)
-    trained = [p for p in peer.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-
-    def endless() -> Any:
-        while True:
-            yield from loader
-
-    batches = endless()
+    batches = endless(loader)
+    update = Update(peer.model, torch.optim.AdamW([p for p in peer.model.parameters() if p.requires_grad], lr=1e-4, fused=True))
 
     def loop() -> None:
         for step in range(steps):
             with streams.current(0, torch.arange(micro), step), peer.autocast():
                 loss = model('train', **peer.to_device(next(batches)))['loss']
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            loss.item()
+            update(loss)
 
     compare('scaling, two processes: solver / bare DDP loop', solve, loop, cfg.PAIRS, 's/step', share=steps, is_told=we.is_main,
             recipe='examples/digits', dtype=spelled(peer.dtype), device=str(we.device.type))
     ours.after_solve()
 
 
-def digits(folder: str) -> Any:
-    """The digits recipe, with no hook but its average of the weights, and without weights from files."""
-    import scepter.components  # noqa: F401
-    from scepter.core.config import Config
-    from scepter.core.experiment import carry_out_imports
-    cfg = Config.load(ROOT / 'examples' / 'digits' / 'diffusion.yaml', [f'SOLVER.WORK_DIR={folder}'])
-    cfg.SOLVER.TRAIN_HOOKS = [hook for hook in cfg.SOLVER.TRAIN_HOOKS if hook.NAME == 'ModelEmaHook']
-    carry_out_imports(cfg)
-    del cfg.SOLVER.MODEL.FIRST_STAGE_MODEL['PRETRAINED_MODEL'], cfg.SOLVER['CACHE']
-    return cfg
-
-
-def built(cfg: Any) -> Any:
-    """Its solver, ready to train, with the same weights each time."""
-    from scepter.core.registry import SOLVERS
-    torch.manual_seed(0)
-    solver = SOLVERS.build(cfg.SOLVER)
-    solver.set_up()
-    solver.train_mode()
-    return solver
-
-
 def bare_loop(model: Any, dataset: Any, cfg: Any, steps: int, autocast: Callable[[], Any], device: Any) -> Callable[[], None]:
     """What one would write without a framework, an average of the weights included."""
-    def endless() -> Any:
-        while True:
-            yield from torch.utils.data.DataLoader(dataset, cfg.TRAIN_DATA.BATCH_SIZE, shuffle=True, drop_last=True)
-
-    batches = endless()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    average, beta = [p.detach().clone() for p in trained], cfg.TRAIN_HOOKS[0].BETA
+    batches = endless(torch.utils.data.DataLoader(dataset, cfg.TRAIN_DATA.BATCH_SIZE, shuffle=True, drop_last=True))
     groups = [{'params': list(part.parameters()), 'lr': node.LEARNING_RATE}
               for part, node in ((model.model, cfg.OPTIMIZER.UNET), (model.cond_stage_model, cfg.OPTIMIZER.TEXT))]
     optimizer = torch.optim.AdamW(groups, betas=tuple(cfg.OPTIMIZER.UNET.BETAS), weight_decay=0.0, fused=True)
+    update = Update(model, optimizer, cfg.TRAIN_HOOKS[0].BETA)
     alphas, sigmas = model.diffusion.alphas.float().to(device), model.diffusion.sigmas.float().to(device)
 
     def loop() -> None:
@@ -246,12 +212,7 @@ def bare_loop(model: Any, dataset: Any, cfg: Any, steps: int, autocast: Callable
                 noise, alpha, sigma = torch.randn_like(x0), alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1)
                 out = model.model(alpha * x0 + sigma * noise, t, context)
                 loss = torch.nn.functional.mse_loss(out.float(), alpha * noise - sigma * x0)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            torch._foreach_lerp_(average, [p.detach() for p in trained], 1 - beta)
-            loss.item()
+            update(loss)
     return loop
 
 

@@ -5,31 +5,18 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-
-RECIPE = Path(__file__).resolve().parents[1] / 'examples' / 'nova' / 'digits_nova.yaml'
+from bench_training import Update, built, endless, recipe
 
 
 def train(args: argparse.Namespace, compare: Callable[..., None]) -> None:
     """The digits recipe with its average of the weights, by the solver and by a bare loop: same networks, optimizer, data, arithmetic."""
-    import scepter.components  # noqa: F401
-    from scepter.core.config import Config
-    from scepter.core.experiment import carry_out_imports
-    from scepter.core.registry import SOLVERS
     steps = 2
     with tempfile.TemporaryDirectory() as folder:
-        cfg = Config.load(RECIPE, [f'SOLVER.WORK_DIR={folder}'])
-        cfg.SOLVER.TRAIN_HOOKS = [hook for hook in cfg.SOLVER.TRAIN_HOOKS if hook.NAME == 'ModelEmaHook']
-        carry_out_imports(cfg)
-        del cfg.SOLVER.MODEL.FIRST_STAGE_MODEL['PRETRAINED_MODEL']
-        ours, peer = (SOLVERS.build(cfg.SOLVER) for _ in range(2))
-        for solver in (ours, peer):
-            torch.manual_seed(0)
-            solver.set_up()
-            solver.train_mode()
+        cfg = recipe('nova/digits_nova.yaml', folder)
+        ours, peer = built(cfg), built(cfg)
         ours.before_solve()
         ours.before_all_iter()
 
@@ -45,26 +32,16 @@ def bare_loop(solver: Any, cfg: Any, steps: int) -> Callable[[], None]:
     """What one would write without a framework, an average of the weights included."""
     from scepter.core.env import we
     model, how = solver.model, cfg.OPTIMIZER
-    loader = torch.utils.data.DataLoader(solver.datasets['train'], cfg.TRAIN_DATA.BATCH_SIZE, shuffle=True, drop_last=True)
-
-    def endless() -> Any:
-        while True:
-            yield from loader
-
-    batches, trained = endless(), [p for p in model.parameters() if p.requires_grad]
-    average, beta = [p.detach().clone() for p in trained], cfg.TRAIN_HOOKS[0].BETA
-    optimizer = torch.optim.AdamW(trained, how.LEARNING_RATE, tuple(how.BETAS), weight_decay=how.WEIGHT_DECAY, fused=True)
+    batches = endless(torch.utils.data.DataLoader(solver.datasets['train'], cfg.TRAIN_DATA.BATCH_SIZE, shuffle=True, drop_last=True))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], how.LEARNING_RATE, tuple(how.BETAS),
+                                  weight_decay=how.WEIGHT_DECAY, fused=True)
+    update = Update(model, optimizer, cfg.TRAIN_HOOKS[0].BETA)
 
     def loop() -> None:
         for _ in range(steps):
             with solver.autocast():
                 loss = nova_loss(model, next(batches), we.device)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            torch._foreach_lerp_(average, [p.detach() for p in trained], 1 - beta)
-            loss.item()
+            update(loss)
     return loop
 
 
@@ -78,7 +55,7 @@ def nova_loss(model: Any, batch: dict[str, Any], device: Any) -> torch.Tensor:
     told = [text if keep else network.nothing() for text, keep in zip(told, (torch.rand(len(told)) >= 0.1).tolist())]
     x0 = patchify(latents, network.patch)
     order = torch.rand(x0.shape[:2], device=device).argsort(1)
-    visible = round((1 - float(torch.nn.init.trunc_normal_(torch.empty(()), 1, 0.25, 0.7, 1))) * x0.shape[1])
+    visible = round((1 - float(torch.nn.init.trunc_normal_(torch.empty(()), 1, model.MASK_STD, model.MASK_LEAST, 1))) * x0.shape[1])
     z = network(latents.unsqueeze(2), network.condition(told), order, visible)
     mask = torch.ones(x0.shape[:2], device=device).scatter(1, order[:, :visible], 0)
     repeat, sigmas = model.LOSS_REPEAT, model.diffusion.sigmas.to(device, torch.float32)

@@ -51,8 +51,6 @@ class EmojiDataset(BaseDataset):
     SPLIT: Literal['train', 'held_out', 'all'] = param('train', 'train leaves out the combinations that held_out is made of.')
     SEQUENCES: bool = param(True, 'Skin tones, professions and genders too, not only single characters.')
     IMAGE_SIZE: int = param(64, 'Side of the picture, in pixels.', least=1)
-    EXCHANGED: float = param(0.0, 'How often red, green and blue are exchanged, to learn every hue and not mostly that of skin.', least=0,
-                             most=1)
     SHORTER: float = param(0.3, 'How often words are left out of a name.', least=0, most=1)
 
     def __init__(self, cfg: dict, logger: Any = None):
@@ -68,10 +66,8 @@ class EmojiDataset(BaseDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = torch.from_numpy(self.images[index]).permute(2, 0, 1).float() / 127.5 - 1
-        if torch.rand(()) < self.EXCHANGED:    # torch's generator is keyed by the sample while it is read
-            image = image[torch.randperm(3)]
         words = self.emoji[index][1].split()
-        if torch.rand(()) < self.SHORTER:
+        if torch.rand(()) < self.SHORTER:      # torch's generator is keyed by the sample while it is read
             kept = torch.rand(len(words)) < 0.7
             words = [word for word, keep in zip(words, kept) if keep] or words
         return {'image': image, 'prompt': with_article(' '.join(words))}

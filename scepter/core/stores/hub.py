@@ -78,14 +78,6 @@ class HuggingfaceFs(FileClient):
             return None
         return 'folder' if self.list(path) else None
 
-    def size(self, path: str) -> int:
-        return self.here(path, is_folder=False).stat().st_size
-
-    def read(self, path: str, start: int, size: int) -> bytes:
-        with open(self.here(path, is_folder=False), 'rb') as file:
-            file.seek(start)
-            return file.read(size)
-
     def list(self, path: str) -> list[str]:
         hub, address = self._hub(), parse(path)
         prefix = f'{address.file}/' if address.file else ''

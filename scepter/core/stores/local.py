@@ -45,14 +45,6 @@ class LocalFs(FileClient):
         local = local_path(path)
         return 'folder' if local.is_dir() else 'file' if local.exists() else None
 
-    def size(self, path: str) -> int:
-        return self.here(path, is_folder=False).stat().st_size
-
-    def read(self, path: str, start: int, size: int) -> bytes:
-        with open(self.here(path, is_folder=False), 'rb') as file:
-            file.seek(start)
-            return file.read(size)
-
     def list(self, path: str) -> list[str]:
         folder = self.here(path, is_folder=True)
         return sorted(Path(root, name).relative_to(folder).as_posix() for root, _, names in os.walk(folder) for name in names)
