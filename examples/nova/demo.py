@@ -46,7 +46,7 @@ def main() -> None:
 
 def pictures(out: Path, seed: int) -> None:
     """Digits, in the same words and read by the same reader as in examples/digits."""
-    print(f'Two short trainings and 2400 pictures: 4 to 6 minutes on two CPU cores, 1.5 GB of memory, 150 MB in {out}', flush=True)
+    print(f'Two short trainings and 2400 pictures: 3 to 6 minutes on two CPU cores, 1.5 GB of memory, 150 MB in {out}', flush=True)
     seconds = train_both(out, 'autoencoder', 'digits_nova', seed, f'SOLVER.CACHE.FOLDER={out / "cache"}')
     shutil.rmtree(out / 'drawn', ignore_errors=True)
     prompts = write_prompts(out / 'prompts.txt', (wording.format(word) for word in WORDS for wording in WORDINGS))
