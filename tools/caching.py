@@ -200,6 +200,7 @@ class Work:
         except FileNotFoundError:    # whoever finished has tidied up meanwhile
             if not self._is_whole:
                 raise
+        self._tidy()
         return self._told()
 
     @property
@@ -329,22 +330,24 @@ class Work:
         self.claims.release(self.chunks + shard)
 
     def _write_shard(self, parts: Sequence[Path], stem: Path) -> None:
-        skipped = b''.join(file.read_bytes() for part in parts if (file := part / 'skipped.jsonl').is_file())
+        skipped = b''.join((part / 'skipped.jsonl').read_bytes() for part in parts if 'skipped.jsonl' in os.listdir(part))
         if skipped:
             with atomic.replacing(stem.with_suffix('.skipped.jsonl')) as file:
                 file.write_bytes(skipped)
         join_shards(parts, stem)
 
     def _finish(self) -> None:
-        """All shards are there: say so, and tidy up."""
+        """All shards are there: say so."""
         entries = sum(self._stem(shard).with_suffix('.index').read_bytes().count(b'\n') for shard in range(self.shards))
         if not entries:
             raise DataError(f'not one of {len(self.samples.records)} samples of {self.samples.folder} can be read')
-        if not self.claims.take(self.chunks + self.shards):
-            return
-        for left in self.target.glob('.tmp-*'):    # of writers that were killed
+        if self.claims.take(self.chunks + self.shards):
+            write_metadata(self.target, self.samples.features, entries)
+
+    def _tidy(self) -> None:
+        """The folder is whole: take away what no longer serves, also what writers left that were killed."""
+        for left in self.target.glob('.tmp-*'):
             left.unlink(missing_ok=True)
-        write_metadata(self.target, self.samples.features, entries)
         shutil.rmtree(self.parts, ignore_errors=True)
 
     # ------------------------------------------------ words

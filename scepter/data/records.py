@@ -107,7 +107,7 @@ def write_metadata(folder: Path, features: Mapping[str, Any], entries: int) -> N
 def join_shards(folders: Iterable[Path], stem: Path) -> int:
     """Put the examples of several folders behind one another as one shard, <stem>.data and <stem>.index; answers how many they are.
 
-    The index appears last, so where it is the shard is whole.
+    The index appears last, so where it is the shard is whole. Raises FileNotFoundError, and leaves none, where a folder is gone.
     """
     spans, offset = [], 0
     with atomic.replacing(stem.with_suffix('.data')) as target:
@@ -216,8 +216,8 @@ class RecordReader:
 
 
 def _shards_of(folder: Path) -> list[Path]:
-    """The indices of a folder; a hidden one is what a writer that was killed left."""
-    return sorted(file for file in folder.glob('*.index') if not file.name.startswith('.'))
+    """The indices of a folder; a hidden one is what a writer that was killed left. Raises FileNotFoundError where there is no folder."""
+    return sorted(folder / name for name in os.listdir(folder) if name.endswith('.index') and not name.startswith('.'))
 
 
 def _read_index(file: Path) -> np.ndarray:

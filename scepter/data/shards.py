@@ -3,8 +3,9 @@
     <name>.safetensors    name -> [rows, ...]: row i of every tensor is of key i; keys and checksums stand in its metadata
     <name>.json           the same index once more, with the place of each tensor and the digest of the file
 
-A shard's name is a digest of its keys, and it appears whole, by one rename. So a writer that is killed leaves whole shards behind, two
-that write the same one write the same bytes, and whatever damages a file or its index is noticed, and costs only the rows that it hit.
+A shard's name is a digest of its keys, and it appears whole, by one rename, after its index. So a writer that is killed leaves whole
+shards behind, two that write the same one write the same bytes, and whatever damages a file or its index is noticed, and costs only the
+rows that it hit.
 """
 from __future__ import annotations
 
@@ -150,8 +151,7 @@ def write_shard(folder: Path, keys: Sequence[bytes], rows: Mapping[str, Tensor])
     told = {'format': str(FORMAT), 'keys': b''.join(keys).hex(), 'crcs': ''.join(f'{crc:08x}' for crc in crcs)}
     with atomic.replacing(path) as temporary:
         digest = write_tensors(temporary, rows, told)
-        fields = _fields(TensorFile(temporary))
-    _write_index(path, fields, told, len(keys), digest)
+        _write_index(path, _fields(TensorFile(temporary)), told, len(keys), digest)    # first: whoever sees a shard sees its index
     return path
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scepter.core.errors import DataError
-from scepter.data.records import RecordReader, RecordWriter, _decode_map, _encode_map
+from scepter.data.records import RecordReader, RecordWriter, _decode_map, _encode_map, join_shards
 from tests.models.nova_cases import folders, kind_of
 
 SETS = [folder for root in folders() if kind_of(root) == 'records' for folder in sorted(root.iterdir()) if folder.is_dir()]
@@ -71,6 +71,15 @@ def test_shards_hold_as_many_as_are_allowed_and_are_read_as_one(tmp_path: Path):
 
     assert sorted(f.name for f in tmp_path.glob('*.data')) == ['00000.data', '00001.data', '00002.data']
     assert [example['number'] for example in RecordReader(tmp_path)] == list(range(7))
+
+
+def test_a_folder_that_another_writer_took_away_leaves_no_joined_shard(tmp_path: Path):
+    (tmp_path / 'a').mkdir()
+    write(tmp_path / 'a', 2)
+
+    with pytest.raises(FileNotFoundError):
+        join_shards([tmp_path / 'a', tmp_path / 'b'], tmp_path / 'whole' / '00000')
+    assert not list((tmp_path / 'whole').iterdir())
 
 
 def test_what_an_example_lacks_reads_as_nothing(tmp_path: Path):

@@ -65,6 +65,19 @@ def test_a_shard_has_the_same_bytes_whoever_writes_it(shard, tmp_path_factory):
     assert other.read_bytes() == shard.read_bytes() and index_of(other).read_bytes() == index_of(shard).read_bytes()
 
 
+def test_a_shard_never_appears_before_its_index(tmp_path):
+    keys = [key_of('a')]
+    in_the_way = tmp_path / f'{name_of(keys)}.safetensors'
+    in_the_way.mkdir()
+
+    with pytest.raises(OSError, match='directory'):
+        write_shard(tmp_path, keys, {'x': torch.zeros(1, 2)})    # ends where it would appear, as by a kill
+    assert index_of(in_the_way).is_file()
+    in_the_way.rmdir()
+    assert not Shards(tmp_path).shards and write_shard(tmp_path, keys, {'x': torch.zeros(1, 2)}) == in_the_way
+    assert Shards(tmp_path).shards[0].has_index
+
+
 def test_every_one_of_500_flipped_bytes_is_found_and_costs_one_row_at_most(shard):
     data, draw = shard.read_bytes(), random.Random(0)
     for _ in range(500):
