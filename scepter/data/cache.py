@@ -77,7 +77,7 @@ class Pictures(Table):
         """(index, digest of what its picture is made of), for all that are wanted and can be read."""
         unwanted = Guard(self.dataset).passed_over
         sources: dict[int, Source | None] = {i: self.dataset.source_of(i) for i in range(len(self.dataset)) if i not in unwanted}
-        found = self.book.digests({s: None for s in sources.values() if s is not None}, anew)
+        found = self.book.digests({s: i for i, s in sources.items() if s is not None}, self.dataset.bytes_of, anew)
         yield from ((i, sha) for i, s in sources.items() if s is not None and (sha := found[s]) is not None)
         for i in [i for i, source in sources.items() if source is None]:
             try:

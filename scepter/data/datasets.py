@@ -94,6 +94,10 @@ class BaseDataset(Component, base=True):
         """The bytes that the picture is made of; None: the picture itself is looked at, each time that a cache is opened."""
         return None
 
+    def bytes_of(self, index: int) -> bytes:
+        """Those of a source that is a cell. Raises UnreadableError or OSError."""
+        raise NotImplementedError
+
     def view_of(self, index: int) -> Any:
         """What is done to the source, in plain values: where it changes, so does the picture."""
         return None

@@ -160,7 +160,7 @@ class _Examined(BaseDataset):
         prompt = sample['prompt'] if isinstance(sample.get('prompt'), str) else None
         picture = next((sample[key] for key in (*PICTURES, 'moments') if isinstance(sample.get(key), Tensor)), None)
         source, digest, size = self.dataset.source_of(index), '', None
-        if source is not None:
+        if source is not None and not source.cell:
             digest = source.digest()
             with source.open() as file:
                 size = size_of_image(file)

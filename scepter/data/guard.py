@@ -37,7 +37,7 @@ class Guard:
 
     def check(self, index: int) -> None:
         """Raises UnreadableError where the file of a sample has another checksum than it is to have."""
-        if not self.sums or (source := self.dataset.source_of(index)) is None or source.first or source.size is not None:
+        if not self.sums or (source := self.dataset.source_of(index)) is None or not source.is_file:
             return
         if (expected := self.sums.get(os.path.abspath(source.path))) is None:
             return

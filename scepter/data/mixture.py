@@ -97,6 +97,10 @@ class MixtureDataset(BaseDataset):
         found, own = self._part_of(index)
         return found.source_of(own)
 
+    def bytes_of(self, index: int) -> bytes:
+        found, own = self._part_of(index)
+        return found.bytes_of(own)
+
     def view_of(self, index: int) -> Any:
         found, own = self._part_of(index)
         return found.view_of(own)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from scepter.core.errors import DataError
 from scepter.core.registry import need
+from scepter.data.sources import Source
 
 LIST_FIELDS = ('img_path', 'width', 'height', 'prompt')    # of a list without a heading, as the public project writes it
 LIST_DELIMITER = '#;#'
@@ -126,16 +127,32 @@ class ParquetCells:
         self.paths = paths
         self._files: dict[int, Any] = {}
         self._groups: dict[tuple[int, int, str], Any] = {}
+        self._are_bytes: dict[tuple[int, int, str], bool] = {}
 
     def __call__(self, column: str, file: int, group: int, row: int) -> Any:
         key = (file, group, column)
         if key not in self._groups:
-            if file not in self._files:
-                self._files[file] = parquet(self.paths[file])
             if len(self._groups) == GROUPS_KEPT:
                 self._groups.pop(next(iter(self._groups)))
-            self._groups[key] = self._files[file].read_row_group(group, [column], use_threads=False).column(0)
+            self._groups[key] = self._file(file).read_row_group(group, [column], use_threads=False).column(0)
         return self._groups[key][row].as_py()
+
+    def source(self, column: str, file: int, group: int, row: int) -> Source | None:
+        """A cell as a source, without reading it; None where the file does not say that each cell of its group holds bytes."""
+        if (group_of := (file, group, column)) not in self._are_bytes:
+            self._are_bytes[group_of] = self._holds_bytes(column, file, group)
+        return Source(self.paths[file], cell=f'{column}/{group}/{row}') if self._are_bytes[group_of] else None
+
+    def _holds_bytes(self, column: str, file: int, group: int) -> bool:
+        told = self._file(file).metadata.row_group(group)
+        leaves = [told.column(i) for i in range(told.num_columns)]
+        found = [leaf.statistics for leaf in leaves if leaf.path_in_schema in (column, f'{column}.bytes')]
+        return bool(found) and all(s is not None and s.has_null_count and not s.null_count for s in found)
+
+    def _file(self, file: int) -> Any:
+        if file not in self._files:
+            self._files[file] = parquet(self.paths[file])
+        return self._files[file]
 
     def __reduce__(self) -> Any:
         return ParquetCells, (self.paths,)    # open files stay in their process

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
@@ -17,8 +17,9 @@ from scepter.core.stores import FS
 from scepter.data.captions import Texts, texts_of
 from scepter.data.datasets import ImageTextDataset, Record
 from scepter.data.images import UnreadableError
-from scepter.data.index import digest
+from scepter.data.index import digest, stamps
 from scepter.data.rows import LIST_DELIMITER, LIST_FIELDS, ParquetCells, Place, Row, addresses, holds_bytes, joined, rows, write_parquet
+from scepter.data.sources import Source
 
 # how columns are called where nobody says it: in lower case, without the public project's :FILE
 IMAGE_COLUMNS = ('image', 'file_name', 'filename', 'img_path', 'image_path', 'path', 'file', 'target', 'img', 'jpg', 'image_url', 'url')
@@ -53,7 +54,7 @@ class ImageRowsDataset(ImageTextDataset):
         """(where it is, the row) of each, a cell of bytes as a Place."""
         raise NotImplementedError
 
-    cells: Callable[..., Any]    # (column, *what a Place says) -> what that cell holds: bytes, or {bytes, path}
+    cells: ParquetCells | _HubCells    # (column, *what a Place says) -> what that cell holds: bytes, or {bytes, path}
 
     # ---------------------------------------------------------------- what a row says
     @property
@@ -132,6 +133,17 @@ class ImageRowsDataset(ImageTextDataset):
             return place
         with FS.get_from(place) as path:
             return path
+
+    def source_of(self, index: int) -> Source | None:
+        place = self.record(index).place
+        found = self.cells.source(*place) if isinstance(place, list) else None
+        return found or super().source_of(index)
+
+    def bytes_of(self, index: int) -> bytes:
+        found = self.open_image(self.record(index).place)
+        assert not isinstance(found, str), 'a cell that is a source holds bytes'
+        with found:
+            return found.read()
 
 
 @DATASETS.register_class()
@@ -268,11 +280,22 @@ class _HubCells:
     def __init__(self, table: Any):
         self.table = table
         self._columns: dict[str, Any] = {}
+        self._are_bytes: dict[str, bool] = {}
+        self._files = [file['filename'] for file in table.cache_files]
+        self._state = digest(stamps(self._files))    # which of them a row is in cannot be told: where one changes, all have
 
     def __call__(self, column: str, file: int, group: int, row: int) -> Any:
         if column not in self._columns:
             self._columns[column] = self.table.select_columns([column]).with_format('arrow')
         return self._columns[column][row].column(0)[0].as_py()
+
+    def source(self, column: str, file: int, group: int, row: int) -> Source | None:
+        """A cell as a source, without reading it; None where not every cell of its column holds bytes, or none is in a file."""
+        if column not in self._are_bytes:
+            found = self.table.data.column(column)
+            leaf = found if found.type.num_fields == 0 else need('pyarrow.compute', 'data').struct_field(found, 'bytes')
+            self._are_bytes[column] = bool(self._files) and not leaf.null_count
+        return Source(self._files[0], cell=f'{column}/{row}/{self._state}') if self._are_bytes[column] else None
 
 
 def _with_bytes(row: Row) -> Row:

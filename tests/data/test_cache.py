@@ -6,12 +6,16 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import tarfile
 import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +24,7 @@ from torch.nn.functional import avg_pool2d
 
 import scepter.data.folders
 import scepter.data.mixture
+import scepter.data.tables
 import scepter.data.tars  # noqa: F401  (both register)
 from scepter.core.errors import DataError
 from scepter.core.registry import DATASETS
@@ -140,19 +145,66 @@ def test_a_damaged_row_gives_way_to_another_sample_and_is_named(tmp_path, photos
 
 def test_a_file_with_another_content_is_read_again_whatever_its_dates_say(tmp_path):
     file, book = tmp_path / 'a.png', SourceBook(tmp_path / 'book.jsonl')
+    bytes_of = dict[int, bytes]().__getitem__    # no source is a cell
     file.write_bytes(b'one')
     source, before = Source(str(file)), file.stat()
-    first = book.digests([source])[source]
+    first = book.digests({source: 0}, bytes_of)[source]
     time.sleep(0.02)
     file.write_bytes(b'two')
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     again = SourceBook(tmp_path / 'book.jsonl')
-    assert again.known[source].sha256 == first and again.digests([source])[source] != first
+    assert again.known[source].sha256 == first and again.digests({source: 0}, bytes_of)[source] != first
     with open(tmp_path / 'book.jsonl', 'a') as lines:
         lines.write('{"path": "torn')
-    assert SourceBook(tmp_path / 'book.jsonl').digests([source], anew=True)[source] == again.known[source].sha256
+    assert SourceBook(tmp_path / 'book.jsonl').digests({source: 0}, bytes_of, anew=True)[source] == again.known[source].sha256
     assert json.loads((tmp_path / 'book.jsonl').read_text().splitlines()[1])['sha256'] == again.known[source].sha256
+
+
+def table_of(kind: str, cells: list[dict[str, Any]], folder: Path) -> Any:
+    """A dataset of pictures that are within a table."""
+    if kind == 'parquet':
+        pq.write_table(pa.table({'image': cells}), folder / 'all.parquet', row_group_size=16)
+        node = {'NAME': 'ImageTextTableDataset', 'TABLE': str(folder / 'all.parquet')}
+    else:
+        shutil.rmtree(folder / 'saved', ignore_errors=True)
+        datasets.Dataset.from_dict({'image': cells}).save_to_disk(str(folder / 'saved'), num_shards=2)
+        node = {'NAME': 'ImageTextHubDataset', 'DATASET': str(folder / 'saved')}
+    return DATASETS.build({**node, 'ROOT': str(folder), 'TRANSFORMS': [CROP]})
+
+
+@pytest.mark.parametrize('kind', ['parquet', 'saved'])
+def test_pictures_within_a_table_are_read_again_only_where_its_file_has_changed(tmp_path, photos, kind):
+    cells: list[dict[str, Any]] = [{'bytes': path.read_bytes(), 'path': path.name} for path in sorted(photos.iterdir())]
+    first = table_of(kind, cells, tmp_path)
+    pictures(first, tmp_path / 'cache').fill(encode, 4)
+    book = tmp_path / 'cache' / 'sources.jsonl'
+    lines = [json.loads(line) for line in book.read_text().splitlines()]
+
+    assert len(lines) == 40 and all(line['cell'].startswith('image/') for line in lines)
+    assert not pictures(first, tmp_path / 'cache').missing()
+    lines[7]['sha256'] = '0' * 64    # what stands there is believed, so nothing was read
+    book.write_text(''.join(f'{json.dumps(line)}\n' for line in lines))
+    assert pictures(first, tmp_path / 'cache').missing() == [[7]]
+
+    cells[9] = {'bytes': (photos / '00.png').read_bytes() + b' ', 'path': '09.png'}
+    assert pictures(table_of(kind, cells, tmp_path), tmp_path / 'cache').missing() == [[9]]
+
+
+@pytest.mark.parametrize('kind', ['parquet', 'saved'])
+def test_a_table_that_leads_to_files_is_held_against_the_files(tmp_path, photos, kind):
+    names = sorted(path.name for path in photos.iterdir())
+    cells = [{'bytes': None if i % 3 else (photos / name).read_bytes(), 'path': f'photos/{name}'} for i, name in enumerate(names)]
+    data = table_of(kind, cells, tmp_path)
+    pictures(data, tmp_path / 'cache').fill(encode, 4)
+
+    assert not pictures(data, tmp_path / 'cache').missing()
+    (photos / '04.png').write_bytes((photos / '01.png').read_bytes())
+    found = pictures(data, tmp_path / 'cache')
+    assert not found.missing() and found.numbers[4] == found.numbers[1]    # the row of the picture that it is now
+    with Image.open(photos / '00.png') as image:
+        image.rotate(90).save(photos / '05.png')
+    assert pictures(data, tmp_path / 'cache').missing() == [[5]]
 
 
 def test_moments_that_are_not_finite_are_refused_and_named(tmp_path, photos):
