@@ -44,7 +44,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
 import bench_nova  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from bench_training import Update, built, endless, recipe  # noqa: E402
+from bench_training import Update, built, endless, recipe, stepping  # noqa: E402
 
 DIGITS = 'digits/diffusion.yaml'
 
@@ -122,15 +122,9 @@ def overhead(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cfg = recipe(DIGITS, folder)
         ours, peer = built(cfg), built(cfg)
-        ours.before_solve()
-        ours.before_all_iter()
-
-        def solve() -> None:
-            for _ in range(steps):
-                ours.one_step()
-
-        compare('overhead', solve, bare_loop(peer.model, peer.datasets['train'], cfg.SOLVER, steps, peer.autocast, we.device), args.pairs,
-                's/step', share=steps, recipe='examples/digits', dtype=spelled(peer.dtype))
+        loop = bare_loop(peer.model, peer.datasets['train'], cfg.SOLVER, steps, peer.autocast, we.device)
+        compare('overhead', stepping(ours, steps), loop, args.pairs, 's/step', share=steps, recipe='examples/digits',
+                dtype=spelled(peer.dtype))
 
 
 def scaling(args: argparse.Namespace) -> None:
@@ -164,13 +158,6 @@ def step_of_two(cfg: Any) -> None:
     digits.SOLVER.TRAIN_HOOKS = []      # the peer keeps no average
     ours, peer = built(digits), built(digits)
     steps, micro = 2, ours.plan.micro
-    ours.before_solve()
-    ours.before_all_iter()
-
-    def solve() -> None:
-        for _ in range(steps):
-            ours.one_step()
-
     sampler = torch.utils.data.DistributedSampler(peer.datasets['train'], drop_last=True)
     loader = torch.utils.data.DataLoader(peer.datasets['train'], micro, sampler=sampler, drop_last=True)
     model = DistributedDataParallel(peer.model, find_unused_parameters=False)
@@ -183,8 +170,8 @@ def step_of_two(cfg: Any) -> None:
                 loss = model('train', **peer.to_device(next(batches)))['loss']
             update(loss)
 
-    compare('scaling, two processes: solver / bare DDP loop', solve, loop, cfg.PAIRS, 's/step', share=steps, is_told=we.is_main,
-            recipe='examples/digits', dtype=spelled(peer.dtype), device=str(we.device.type))
+    compare('scaling, two processes: solver / bare DDP loop', stepping(ours, steps), loop, cfg.PAIRS, 's/step', share=steps,
+            is_told=we.is_main, recipe='examples/digits', dtype=spelled(peer.dtype), device=str(we.device.type))
     ours.after_solve()
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from bench_training import Update, built, endless, recipe
+from bench_training import Update, built, endless, recipe, stepping
 
 
 def train(args: argparse.Namespace, compare: Callable[..., None]) -> None:
@@ -17,14 +17,7 @@ def train(args: argparse.Namespace, compare: Callable[..., None]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cfg = recipe('nova/digits_nova.yaml', folder)
         ours, peer = built(cfg), built(cfg)
-        ours.before_solve()
-        ours.before_all_iter()
-
-        def solve() -> None:
-            for _ in range(steps):
-                ours.one_step()
-
-        compare('nova-train', solve, bare_loop(peer, cfg.SOLVER, steps), args.pairs, 's/step', share=steps,
+        compare('nova-train', stepping(ours, steps), bare_loop(peer, cfg.SOLVER, steps), args.pairs, 's/step', share=steps,
                 recipe='examples/nova/digits_nova', dtype=str(peer.dtype).removeprefix('torch.'))
 
 

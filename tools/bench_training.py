@@ -1,7 +1,7 @@
 """What benchmarks of training share: a recipe without weights from files, its solver, and the update of a bare loop."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,17 @@ def built(cfg: Any) -> Any:
     solver.set_up()
     solver.train_mode()
     return solver
+
+
+def stepping(solver: Any, steps: int) -> Callable[[], None]:
+    """So many steps of its own loop, each time."""
+    solver.before_solve()
+    solver.before_all_iter()
+
+    def solve() -> None:
+        for _ in range(steps):
+            solver.one_step()
+    return solve
 
 
 def endless(loader: Iterable[Any]) -> Iterator[Any]:

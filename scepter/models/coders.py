@@ -19,20 +19,16 @@ from scepter.models.base import BaseModel
 from scepter.models.layers import GROUPS, GroupNorm32, SiLU, attention, checkpoint, to_image, to_tokens, upsample_conv
 
 
-@BACKBONES.register_class()
-class Encoder(BaseModel):
-    """Image to the moments of its latent.    [B, IN_CHANNELS, H, W]  ->  [B, 2 * Z_CHANNELS, h, w]"""
+class Coder(BaseModel):
+    """What both halves declare: levels of residual blocks, each level of half the size of the one before it."""
 
-    CH: int = param(128, 'Channels of the first level, a multiple of NORM_GROUPS.', least=1)
-    CH_MULT: list[int] = param(
-        [1, 2, 4, 4], 'Channels of each level, in multiples of CH; each level but the last halves the size.', least=1)
-    NUM_RES_BLOCKS: int = param(2, 'Residual blocks per level.', least=0)
+    CH: int = param(128, 'Channels of the first level, that of the image; a multiple of NORM_GROUPS.', least=1)
+    CH_MULT: list[int] = param([1, 2, 4, 4], 'Channels of each level, in multiples of CH, that of the image first.', least=1)
+    NUM_RES_BLOCKS: int = param(2, 'Residual blocks of each level; a decoder has one more.', least=0)
     ATTN_RESOLUTIONS: list[int] = param([], 'Downsampling factors (1, 2, 4, ...) whose levels have attention.', least=1)
-    IN_CHANNELS: int = param(3, 'Channels of the image.', least=1)
     Z_CHANNELS: int = param(4, 'Channels of the latent.', least=1)
-    DOUBLE_Z: bool = param(True, 'Give means and log-variances; false: one value per latent.')
     DROPOUT: float = param(0.0, 'Share of activations dropped before the second convolution of residual blocks.', least=0, below=1)
-    RESAMP_WITH_CONV: bool = param(True, 'Halve the size by convolutions; false: by means.')
+    RESAMP_WITH_CONV: bool = param(True, 'Change the size with a convolution; false: by means, or repeating.')
     NORM_GROUPS: int = param(GROUPS, 'Groups of the normalisation. Where each is one channel, a small network forgets flat colours.',
                              least=1)
     CHECKPOINTING: int = param(0, 'From 3 on, residual blocks are recomputed in the backward pass, to save memory.', least=0)
@@ -40,7 +36,19 @@ class Encoder(BaseModel):
     @classmethod
     def check(cls, cfg: Config) -> Iterator[Fault]:
         yield from super().check(cfg)
-        yield from _faults(cfg)
+        if not cfg.CH_MULT:
+            yield Fault('CH_MULT', 'expected one entry per level, and at least one')
+        if cfg.CH % cfg.NORM_GROUPS:
+            yield Fault('CH', f'{cfg.CH} channels cannot be normalised in {cfg.NORM_GROUPS} groups (NORM_GROUPS): expected a multiple '
+                              'of it')
+
+
+@BACKBONES.register_class()
+class Encoder(Coder):
+    """Image to the moments of its latent.    [B, IN_CHANNELS, H, W]  ->  [B, 2 * Z_CHANNELS, h, w]"""
+
+    IN_CHANNELS: int = param(3, 'Channels of the image.', least=1)
+    DOUBLE_Z: bool = param(True, 'Give means and log-variances; false: one value per latent.')
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
@@ -67,25 +75,10 @@ class Encoder(BaseModel):
 
 
 @BACKBONES.register_class()
-class Decoder(BaseModel):
+class Decoder(Coder):
     """Latent to image.    [B, Z_CHANNELS, h, w]  ->  [B, OUT_CH, H, W]"""
 
-    CH: int = param(128, 'Channels of the last level, a multiple of NORM_GROUPS.', least=1)
-    CH_MULT: list[int] = param([1, 2, 4, 4], 'Channels of each level, as in the encoder, so the decoder begins with the last.', least=1)
-    NUM_RES_BLOCKS: int = param(2, 'Residual blocks per level of the encoder; here there is one more.', least=0)
-    ATTN_RESOLUTIONS: list[int] = param([], 'Downsampling factors (1, 2, 4, ...) whose levels have attention.', least=1)
     OUT_CH: int = param(3, 'Channels of the image.', least=1)
-    Z_CHANNELS: int = param(4, 'Channels of the latent.', least=1)
-    DROPOUT: float = param(0.0, 'Share of activations dropped before the second convolution of residual blocks.', least=0, below=1)
-    RESAMP_WITH_CONV: bool = param(True, 'Convolve after each enlargement.')
-    NORM_GROUPS: int = param(GROUPS, 'Groups of the normalisation. Where each is one channel, a small network forgets flat colours.',
-                             least=1)
-    CHECKPOINTING: int = param(0, 'From 3 on, residual blocks are recomputed in the backward pass, to save memory.', least=0)
-
-    @classmethod
-    def check(cls, cfg: Config) -> Iterator[Fault]:
-        yield from super().check(cfg)
-        yield from _faults(cfg)
 
     def __init__(self, cfg: dict, logger: Any = None):
         super().__init__(cfg, logger=logger)
@@ -109,13 +102,6 @@ class Decoder(BaseModel):
         for level in reversed(self.up):
             x = level(x)
         return self.conv_out(self.act_out(self.norm_out(x)))
-
-
-def _faults(cfg: Config) -> Iterator[Fault]:
-    if not cfg.CH_MULT:
-        yield Fault('CH_MULT', 'expected one entry per level, and at least one')
-    if cfg.CH % cfg.NORM_GROUPS:
-        yield Fault('CH', f'{cfg.CH} channels cannot be normalised in {cfg.NORM_GROUPS} groups (NORM_GROUPS): expected a multiple of it')
 
 
 class Level(nn.Module):
