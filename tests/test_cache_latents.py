@@ -178,7 +178,8 @@ def test_shards_are_what_a_run_with_a_cache_finds(source: Path, vae: Path, tmp_p
     pictures, _ = open_alone(run)
 
     assert len(pictures.keys) == 22 and (pictures.numbers >= 0).sum() == 21
-    assert pictures.row(4)['moments'].shape == (8, 6, 6) and pictures.row(4)['moments'].dtype == torch.float16
+    (columns, place), = pictures.read([4])
+    assert columns['moments'][place].shape == (8, 6, 6) and columns['moments'].dtype == torch.float16
 
 
 @pytest.mark.parametrize('more', [[], ['--size', '48', '--clips'], ['--size', '48', '--labels']])

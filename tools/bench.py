@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
@@ -462,7 +463,8 @@ def loader(args: argparse.Namespace) -> None:
 
 
 def latents(args: argparse.Namespace) -> None:
-    """Moments out of a cache, with their captions, against the same tensors in one TensorDataset; both read in the main process."""
+    """Moments out of a cache, with their captions, against the same moments alone in one TensorDataset: in the main process and by two
+    workers; the first epoch, which looks at every checksum; and against codewithgpu's reader, with captions, where that is installed."""
     from PIL import Image
 
     import scepter.components  # noqa: F401
@@ -481,17 +483,54 @@ def latents(args: argparse.Namespace) -> None:
         done = iter(moments.split(16))
         rows.fill(lambda images: next(done)[:len(images)], 16)
         rows.look()
-        peer = torch.utils.data.TensorDataset(moments)
-        compare(f'loader, cached moments of {side * 8} px / TensorDataset', epoch_of_ours(CachedDataset(pictures, rows), count),
-                epoch_of_peer(peer, batch, 0), args.pairs, 's/row', share=count, rows=count, megabytes=round(moments.nbytes / 1e6))
+        ours, peer = CachedDataset(pictures, rows), torch.utils.data.TensorDataset(moments)
+        what, more = f'loader, cached moments of {side * 8} px', {'rows': count, 'megabytes': round(moments.nbytes / 1e6)}
+
+        def against(beside: str, epoch: Callable[[], None], peer: Any, workers: int) -> None:
+            compare(f'{what} / {beside}', epoch, epoch_of_peer(peer, batch, workers), args.pairs, 'us/row', share=count / 1e6,
+                    workers=workers, **more)
+
+        def first_epoch() -> None:
+            rows.look()    # forgets which rows are known to be sound
+            epoch_of_ours(ours, count)()
+
+        for workers in (0, 2):
+            against('TensorDataset', epoch_of_ours(ours, count, workers), peer, workers)
+        against('TensorDataset, first epoch', first_epoch, peer, 0)
+        if importlib.util.find_spec('codewithgpu'):
+            against('codewithgpu', epoch_of_ours(ours, count), records(Path(name) / 'records', moments), 0)
 
 
-def epoch_of_ours(dataset: Any, count: int) -> Callable[[], None]:
+def records(folder: Path, moments: torch.Tensor) -> Any:
+    """Moments and captions in record files, read by codewithgpu as its users do."""
+    import codewithgpu
+
+    from scepter.data.records import RecordWriter
+    folder.mkdir()
+    with RecordWriter(str(folder), {'moments': 'bytes', 'text': 'string'}) as writer:
+        for i, row in enumerate(moments):
+            writer.write({'moments': row.numpy().tobytes(), 'text': f'picture {i}'})
+
+    class Records(torch.utils.data.Dataset):
+        def __init__(self) -> None:
+            self.reader = codewithgpu.RecordDataset(str(folder))
+
+        def __len__(self) -> int:
+            return len(self.reader)
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
+            row = self.reader[index]
+            return torch.frombuffer(bytearray(row['moments']), dtype=torch.float32).reshape(moments.shape[1:]), row['text']
+
+    return Records()
+
+
+def epoch_of_ours(dataset: Any, count: int, workers: int | None = None) -> Callable[[], None]:
     """An epoch by a loader that is begun for it: none reads ahead while the other is measured."""
     from scepter.data.loader import Loader
 
     def epoch() -> None:
-        begun = Loader(dataset, seed=1)
+        begun = Loader(dataset, seed=1, num_workers=workers)
         for _ in range(count // dataset.BATCH_SIZE):
             next(begun)
         begun.close()

@@ -211,10 +211,20 @@ def bits(seed: int, use: str, n: np.ndarray) -> np.ndarray:
 
 def seed_global(*words: int | str) -> int:
     """A 63-bit seed made of words, for torch.manual_seed and its like."""
+    return _state(words) >> 1
+
+
+def seeds_global(*words: int | str, n: np.ndarray) -> list[int]:
+    """`seed_global(*words, n)` of many numbers at once: int64 [B] -> B seeds."""
+    return (_mixed(np.uint64(_state(words)), np.asarray(n, np.int64).astype(np.uint64)) >> np.uint64(1)).tolist()
+
+
+def _state(words: Sequence[int | str]) -> int:
+    """One 64-bit word out of many."""
     state = 0
     for word in words:
         state = _mix(state, zlib.crc32(word.encode()) if isinstance(word, str) else word & MASK)
-    return state >> 1
+    return state
 
 
 def _mix(a: int, b: int) -> int:

@@ -22,17 +22,20 @@ from torch import Tensor
 from scepter.core.errors import DataError
 from scepter.core.faults import ConfigError
 from scepter.core.schema import Component, param
+from scepter.data.collating import collate
 from scepter.data.datasets import PICTURES, BaseDataset
+from scepter.data.generators import generators_restored, seed_generators
 from scepter.data.guard import Guard
 from scepter.data.images import UnreadableError
 from scepter.data.kept import Clock, Table
-from scepter.data.loader import OrderedLoader, generators_restored, seed_generators
+from scepter.data.loader import OrderedLoader
 from scepter.data.order import Order
-from scepter.data.shards import KEY_BYTES, Row, key_of
+from scepter.data.shards import KEY_BYTES, Row, Slot, key_of
 from scepter.data.sources import Source, SourceBook
 from scepter.data.texts import Texts
 
 BESIDE = 'beside.'    # how what a transform noted of a sample is called in a row
+ROWS = '(rows)'       # a sample's rows, until it is in a batch
 TRIES = 4             # draws of a sample that must be alike to be kept,
 TRIED = 16            # ... of so many samples
 Encode = Callable[[Tensor], Tensor]
@@ -143,25 +146,53 @@ class CachedDataset(BaseDataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        # what is drawn for a sample is drawn in the order in which the dataset itself draws it: words, then its mirror
-        sample = self.dataset.beside(index)
-        is_mirrored = self.dataset.draws_mirror(index)
-        row = self.pictures.row(index)
-        moments = row.pop('moments')
-        if self.dataset.mirrors:
-            moments = moments[int(is_mirrored)]
-        sample['moments'] = moments if self.pictures.dtype is None else moments.float()
+        """As it is in a batch of one."""
+        sample, = self.samples([index], lambda place: None)
+        if isinstance(sample, UnreadableError):
+            raise sample
+        return {key: value[0] for key, value in self.collate([sample], [self.name_of(index)]).items()}
+
+    @property
+    def draws(self) -> Sequence[str]:    # type: ignore[override]
+        return self.dataset.draws_beside
+
+    def samples(self, indices: Sequence[int], seed: Callable[[int], None]) -> list[dict[str, Any] | UnreadableError]:
+        """The words of each sample, and under ROWS where its rows are in the memory of all that were read together."""
+        draws, mirrors = self.draws, self.dataset.mirrors
+        found: list[Any] = []
+        mirrored = np.zeros(len(indices), np.int64)
+        for place, index in enumerate(indices):
+            if draws:
+                seed(place)
+            try:    # drawn in the order in which the dataset itself draws: words, then the mirror
+                found.append(self.dataset.beside(index))
+                if mirrors:
+                    mirrored[place] = self.dataset.draws_mirror(index)
+            except UnreadableError as error:
+                found[place:] = [error]
+        whole = [place for place, words in enumerate(found) if isinstance(words, dict)]
+        tables = [self.pictures.read([indices[place] for place in whole], {'moments': mirrored[whole]} if mirrors else {})]
         if self.texts is not None:
-            features = self.texts.of(sample['prompt'])
-            sample |= {f'text_{name}': value if self.texts.dtype is None or not value.is_floating_point() else value.float()
-                       for name, value in features.items()}
-        return sample | {name.removeprefix(BESIDE): value for name, value in row.items()}
+            tables.append(self.texts.of([found[place]['prompt'] for place in whole]))
+        for place, rows in zip(whole, zip(*tables)):
+            found[place][ROWS] = rows
+        for table in tables:
+            for place, row in zip(whole, table):
+                if isinstance(row, UnreadableError):
+                    found[place] = row
+        return found
 
     def name_of(self, index: int) -> str:
         return self.dataset.name_of(index)
 
-    def collate(self, samples: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
-        return self.dataset.collate(samples, names)
+    def collate(self, samples: list[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+        pictures, *texts = (_together(rows, names) for rows in zip(*(sample.pop(ROWS) for sample in samples)))
+        batch = self.dataset.collate(samples, names)
+        for name, value in pictures.items():
+            batch[name.removeprefix(BESIDE)] = _widened(value, self.pictures.dtype) if name == 'moments' else value
+        for features in texts:
+            batch |= {f'text_{name}': _widened(value, self.texts.dtype) for name, value in features.items()}    # type: ignore[union-attr]
+        return batch
 
     def order(self, seed: int, step: int) -> Order:
         return self.dataset.order(seed, step)
@@ -246,6 +277,20 @@ def refuse_chance(dataset: BaseDataset) -> None:
             raise ConfigError(f'CACHE: the picture of {dataset.name_of(index)} differs from draw to draw, and one draw would be kept for '
                               'good: take what is random out of TRANSFORMS (RANDOM, Random..., ColorJitter), or leave CACHE out. '
                               'The FLIP of RecordedCrop may stay: both images are kept')
+
+
+def _together(rows: Sequence[Slot], names: Sequence[str]) -> Row:
+    """Name -> [B, ...]: the memory that rows were read into, as it is where they are all of it; they are unless one was damaged."""
+    columns = rows[0][0]
+    count = len(next(iter(columns.values())))
+    if [place for of, place in rows if of is columns] == list(range(count)) and len(rows) == count:
+        return columns
+    return collate([{name: column[place] for name, column in of.items()} for of, place in rows], names)
+
+
+def _widened(value: Tensor, kept: torch.dtype | None) -> Tensor:
+    """In float32 what was rounded to be kept."""
+    return value.float() if kept is not None and value.is_floating_point() else value
 
 
 def _as_tensor(name: str, value: Any) -> Tensor:

@@ -34,13 +34,20 @@ class Captions(Component):
         if not cfg.SEPARATOR.strip():
             yield Fault('SEPARATOR', 'is empty: what divides tags is a comma, or another word of its own')
 
+    def __init__(self, cfg: Config, logger: Any = None):
+        super().__init__(cfg, logger=logger)
+        self.has_choice = self.SHUFFLE or self.DROPOUT > 0 or bool(self.TEMPLATES)    # whether the prompt of one caption is drawn too
+
     def prompt(self, texts: Texts, weights: Sequence[float]) -> str:
         """The caption that this draw gets.    weights: of each kind of text; a kind that is empty, or of weight 0, is left out"""
         there = [(kind, weight) for kind, weight in zip(texts, weights) if kind and weight]
         if not there:
             return ''
         kind = there[0][0] if len(there) == 1 else random.choices([k for k, _ in there], [w for _, w in there])[0]
-        caption = self._tags(kind[0] if len(kind) == 1 else random.choice(kind))
+        caption = kind[0] if len(kind) == 1 else random.choice(kind)
+        if not self.has_choice:
+            return caption
+        caption = self._tags(caption)
         return random.choice(self.TEMPLATES).replace('{}', caption) if self.TEMPLATES else caption
 
     def texts_of_file(self, data: bytes) -> list[str]:

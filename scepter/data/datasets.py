@@ -14,8 +14,6 @@ from functools import cached_property, partial
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from scepter.core.config import Config, plain
 from scepter.core.errors import DataError
@@ -25,6 +23,8 @@ from scepter.core.registry import TRANSFORMS
 from scepter.core.schema import Component, param, parts
 from scepter.data.buckets import Occupancy, Size, bucket_sizes, nearest
 from scepter.data.captions import Captions, Texts
+from scepter.data.collating import collate
+from scepter.data.generators import ALL
 from scepter.data.images import UnreadableError, load_image, size_of_image, to_mask, to_tensor
 from scepter.data.index import Index
 from scepter.data.order import Bucketed, Order, Shuffled
@@ -59,16 +59,23 @@ class BaseDataset(Component, base=True):
         """What a message calls this sample: its path, where it has one."""
         return f'sample {index}'
 
-    def collate(self, samples: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
+    def samples(self, indices: Sequence[int], seed: Callable[[int], None]) -> list[dict[str, Any] | UnreadableError]:
+        """The samples of a batch, or what is wrong with each.    seed: seeds what is drawn from, for the sample at a place among them"""
+        found: list[dict[str, Any] | UnreadableError] = []
+        for place, index in enumerate(indices):
+            seed(place)
+            try:
+                found.append(self[index])
+            except UnreadableError as error:
+                found.append(error)
+        return found
+
+    def collate(self, samples: list[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
         """The samples of one batch as the network gets them: tensors, arrays, numbers and tuples of numbers stacked, the rest in lists.
 
         Raises DataError, with two of the names, where they have not the same keys or shapes.
         """
-        for sample, name in zip(samples, names):
-            if sample.keys() != samples[0].keys():
-                raise DataError(f'samples of one batch need the same keys: {names[0]} has {", ".join(samples[0])}; '
-                                f'{name} has {", ".join(sample)}')
-        return {key: _stack(key, [sample[key] for sample in samples], names) for key in samples[0]}
+        return collate(samples, names)
 
     def order(self, seed: int, step: int) -> Order:
         """Which sample each draw of training is (data/order.py).    step: samples of one step of the optimizer, over all processes"""
@@ -83,8 +90,11 @@ class BaseDataset(Component, base=True):
         """How many different files the samples come from; MAX_BAD_FRACTION is a share of it."""
         return len(self)
 
+    draws: Sequence[str] = ALL    # the generators that samples draw from (data/generators.py)
+
     # ---------------------------------------------------------------- what a cache asks (data/cache.py)
-    mirrors = False    # whether pictures are mirrored by chance
+    mirrors = False                      # whether pictures are mirrored by chance
+    draws_beside: Sequence[str] = ALL    # the generators that `beside` and `draws_mirror` draw from
 
     def beside(self, index: int) -> dict[str, Any]:
         """The sample without its picture and what transforms note of that; what is drawn for it is drawn here too, before all else."""
@@ -244,9 +254,14 @@ class ImageTextDataset(BaseDataset):
 
     # ---------------------------------------------------------------- what a cache asks
     def beside(self, index: int) -> dict[str, Any]:
-        record = self.record(index)
-        sample: dict[str, Any] = {'prompt': self.prompt_of(record), **({} if record.label is None else {'label': record.label})}
-        return {**sample, 'target_size': self.sizes[self.bucket_of[self._row(index)]]} if self.sizes else sample
+        row = self._row(index)
+        record = Record(*self.index.rows[row])
+        sample: dict[str, Any] = {'prompt': self.prompt_of(record)}
+        if record.label is not None:
+            sample['label'] = record.label
+        if self.sizes:
+            sample['target_size'] = self.sizes[self.bucket_of[row]]
+        return sample
 
     def source_of(self, index: int) -> Source | None:
         try:
@@ -278,6 +293,13 @@ class ImageTextDataset(BaseDataset):
 
     def draws_mirror(self, index: int) -> bool:
         return sum(t.draws_mirror() for t in self.transforms if hasattr(t, 'draws_mirror')) % 2 == 1
+
+    @cached_property
+    def draws_beside(self) -> Sequence[str]:    # type: ignore[override]
+        drawing = [self, *(t for t in self.transforms if hasattr(t, 'draws_mirror'))]
+        if not all(type(one).__module__.startswith('scepter.') for one in drawing):
+            return ALL    # what is a user's own may draw from anything
+        return ('python',) if self.mirrors or self.captions.has_choice or self.index.told['has_choice'] else ()
 
     def _row(self, index: int) -> int:
         """The record of a sample."""
@@ -344,16 +366,17 @@ class ImageTextDataset(BaseDataset):
 
 
 class Account:
-    """Records on their way into an index: counts those without a caption."""
+    """Records on their way into an index: counts those without a caption, and sees whether any may have several."""
 
     def __init__(self) -> None:
-        self.missing, self.without = 0, ''
+        self.missing, self.without, self.has_choice = 0, '', False
 
     def of(self, records: Iterable[Record]) -> Iterator[list[Any]]:
         """Each record as a list that is as short as it can be."""
         for record in records:
             if not any(record.texts or []) and record.sidecar is None:
                 self.missing, self.without = self.missing + 1, self.without or record.name
+            self.has_choice = self.has_choice or record.sidecar is not None or sum(map(len, record.texts or [])) > 1
             row = list(record)
             while row[-1] is None:
                 row.pop()
@@ -361,29 +384,9 @@ class Account:
 
     def told(self) -> dict[str, Any]:
         """What an index tells of all of them."""
-        return {'missing': self.missing, 'without': self.without}
+        return {'missing': self.missing, 'without': self.without, 'has_choice': self.has_choice}
 
 
 def _sizes(cfg: Config) -> list[Size]:
     shortest, longest = cfg.BUCKET_SIDES or (max(1, cfg.BUCKETS // 2), cfg.BUCKETS * 2)
     return bucket_sizes(cfg.BUCKETS, cfg.BUCKET_STEP, shortest, longest)
-
-
-def _stack(key: str, values: list[Any], names: list[str]) -> Any:
-    if isinstance(values[0], (bool, int, float)):
-        return torch.tensor(values)
-    if not _is_numeric(values[0]):
-        return values
-    tensors = [torch.as_tensor(v) for v in values]
-    for tensor, name in zip(tensors, names):
-        if tensor.shape != tensors[0].shape:
-            raise DataError(f'{key} has shape {list(tensors[0].shape)} in {names[0]}, but {list(tensor.shape)} in {name}: samples of one '
-                            'batch need one shape; give the dataset a transform that makes it, '
-                            'e.g. TRANSFORMS: [{NAME: RecordedCrop, SIZE: 512}]')
-    return torch.stack(tensors)
-
-
-def _is_numeric(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return bool(value) and all(isinstance(v, (bool, int, float)) for v in value)
-    return isinstance(value, (Tensor, np.ndarray, np.generic))

@@ -26,10 +26,11 @@ from torch.nn.functional import interpolate
 from scepter.core.disk import atomic
 from scepter.data.cache import digest_of
 from scepter.data.datasets import PICTURES, BaseDataset
+from scepter.data.generators import seed_generators
 from scepter.data.guard import Guard
 from scepter.data.images import UnreadableError, size_of_image
 from scepter.data.kept import Clock
-from scepter.data.loader import OrderedLoader, seed_generators
+from scepter.data.loader import OrderedLoader
 
 NEAR_BITS, NEAR_COLOUR = 4, 10    # of 64; of 255
 COMPARED = 64                     # pictures of one quarter of a hash that a new one is held against: thousands of white ones have the same

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from scepter.core import pulse
 from scepter.core.errors import DataError
 from scepter.core.logger import duration, get_logger
 from scepter.data.images import UnreadableError
-from scepter.data.shards import Fault, Row, Shards, restore_index, write_shard
+from scepter.data.shards import NO_PARTS, Fault, Shards, Slot, restore_index, write_shard
 
 
 def encoder_word(fingerprint: str, arithmetic: torch.dtype, weights: str) -> str:
@@ -83,15 +83,15 @@ class Table:
             if not shard.has_index and shard.whole.all():
                 restore_index(shard)
 
-    def row(self, index: int) -> Row:
-        """The row of an index. Raises UnreadableError where there is none, or it is damaged."""
-        number = int(self.numbers[index])
-        if number < 0:
-            raise UnreadableError('could not be read when the cache was filled')
-        try:
-            return self.shards[number]
-        except (ValueError, OSError) as error:
-            raise UnreadableError(f'{error}; `scepter latents prune` drops it, and the next run computes it again') from error
+    def read(self, indices: Sequence[int], parts: Mapping[str, np.ndarray] = NO_PARTS) -> list[Slot | UnreadableError]:
+        """The row of each index, or why there is none.    parts: as `Shards.rows` takes them"""
+        numbers = self.numbers[np.asarray(indices, np.int64)]
+        there = np.flatnonzero(numbers >= 0)
+        found: list[Slot | UnreadableError] = [UnreadableError('could not be read when the cache was filled')] * len(numbers)
+        for i, row in zip(there.tolist(), self.shards.rows(numbers[there], {name: part[there] for name, part in parts.items()})):
+            found[i] = row if isinstance(row, tuple) else UnreadableError(
+                f'{row}; `scepter latents prune` drops it, and the next run computes it again')
+        return found
 
 
 class Clock:

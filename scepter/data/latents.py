@@ -94,7 +94,7 @@ class LatentRecordDataset(BaseDataset):
     def name_of(self, index: int) -> str:
         return self.readers[0].name_of(index)
 
-    def collate(self, samples: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
+    def collate(self, samples: list[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
         """Moments [B, ...] of one shape, label and motion_flow [B], prompt a list: features are of different length."""
         prompts = [sample.pop('prompt') for sample in samples if 'prompt' in sample]
         shapes = {tuple(sample['moments'].shape): name for sample, name in zip(samples, names)}

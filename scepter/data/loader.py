@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +24,7 @@ from scepter.core import streams
 from scepter.core.errors import DataError
 from scepter.core.logger import get_logger
 from scepter.data.datasets import BaseDataset
+from scepter.data.generators import generators_restored, seed_generators
 from scepter.data.guard import Guard
 from scepter.data.images import UnreadableError
 from scepter.data.order import Order, Sequential
@@ -118,13 +117,17 @@ class Reader:
     def __call__(self, ns: Sequence[int]) -> Read:
         bad: dict[str, str] = {}
         indices = [self._index(n - self.phase) for n in ns]
-        with generators_restored():
-            found = [self._read(n, index, bad) for n, index in zip(ns, indices)]
-        rows = [(n, *row) for n, row in zip(ns, found) if row is not None]
-        names = [self.dataset.name_of(index) for _, index, _ in rows]
-        batch = self.dataset.collate([sample for _, _, sample in rows], names) if rows else {}
-        lost = next((self.dataset.name_of(index) for index, row in zip(indices, found) if row is None), None) if self.replace else None
-        return Read(batch, torch.tensor([n for n, _, _ in rows], dtype=torch.int64), list(bad.items()), lost)
+        with generators_restored(self.dataset.draws):
+            samples = self._read(ns, indices, bad)
+            if self.replace:
+                for place in [place for place, sample in enumerate(samples) if sample is None]:
+                    indices[place], samples[place] = self._instead(ns[place], indices[place], bad)
+        there = [place for place, sample in enumerate(samples) if sample is not None]
+        lost = next((index for index, sample in zip(indices, samples) if sample is None), None) if self.replace else None
+        names = _Names(self.dataset, [indices[place] for place in there])
+        batch = self.dataset.collate([sample for sample in samples if sample is not None], names) if there else {}
+        return Read(batch, torch.tensor([ns[place] for place in there], dtype=torch.int64), list(bad.items()),
+                    None if lost is None else self.dataset.name_of(lost))
 
     def _index(self, draw: int) -> int:
         """Which sample it is. Worked out for a block of draws at once: one by one they cost 12 us each, together 0.7."""
@@ -133,26 +136,52 @@ class Reader:
             self._order = self.order.indices(np.arange(self._block * BLOCK, (self._block + 1) * BLOCK)).tolist()
         return self._order[draw % BLOCK]
 
-    def _read(self, n: int, index: int, bad: dict[str, str]) -> tuple[int, dict[str, Any]] | None:
-        """(index, sample) of draw n; None where it, and what might replace it, cannot be read."""
-        for candidate in self._candidates(n, index):
-            if candidate in self.guard.passed_over:
-                continue
-            seed_generators(streams.seed_global(self.seed, 'transform', n))
-            try:
-                self.guard.check(candidate)
-                return candidate, self.dataset[candidate]
-            except UnreadableError as error:
-                bad[self.dataset.name_of(candidate)] = str(error)
+    def _read(self, ns: Sequence[int], indices: Sequence[int], bad: dict[str, str]) -> list[dict[str, Any] | None]:
+        """The sample of each draw; None where it is passed over, or cannot be read."""
+        wanted = [place for place, index in enumerate(indices) if self._is_wanted(index, bad)]
+        draws = self.dataset.draws
+        seeds = streams.seeds_global(self.seed, 'transform', n=np.array([ns[place] for place in wanted], np.int64)) if draws else []
+        read = self.dataset.samples([indices[place] for place in wanted], lambda place: seed_generators(seeds[place], draws))
+        samples: list[dict[str, Any] | None] = [None] * len(indices)
+        for place, sample in zip(wanted, read):
+            if isinstance(sample, UnreadableError):
+                bad[self.dataset.name_of(indices[place])] = str(sample)
+            else:
+                samples[place] = sample
+        return samples
+
+    def _is_wanted(self, index: int, bad: dict[str, str]) -> bool:
+        """Whether a sample is neither passed over nor has another checksum than it is to have."""
+        if index in self.guard.passed_over:
+            return False
+        try:
+            self.guard.check(index)
+        except UnreadableError as error:
+            bad[self.dataset.name_of(index)] = str(error)
+            return False
+        return True
+
+    def _instead(self, n: int, index: int, bad: dict[str, str]) -> tuple[int, dict[str, Any] | None]:
+        """(index, sample) of the first that can be read of those that may take the place of draw n's own; that and None where none can."""
+        for candidate in self.order.instead(n, index):
             if len(bad) > self.bad_allowed:
                 break
-        return None
+            if (sample := self._read([n], [candidate], bad)[0]) is not None:
+                return candidate, sample
+        return index, None
 
-    def _candidates(self, n: int, index: int) -> Iterator[int]:
-        """The sample's own index, then those that may take its place."""
-        yield index
-        if self.replace:
-            yield from self.order.instead(n, index)
+
+class _Names(Sequence[str]):
+    """What the samples of a batch are called, worked out when somebody asks: as a rule only a message does."""
+
+    def __init__(self, dataset: BaseDataset, indices: Sequence[int]):
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.dataset.name_of(self.indices[place])
 
 
 class _Batches(Iterator[Batch]):
@@ -195,25 +224,6 @@ class _Batches(Iterator[Batch]):
             dataset = self.reader.dataset
             raise DataError(f'{len(self.skipped)} of {dataset.file_count} files are unreadable, more than the {self.reader.bad_allowed} '
                             f'that MAX_BAD_FRACTION {dataset.MAX_BAD_FRACTION} allows:\n{named}')
-
-
-def seed_generators(seed: int) -> None:
-    """Seed what datasets and transforms draw from: the generators of torch (of the CPU), numpy and python."""
-    torch.default_generator.manual_seed(seed)    # not torch.manual_seed: that seeds every GPU as well
-    np.random.seed(seed & 0xFFFFFFFF)
-    random.seed(seed)
-
-
-@contextmanager
-def generators_restored() -> Iterator[None]:
-    """What was read leaves no trace in the global generators, so neither a probe nor an evaluation can disturb a training."""
-    states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
 
 
 class _SkippedFile:

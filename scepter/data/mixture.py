@@ -14,6 +14,7 @@ from scepter.core.faults import Fault
 from scepter.core.registry import DATASETS
 from scepter.core.schema import Component, param, part, schema_of, split_node
 from scepter.data.datasets import BaseDataset
+from scepter.data.generators import ALL
 from scepter.data.order import Mixed, Order
 from scepter.data.sources import Source
 
@@ -72,7 +73,7 @@ class MixtureDataset(BaseDataset):
         found, own = self._part_of(index)
         return found.name_of(own)
 
-    def collate(self, samples: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
+    def collate(self, samples: list[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
         """As the first part does."""
         return self._list[0].collate(samples, names)
 
@@ -108,6 +109,10 @@ class MixtureDataset(BaseDataset):
     @property
     def mirrors(self) -> bool:    # type: ignore[override]
         return any(found.mirrors for found in self._list)
+
+    @property
+    def draws_beside(self) -> Sequence[str]:    # type: ignore[override]
+        return [name for name in ALL if any(name in found.draws_beside for found in self._list)]
 
     def unmirrored(self) -> MixtureDataset:
         still = copy.copy(self)

@@ -1,7 +1,7 @@
 """Prompts to draw."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from scepter.core.config import Config
@@ -50,7 +50,7 @@ class PromptListDataset(BaseDataset):
     def name_of(self, index: int) -> str:
         return f'prompt {index + 1} ({self.lines[index]["prompt"]:.40})'
 
-    def collate(self, samples: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
+    def collate(self, samples: list[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
         """Lists of prompts, negative prompts and seeds; every other setting once."""
         batch: dict[str, Any] = {}
         for key in {key: None for sample in samples for key in sample}:

@@ -12,10 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +33,11 @@ from scepter.core.errors import CheckpointError, DataError
 FORMAT = 1
 KEY_BYTES = 16
 OPEN_FILES = 64     # of one process
+AGAIN = 64          # readings of a row, on average, until its checksum is looked at once more; the longest span, 1.5 of it, fits a byte
 
 Row = dict[str, Tensor]
+Slot = tuple[Row, int]    # rows that were read together, name -> [B, ...], and which of them it is
+NO_PARTS: Mapping[str, np.ndarray] = {}
 
 
 def key_of(*parts: Any) -> bytes:
@@ -96,19 +101,26 @@ class Shard:
         ends = np.max([f.start + f.size * np.arange(1, len(self) + 1) for f in self.fields.values()], axis=0)
         return ends <= self.size
 
-    def read(self, row: int, file: int) -> Row:
-        """Row `row`, by a descriptor of the file. Raises ValueError where its bytes are not those that were written."""
-        crc, found = zlib.crc32(self.keys[row].tobytes()), {}
-        for name, field in self.fields.items():
-            data = bytearray(field.size)
-            if os.preadv(file, [data], field.start + row * field.size) != field.size:
+    def read(self, row: int, file: int, memory: Sequence[memoryview], parts: Sequence[int]) -> None:
+        """Fill memory, one for each field, with row `row`, by a descriptor of the file; what is smaller than a field gets that part of it.
+
+        Raises ValueError where the file ends before.
+        """
+        for field, data, part in zip(self.fields.values(), memory, parts):
+            if os.preadv(file, [data], field.start + row * field.size + part * len(data)) != len(data):
                 raise ValueError(f'{self.path} ends within row {row}')
-            crc = zlib.crc32(data, crc)
-            found[name] = torch.frombuffer(data, dtype=field.dtype).reshape(field.shape) if field.size else \
-                torch.empty(field.shape, dtype=field.dtype)
+
+    def read_checked(self, row: int, file: int, memory: Sequence[memoryview] = (), parts: Sequence[int] = ()) -> None:
+        """The same, out of bytes that pass the checksum. Raises ValueError where they are not those that were written."""
+        whole = [memoryview(bytearray(field.size)) for field in self.fields.values()]
+        self.read(row, file, whole, [0] * len(whole))
+        crc = zlib.crc32(self.keys[row].tobytes())
+        for read in whole:
+            crc = zlib.crc32(read, crc)
         if crc != self.crcs[row]:
             raise ValueError(f'{self.path}: row {row} is damaged: checksum {self.crcs[row]:08x} expected, {crc:08x} found')
-        return found
+        for read, data, part in zip(whole, memory, parts):
+            data[:] = read[part * len(data):(part + 1) * len(data)]
 
     def faults(self) -> Iterator[Fault]:
         """What reading every byte of it finds."""
@@ -118,7 +130,7 @@ class Shard:
         with open(self.path, 'rb', buffering=0) as file:
             for row in range(len(self)):
                 try:
-                    self.read(row, file.fileno())
+                    self.read_checked(row, file.fileno())
                 except ValueError as error:
                     bad.append(str(error))
         if bad:
@@ -210,6 +222,10 @@ class Shards:
         order = np.lexsort((words[:, 1], words[:, 0]))
         self._words, self._numbers = words[order], numbers[order]
         self._files: OrderedDict[int, int] = OrderedDict()
+        forms = [{name: (field.dtype, field.shape) for name, field in shard.fields.items()} for shard in self.shards]
+        kinds = [form for i, form in enumerate(forms) if form not in forms[:i]]
+        self._kinds = np.array([kinds.index(form) for form in forms], np.int64)    # of each shard: those of one have rows of one form
+        self._left = np.frombuffer(mmap.mmap(-1, max(1, len(keys))), np.uint8)     # readings of each row until its checksum is looked at
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -221,18 +237,43 @@ class Shards:
             return np.full(len(keys), -1, np.int64)
         place = np.searchsorted(self._words[:, 0], wanted[:, 0])
         found = np.full(len(keys), -1, np.int64)
-        for i, (at, word) in enumerate(zip(place.tolist(), wanted)):
-            while at < len(self) and self._words[at, 0] == word[0]:    # two keys of the same first half are rarer than a broken disk
-                if self._words[at, 1] == word[1]:
-                    found[i] = self._numbers[at]
-                    break
-                at += 1
+        open_ = np.arange(len(keys))
+        while len(open_ := open_[place[open_] < len(self)]):    # once, as two keys of the same first half are rarer than a broken disk
+            there = self._words[place[open_]]
+            is_it, may_follow = (there == wanted[open_]).all(1), there[:, 0] == wanted[open_, 0]
+            found[open_[is_it]] = self._numbers[place[open_[is_it]]]
+            open_ = open_[may_follow & ~is_it]
+            place[open_] += 1
         return found
 
-    def __getitem__(self, number: int) -> Row:
-        """The row of a number that `find` gave. Raises ValueError where it is damaged, OSError where it cannot be read."""
-        which = int(np.searchsorted(self.firsts, number, side='right')) - 1
-        return self.shards[which].read(number - int(self.firsts[which]), self._file(which))
+    def rows(self, numbers: np.ndarray, parts: Mapping[str, np.ndarray] = NO_PARTS) -> list[Slot | ValueError | OSError]:
+        """The row of each number that `find` gave, or what is wrong with it.
+
+        numbers: int64 [B].  parts: name -> int64 [B], the one entry of a tensor that is wanted, where its first dimension counts several.
+        A row is held against its checksum when it is first read, and again after AGAIN readings or so, by all forked processes together.
+        """
+        which = np.searchsorted(self.firsts, numbers, side='right') - 1
+        kinds = self._kinds[which]
+        if not len(numbers):
+            return []
+        if (kinds != kinds[:1]).any():    # no batch, as collating them says
+            return [self.rows(numbers[i:i + 1], {name: part[i:i + 1] for name, part in parts.items()})[0] for i in range(len(numbers))]
+        count, fields = len(numbers), self.shards[which[0]].fields
+        columns = {name: torch.empty((count, *field.shape[name in parts:]), dtype=field.dtype) for name, field in fields.items()}
+        memory = zip(*([row.data for row in column.reshape(count, -1).view(torch.uint8).numpy()] for column in columns.values()))
+        chosen = zip(*(parts[name].tolist() if name in parts else [0] * count for name in columns))
+        found: list[Slot | ValueError | OSError] = list(zip(repeat(columns), range(count)))
+        left = self._left[numbers]
+        after = np.where(left > 0, left - 1, AGAIN // 2 + numbers % AGAIN)    # not the same for all, or all would come due in one epoch
+        places = zip(which.tolist(), (numbers - self.firsts[which]).tolist(), left.tolist())
+        for i, ((shard, row, is_known), data, part) in enumerate(zip(places, memory, chosen)):
+            try:
+                read = self.shards[shard].read if is_known else self.shards[shard].read_checked
+                read(row, self._file(shard), data, part)
+            except (ValueError, OSError) as error:
+                found[i], after[i] = error, 0
+        self._left[numbers] = after
+        return found
 
     def _file(self, which: int) -> int:
         if which in self._files:

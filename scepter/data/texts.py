@@ -13,10 +13,10 @@ import torch
 from scepter.core import streams
 from scepter.core.errors import DataError
 from scepter.data.datasets import BaseDataset
+from scepter.data.generators import generators_restored, seed_generators
 from scepter.data.images import UnreadableError
 from scepter.data.kept import Clock, Table
-from scepter.data.loader import generators_restored, seed_generators
-from scepter.data.shards import KEY_BYTES, Row, key_of
+from scepter.data.shards import KEY_BYTES, Row, Slot, key_of
 
 
 class Texts(Table):
@@ -47,12 +47,12 @@ class Texts(Table):
             self.write(part, {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in rows.items()},
                        lambda i: repr(self.prompts[i]))
 
-    def of(self, prompt: str) -> Row:
-        """The features of a prompt. Raises DataError for one that was not there, UnreadableError where they are damaged."""
-        if prompt not in self.place:
-            raise DataError(f'{prompt!r:.200} was no prompt of TRAIN_DATA when the cache was filled: captions have changed meanwhile, or '
+    def of(self, prompts: Sequence[str]) -> list[Slot | UnreadableError]:
+        """The features of prompts, or what is wrong with them. Raises DataError for one that was not there."""
+        if (new := next((prompt for prompt in prompts if prompt not in self.place), None)) is not None:
+            raise DataError(f'{new!r:.200} was no prompt of TRAIN_DATA when the cache was filled: captions have changed meanwhile, or '
                             'are drawn by chance. Start again; where they are drawn, set SOLVER.CACHE.PROMPTS to false')
-        return self.row(self.place[prompt])
+        return self.read([self.place[prompt] for prompt in prompts])
 
 
 def prompts_of(dataset: BaseDataset) -> list[str] | None:

@@ -9,6 +9,7 @@ import random
 import shutil
 import tarfile
 import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 import scepter.data.folders
 import scepter.data.mixture
 import scepter.data.tables
-import scepter.data.tars  # noqa: F401  (both register)
+import scepter.data.tars  # noqa: F401  (all register)
 from scepter.core.errors import DataError
 from scepter.core.registry import DATASETS
+from scepter.core.streams import seed_global
 from scepter.data.cache import CachedDataset, Pictures
+from scepter.data.generators import seed_generators
 from scepter.data.loader import Loader
+from scepter.data.shards import AGAIN
 from scepter.data.sources import Source, SourceBook
 from scepter.data.texts import Texts
 
@@ -127,20 +132,134 @@ def test_samples_of_a_mixture_come_out_of_the_cache_as_they_are_read(tmp_path, p
     kept.close()
 
 
+WORDS = {'NAME': 'ImageTextFolderDataset', 'CAPTIONS': {'SHUFFLE': True, 'DROPOUT': 0.3}}
+TABLE = {'NAME': 'ImageTextTableDataset', 'CAPTION': {'long': 3, 'short': 1}, 'LABEL': 'label'}
+PLAIN = {'NAME': 'ImageTextFolderDataset', 'TRANSFORMS': [{**CROP, 'FLIP': 0}]}
+
+
+def written(photos: Path, node: dict[str, Any]) -> Any:
+    """The pictures as a dataset of this kind, with the words that it takes."""
+    for i, path in enumerate(sorted(photos.glob('*.png'))):
+        path.with_suffix('.txt').write_text(f'red {i}, green, blue, {i} in all')
+    rows = ''.join(f'{i:02}.png,a long caption of {i},short {i},{i % 3}\n' for i in range(40))
+    (photos / 'list.csv').write_text('path,long,short,label\n' + rows)
+    if node is PLAIN:
+        (photos / 'metadata.csv').write_text('file_name,text\n' + ''.join(f'{i:02}.png,picture {i}\n' for i in range(40)))
+    place = {'TABLE': str(photos / 'list.csv')} if 'Table' in node['NAME'] else {'DATA_FOLDER': str(photos)}
+    return DATASETS.build({'TRANSFORMS': [CROP], 'BATCH_SIZE': 4, 'MAX_BAD_FRACTION': 0.2, **node, **place})
+
+
+def one_by_one(data: Any, table: Pictures, texts: Texts | None, seed: int, draws: int, bad: Collection[int]) -> Iterator[dict[str, Any]]:
+    """What each draw is to be, said plainly: all generators seeded for it, its words, its mirror, its rows as the files have them."""
+    order = data.order(seed, data.BATCH_SIZE)
+    for n, index in enumerate(order.indices(np.arange(draws)).tolist()):
+        index = next(i for i in (index, *order.instead(n, index)) if i not in bad)
+        seed_generators(seed_global(seed, 'transform', n))
+        sample = data.beside(index)
+        is_mirrored = data.draws_mirror(index)
+        row = kept(table, table.keys[index])
+        moments = row.pop('moments')
+        sample['moments'] = (moments[int(is_mirrored)] if data.mirrors else moments).float()
+        if texts is not None:
+            sample |= {f'text_{name}': value.float() for name, value in kept(texts, texts.keys[texts.place[sample['prompt']]]).items()}
+        yield sample | {name.removeprefix('beside.'): value for name, value in row.items()}
+
+
+def kept(table: Any, key: np.ndarray) -> dict[str, Tensor]:
+    """The row of a key, by another reader of its file."""
+    shard, place = next((s, i) for s in table.shards.shards for i, other in enumerate(s.keys) if (other == key).all())
+    with safe_open(shard.path, 'pt') as file:
+        return {name: file.get_tensor(name)[place] for name in file.keys()}
+
+
+def states() -> list[Any]:
+    return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+
+
+def flip_a_byte(table: Pictures, index: int) -> None:
+    number = int(table.numbers[index])
+    which = int(np.searchsorted(table.shards.firsts, number, side='right')) - 1
+    shard = table.shards.shards[which]
+    field = shard.fields['moments']
+    with open(shard.path, 'r+b') as file:
+        file.seek(field.start + (number - int(table.shards.firsts[which])) * field.size + 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('bad', [(), (3, 17, 18)], ids=['whole', 'damaged'])
+@pytest.mark.parametrize(('node', 'dtype'), [(WORDS, None), (TABLE, torch.bfloat16), (PLAIN, torch.float16)])
+def test_a_batch_holds_what_its_samples_are_one_by_one(tmp_path, photos, node, dtype, bad, workers):
+    data = written(photos, node)
+    table = pictures(data, tmp_path / 'cache', dtype=dtype)
+    table.fill(encode, 4)
+    table.look()
+    texts = None
+    if node is PLAIN:
+        texts = Texts([f'picture {i}' for i in range(40)], tmp_path / 'cache', 'a tower', dtype, rows=4)
+        texts.fill(lambda prompts: {'context': torch.tensor([[len(p), ord(p[-1])] for p in prompts]).float()}, 8)
+        texts.look()
+    expected = list(one_by_one(data, table, texts, 5, 60, bad))
+    for index in bad:
+        flip_a_byte(table, index)
+    loader = Loader(CachedDataset(data, table, texts), seed=5, num_workers=workers)
+    before = states()
+
+    for first in range(0, 60, 4):
+        batch, n = next(loader)
+        whole = data.collate(expected[first:first + 4], [''] * 4)
+        assert n.tolist() == list(range(first, first + 4)) and batch.keys() == whole.keys()
+        for key, value in batch.items():
+            assert torch.equal(value, whole[key]) and value.dtype == whole[key].dtype if isinstance(value, Tensor) else value == whole[key]
+    loader.close()
+    assert set(loader.skipped) == {data.name_of(index) for index in bad}
+    assert states() == before
+
+
+def test_generators_are_seeded_only_where_something_is_drawn(photos):
+    class Own(type(written(photos, PLAIN))):
+        """A user's, which may draw from anything."""
+
+    plain, tags, table = (written(photos, node).draws_beside for node in (PLAIN, {**WORDS, 'TRANSFORMS': []}, {**TABLE, 'TRANSFORMS': []}))
+    own = Own(written(photos, PLAIN).cfg).draws_beside
+
+    assert (tuple(plain), tags, table, own) == ((), ('python',), ('python',), ('torch', 'numpy', 'python'))
+
+
+def test_a_row_that_goes_bad_after_it_was_read_is_found_later_and_never_given_again(tmp_path, photos):
+    table = pictures(dataset(photos), tmp_path / 'cache')
+    table.fill(encode, 4)
+    table.look()
+    assert isinstance(table.read([7], {'moments': np.array([1])})[0], tuple)
+    flip_a_byte(table, 7)
+    read = [isinstance(table.read([7, 8], {'moments': np.array([0, 1])})[0], tuple) for _ in range(200)]
+
+    assert not any(read[read.index(False):]) and read.index(False) < 1.5 * AGAIN
+    assert all(isinstance(row, tuple) for row in table.read([8, 9], {'moments': np.array([0, 1])}))
+
+
+def test_forked_processes_share_which_rows_are_known_to_be_sound(tmp_path, photos):
+    table = pictures(dataset(photos), tmp_path / 'cache')
+    table.fill(encode, 4)
+    table.look()
+    child = FORKED.Process(target=lambda: table.read([7]))
+    child.start()
+    child.join()
+
+    assert child.exitcode == 0 and np.flatnonzero(table.shards._left).tolist() == [table.numbers[7]]
+
+
 def test_a_damaged_row_gives_way_to_another_sample_and_is_named(tmp_path, photos, said):
     table = pictures(dataset(photos), tmp_path / 'cache')
     table.fill(encode, 4)
     table.look()
-    shard = table.shards.shards[0]
-    with open(shard.path, 'r+b') as file:
-        file.seek(shard.fields['moments'].start + 2)
-        byte = file.read(1)
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte[0] ^ 1]))
+    flip_a_byte(table, 5)
     loader = Loader(CachedDataset(dataset(photos), table), seed=0)
     seen = [int(n) for _ in range(10) for n in next(loader)[1]]
 
-    assert len(seen) == 40 and len(loader.skipped) == 1 and any('row 0 is damaged' in line for line in said)
+    assert len(seen) == 40 and len(loader.skipped) == 1 and any('is damaged: checksum' in line for line in said)
 
 
 def test_a_file_with_another_content_is_read_again_whatever_its_dates_say(tmp_path):
@@ -238,11 +357,11 @@ def test_features_of_prompts_belong_to_their_text_encoder(tmp_path):
     assert table.missing() == [[0, 1], [2, 3], [4]]
     table.fill(features, 1)
     table.look()
-    row = table.of('ccc')
+    (columns, first), (_, second) = table.of(['ccc', 'a'])
 
-    assert row['context'].tolist() == [3, 99] and row['mask'].tolist() == [True, True] and not table.missing()
+    assert columns['context'][[first, second]].tolist() == [[3, 99], [1, 97]] and columns['mask'].all() and not table.missing()
     assert len(Texts(['a', 'new'], tmp_path, 'one tower').missing()[0]) == 1
     assert len(Texts(['a', 'bb'], tmp_path, 'another tower').missing()[0]) == 2
     assert len(Texts(['a', 'bb'], tmp_path, 'one tower', torch.float16).missing()[0]) == 2
     with pytest.raises(DataError, match="'f' was no prompt of TRAIN_DATA"):
-        table.of('f')
+        table.of(['a', 'f'])
