@@ -131,22 +131,29 @@ def _ends_told(watch: Watch) -> Iterator[None]:
     """Tell the others how this process ends, and turn what talking to one that is gone raises into a PeerError that names it."""
     told: BaseException | None = None
     try:
-        yield
-    except (Exit, Stopped, KeyboardInterrupt, PeerError):
-        raise
-    except SystemExit as end:
-        told = RuntimeError(f'sys.exit({end.code!r}) was called in the midst of the run')
-        raise told from end
-    except RuntimeError as error:
-        if not we.is_distributed or not _PEER_GONE.search(str(error)):
-            told = error
+        try:
+            yield
+        except Exit:
             raise
-        story, is_first = watch.explain()
-        if not is_first:
-            get_logger().info(story)
-            raise Exit(PeerError.exit_code) from error
-        raise PeerError(story or f'rank {we.rank}: another rank is gone or does not answer '
-                                 f'({str(error).splitlines()[0][:200]})') from error
+        except SystemExit as end:
+            told = RuntimeError(f'sys.exit({end.code!r}) was called in the midst of the run')
+            raise told from end
+        except RuntimeError as error:
+            if not we.is_distributed or not _PEER_GONE.search(str(error)):
+                raise
+            story, is_first = watch.explain()
+            if not is_first:
+                get_logger().info(story)
+                raise Exit(PeerError.exit_code) from error
+            raise PeerError(story or f'rank {we.rank}: another rank is gone or does not answer '
+                                     f'({str(error).splitlines()[0][:200]})') from error
+    except Stopped as stop:
+        story, is_first = watch.explain(0.05) if watch.parent else ('', False)
+        if story and is_first:      # torchrun stops the others as soon as one is gone, wherever they are by then
+            raise PeerError(story) from stop
+        raise
+    except (Exit, KeyboardInterrupt, PeerError):
+        raise
     except BaseException as error:
         told = error
         raise

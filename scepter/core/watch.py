@@ -147,7 +147,7 @@ class Watch:
                 if text := self.board.verdict():
                     return text, False
                 if gone := [r for r in self._records() if _is_gone(r)]:
-                    time.sleep(PERIOD)      # its parent knows more, and may be about to say it
+                    time.sleep(0 if self.parent else PERIOD)      # a parent of ours knows more, and may be about to say it
                     text = self.board.verdict()
                     return (text, False) if text else ((story := _stories(gone)), self.board.decide(story))
             time.sleep(0.1)

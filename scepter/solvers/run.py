@@ -25,7 +25,7 @@ from scepter.data.cache import Cache
 from scepter.solvers.optim import NamedOptimizer, OptimizerPlace
 from scepter.solvers.parallel import gathered
 from scepter.solvers.plan import Plan
-from scepter.solvers.step import DTYPES, Batches, Outputs, TrainStep
+from scepter.solvers.step import DTYPES, Batches, Outputs, TrainStep, buffers_kept
 
 MODES = ('train', 'eval', 'test')
 
@@ -272,9 +272,11 @@ class Run(Component, base=True):
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[None]:
         """Inside, the network has the averaged weights of the first training hook that keeps some; its own where none does. Each process
-        has the whole of them, so that it may draw as often as it has samples; all enter and leave together. Parts that rest are awake."""
+        has the whole of them, so that it may draw as often as it has samples; all enter and leave together. Parts that rest are awake.
+        What the network counts inside is forgotten."""
         kept = (hook.swapped(self.model) for hook in self.hooks['train'])
-        with next((context for context in kept if context is not None), contextlib.nullcontext()), gathered(self.model), self.model.awake():
+        swapped = next((context for context in kept if context is not None), contextlib.nullcontext())
+        with swapped, gathered(self.model), self.model.awake(), buffers_kept(self.model):
             yield
 
     # ---------------------------------------------------------------- how long it goes

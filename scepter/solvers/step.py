@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,20 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 PATIENCE = 3     # steps in a row with a loss or gradient that is not finite, before the run gives up
 Outputs = dict[str, Any]
 Batches = list[tuple[dict[str, Any], Tensor]]     # (what the network gets, draw numbers [B]) of each of ACCU_STEP parts
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """What a network counts inside (running statistics, steps of a schedule) is forgotten afterwards."""
+    before = [(module, name, buffer.clone()) for module in model.modules() for name, buffer in module._buffers.items()
+              if buffer is not None]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, value in before:
+                if (buffer := module._buffers[name]) is not None and buffer.shape == value.shape:    # else it is a table that has grown
+                    buffer.copy_(value)
 
 
 class TrainStep:
@@ -94,15 +108,12 @@ class TrainStep:
 
     def flops(self, batch: dict[str, Any], n: Tensor, step: int) -> int:
         """Floating point operations of a batch, forward and backward for all optimizers, by one more pass that leaves no trace."""
-        before = [buffer.clone() for buffer in self.buffers]
         devices = [we.device] if we.device.type == 'cuda' else []
         with torch.random.fork_rng(devices), torch.compiler.set_stance('force_eager'), flops.counting() as count, \
-                streams.current(we.seed, n, step):
+                buffers_kept(self.model), streams.current(we.seed, n, step):
             with self.autocast():
                 outputs = self.model('train', **self.prepare(batch))
             self._backward(outputs, self.optimizers, 1)
-        for buffer, value in zip(self.buffers, before):
-            buffer.copy_(value)
         for o in self.optimizers:
             o.zero_grad()
         return count()
