@@ -39,11 +39,12 @@ class Occupancy:
 
     def add(self, bucket_of: np.ndarray, shapes: np.ndarray) -> None:
         """bucket_of: [N].  shapes: [N, 2], height and width"""
-        target = self.sizes[bucket_of]
-        scale = (target / shapes).max(1)    # until the size is just covered
+        # by columns: a reduction over an axis of two costs ten times as much
+        high, wide = (self.sizes[:, side][bucket_of] / shapes[:, side] for side in range(2))    # how far each side is scaled
+        scale = np.maximum(high, wide)    # until the size is just covered
         self.counts += np.bincount(bucket_of, minlength=len(self.sizes))
-        self.kept += float((target.prod(1) / (shapes.prod(1, dtype=np.float64) * scale ** 2)).sum())
-        self.enlarged, self.most = self.enlarged + int((scale > 1).sum()), max(self.most, float(scale.max(initial=1.0)))
+        self.kept += float((high * wide / (scale * scale)).sum())
+        self.enlarged, self.most = self.enlarged + int(np.count_nonzero(scale > 1)), max(self.most, float(scale.max(initial=1.0)))
 
     def __str__(self) -> str:
         filled = ', '.join(f'{height}x{width} ({count})' for (height, width), count in zip(self.sizes.tolist(), self.counts) if count)

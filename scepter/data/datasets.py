@@ -343,9 +343,10 @@ class ImageTextDataset(BaseDataset):
         found = Occupancy(self.sizes)
         for first in range(0, len(shapes), BLOCK):
             block, bucket_of = shapes[first:first + BLOCK], self.bucket_of[first:first + BLOCK]
-            is_read = block.all(1)
-            bucket_of[is_read] = nearest(self.sizes, block[is_read, 0], block[is_read, 1])
-            found.add(bucket_of[is_read], block[is_read])
+            is_read = (block[:, 0] > 0) & (block[:, 1] > 0)
+            read = block[is_read]
+            bucket_of[is_read] = nearest(self.sizes, read[:, 0], read[:, 1])
+            found.add(bucket_of[is_read], read)
         if not found.counts.any():
             raise DataError(f'{self.place}: not one of {self.file_count} images can be read')
         self.bucket_of[self.bucket_of < 0] = found.counts.argmax()
