@@ -126,7 +126,7 @@ class Reader:
         lost = next((index for index, sample in zip(indices, samples) if sample is None), None) if self.replace else None
         names = _Names(self.dataset, [indices[place] for place in there])
         batch = self.dataset.collate([sample for sample in samples if sample is not None], names) if there else {}
-        return Read(batch, torch.tensor([ns[place] for place in there], dtype=torch.int64), list(bad.items()),
+        return Read(batch, torch.from_numpy(np.array([ns[place] for place in there], np.int64)), list(bad.items()),
                     None if lost is None else self.dataset.name_of(lost))
 
     def _index(self, draw: int) -> int:

@@ -224,8 +224,8 @@ class Shards:
         self._files: OrderedDict[int, int] = OrderedDict()
         forms = [{name: (field.dtype, field.shape) for name, field in shard.fields.items()} for shard in self.shards]
         kinds = [form for i, form in enumerate(forms) if form not in forms[:i]]
-        self._kinds = np.array([kinds.index(form) for form in forms], np.int64)    # of each shard: those of one have rows of one form
-        self._left = np.frombuffer(mmap.mmap(-1, max(1, len(keys))), np.uint8)     # readings of each row until its checksum is looked at
+        self._kinds = [kinds.index(form) for form in forms]    # of each shard: those of one have rows of one form
+        self._left: mmap.mmap | bytearray = mmap.mmap(-1, max(1, len(keys)))    # readings of each row until its checksum is looked at
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -252,27 +252,27 @@ class Shards:
         numbers: int64 [B].  parts: name -> int64 [B], the one entry of a tensor that is wanted, where its first dimension counts several.
         A row is held against its checksum when it is first read, and again after AGAIN readings or so, by all forked processes together.
         """
-        which = np.searchsorted(self.firsts, numbers, side='right') - 1
-        kinds = self._kinds[which]
         if not len(numbers):
             return []
-        if (kinds != kinds[:1]).any():    # no batch, as collating them says
+        which = np.searchsorted(self.firsts, numbers, side='right') - 1
+        rows, shards = (numbers - self.firsts[which]).tolist(), which.tolist()
+        if len({self._kinds[shard] for shard in shards}) > 1:    # no batch, as collating them says
             return [self.rows(numbers[i:i + 1], {name: part[i:i + 1] for name, part in parts.items()})[0] for i in range(len(numbers))]
-        count, fields = len(numbers), self.shards[which[0]].fields
+        count, fields = len(numbers), self.shards[shards[0]].fields
         columns = {name: torch.empty((count, *field.shape[name in parts:]), dtype=field.dtype) for name, field in fields.items()}
         memory = zip(*([row.data for row in column.reshape(count, -1).view(torch.uint8).numpy()] for column in columns.values()))
         chosen = zip(*(parts[name].tolist() if name in parts else [0] * count for name in columns))
         found: list[Slot | ValueError | OSError] = list(zip(repeat(columns), range(count)))
-        left = self._left[numbers]
-        after = np.where(left > 0, left - 1, AGAIN // 2 + numbers % AGAIN)    # not the same for all, or all would come due in one epoch
-        places = zip(which.tolist(), (numbers - self.firsts[which]).tolist(), left.tolist())
-        for i, ((shard, row, is_known), data, part) in enumerate(zip(places, memory, chosen)):
+        for i, (number, shard, row, data, part) in enumerate(zip(numbers.tolist(), shards, rows, memory, chosen)):
             try:
-                read = self.shards[shard].read if is_known else self.shards[shard].read_checked
-                read(row, self._file(shard), data, part)
+                if left := self._left[number]:
+                    self.shards[shard].read(row, self._file(shard), data, part)
+                    self._left[number] = left - 1
+                else:
+                    self.shards[shard].read_checked(row, self._file(shard), data, part)
+                    self._left[number] = AGAIN // 2 + number % AGAIN    # not the same for all, or all would come due in one epoch
             except (ValueError, OSError) as error:
-                found[i], after[i] = error, 0
-        self._left[numbers] = after
+                found[i] = error
         return found
 
     def _file(self, which: int) -> int:
@@ -290,7 +290,7 @@ class Shards:
             os.close(self._files.popitem()[1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_files': OrderedDict()}
+        return {**self.__dict__, '_files': OrderedDict(), '_left': bytearray(self._left)}
 
     def __del__(self) -> None:
         if os is not None:    # where the interpreter ends, modules are gone first, and the files go with it

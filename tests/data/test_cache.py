@@ -248,7 +248,7 @@ def test_forked_processes_share_which_rows_are_known_to_be_sound(tmp_path, photo
     child.start()
     child.join()
 
-    assert child.exitcode == 0 and np.flatnonzero(table.shards._left).tolist() == [table.numbers[7]]
+    assert child.exitcode == 0 and np.flatnonzero(np.frombuffer(table.shards._left, np.uint8)).tolist() == [table.numbers[7]]
 
 
 def test_a_damaged_row_gives_way_to_another_sample_and_is_named(tmp_path, photos, said):
