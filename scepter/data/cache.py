@@ -147,18 +147,18 @@ class CachedDataset(BaseDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """As it is in a batch of one."""
-        sample, = self.samples([index], lambda place: None)
+        sample, = self.samples_of([index], lambda place: None)
         if isinstance(sample, UnreadableError):
             raise sample
         return {key: value[0] for key, value in self.collate([sample], [self.name_of(index)]).items()}
 
     @property
-    def draws(self) -> Sequence[str]:    # type: ignore[override]
+    def draws_from(self) -> Sequence[str]:    # type: ignore[override]
         return self.dataset.draws_beside
 
-    def samples(self, indices: Sequence[int], seed: Callable[[int], None]) -> list[dict[str, Any] | UnreadableError]:
+    def samples_of(self, indices: Sequence[int], seed: Callable[[int], None]) -> list[dict[str, Any] | UnreadableError]:
         """The words of each sample, and under ROWS where its rows are in the memory of all that were read together."""
-        draws, mirrors = self.draws, self.dataset.mirrors
+        draws, mirrors = self.draws_from, self.dataset.mirrors
         found: list[Any] = []
         mirrored = np.zeros(len(indices), np.int64)
         for place, index in enumerate(indices):

@@ -59,7 +59,7 @@ class BaseDataset(Component, base=True):
         """What a message calls this sample: its path, where it has one."""
         return f'sample {index}'
 
-    def samples(self, indices: Sequence[int], seed: Callable[[int], None]) -> list[dict[str, Any] | UnreadableError]:
+    def samples_of(self, indices: Sequence[int], seed: Callable[[int], None]) -> list[dict[str, Any] | UnreadableError]:
         """The samples of a batch, or what is wrong with each.    seed: seeds what is drawn from, for the sample at a place among them"""
         found: list[dict[str, Any] | UnreadableError] = []
         for place, index in enumerate(indices):
@@ -90,7 +90,7 @@ class BaseDataset(Component, base=True):
         """How many different files the samples come from; MAX_BAD_FRACTION is a share of it."""
         return len(self)
 
-    draws: Sequence[str] = ALL    # the generators that samples draw from (data/generators.py)
+    draws_from: Sequence[str] = ALL    # the generators that samples draw from (data/generators.py)
 
     # ---------------------------------------------------------------- what a cache asks (data/cache.py)
     mirrors = False                      # whether pictures are mirrored by chance

@@ -117,7 +117,7 @@ class Reader:
     def __call__(self, ns: Sequence[int]) -> Read:
         bad: dict[str, str] = {}
         indices = [self._index(n - self.phase) for n in ns]
-        with generators_restored(self.dataset.draws):
+        with generators_restored(self.dataset.draws_from):
             samples = self._read(ns, indices, bad)
             if self.replace:
                 for place in [place for place, sample in enumerate(samples) if sample is None]:
@@ -139,9 +139,9 @@ class Reader:
     def _read(self, ns: Sequence[int], indices: Sequence[int], bad: dict[str, str]) -> list[dict[str, Any] | None]:
         """The sample of each draw; None where it is passed over, or cannot be read."""
         wanted = [place for place, index in enumerate(indices) if self._is_wanted(index, bad)]
-        draws = self.dataset.draws
+        draws = self.dataset.draws_from
         seeds = streams.seeds_global(self.seed, 'transform', n=np.array([ns[place] for place in wanted], np.int64)) if draws else []
-        read = self.dataset.samples([indices[place] for place in wanted], lambda place: seed_generators(seeds[place], draws))
+        read = self.dataset.samples_of([indices[place] for place in wanted], lambda place: seed_generators(seeds[place], draws))
         samples: list[dict[str, Any] | None] = [None] * len(indices)
         for place, sample in zip(wanted, read):
             if isinstance(sample, UnreadableError):

@@ -17,7 +17,7 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import repeat
+from itertools import repeat, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,7 +112,8 @@ class Shard:
 
     def read_checked(self, row: int, file: int, memory: Sequence[memoryview] = (), parts: Sequence[int] = ()) -> None:
         """The same, out of bytes that pass the checksum. Raises ValueError where they are not those that were written."""
-        whole = [memoryview(bytearray(field.size)) for field in self.fields.values()]
+        whole = [data if data is not None and len(data) == field.size else memoryview(bytearray(field.size))
+                 for field, data in zip_longest(self.fields.values(), memory)]
         self.read(row, file, whole, [0] * len(whole))
         crc = zlib.crc32(self.keys[row].tobytes())
         for read in whole:
@@ -120,7 +121,8 @@ class Shard:
         if crc != self.crcs[row]:
             raise ValueError(f'{self.path}: row {row} is damaged: checksum {self.crcs[row]:08x} expected, {crc:08x} found')
         for read, data, part in zip(whole, memory, parts):
-            data[:] = read[part * len(data):(part + 1) * len(data)]
+            if read is not data:
+                data[:] = read[part * len(data):(part + 1) * len(data)]
 
     def faults(self) -> Iterator[Fault]:
         """What reading every byte of it finds."""
