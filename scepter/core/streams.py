@@ -29,6 +29,11 @@ import torch
 from torch import Tensor
 
 MASK = (1 << 64) - 1
+# made once: to make a scalar takes numpy as long as to work on a small array
+GOLDEN, ONE, THREE, HALF = (np.uint64(number) for number in (0x9E3779B97F4A7C15, 1, 3, 32))
+SHIFTS = tuple(np.uint64(places) for places in (30, 27, 31))
+FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+TURNS = tuple(np.uint64(turn) for turn in range(8))
 Tokens = int | Tensor | None    # the tokens of each row that are drawn for: the first so many, or those of these numbers, [L] or [B, L]
 
 
@@ -158,7 +163,7 @@ def normal_rows(seeds: Sequence[int], use: str, shape: Sequence[int], device: to
     """
     if tokens is not None:
         words = np.array([s & MASK for s in seeds], np.uint64)
-        return _token_normals(_token_bits(_mixed(words, np.uint64(zlib.crc32(use.encode()))), tokens), shape, device, dtype)
+        return _token_normals(_token_bits(_mixed(words, np.array([zlib.crc32(use.encode())], np.uint64)), tokens), shape, device, dtype)
     rows = [_rows(s, use, np.zeros(1, np.int64), shape, torch.device('cpu'), dtype) for s in seeds]
     return torch.cat(rows).to(device) if rows else torch.empty((0, *shape), device=device, dtype=dtype)
 
@@ -191,11 +196,12 @@ def permuted(seed: int, n: np.ndarray, size: int) -> np.ndarray:
     value = place.astype(np.uint64)
     walking = np.arange(len(value))
     while len(walking):
-        left, right = value[walking] >> half, value[walking] & mask
-        for turn in range(8):
-            left, right = right, left ^ (_mixed(key[walking], right << np.uint64(3) | np.uint64(turn)) >> np.uint64(32) & mask)
-        value[walking] = left << half | right
-        walking = walking[value[walking] >= size]
+        now, keys = value[walking], key[walking]
+        left, right = now >> half, now & mask
+        for turn in TURNS:
+            left, right = right, left ^ (_mixed(keys, right << THREE | turn) >> HALF & mask)
+        value[walking] = now = left << half | right
+        walking = walking[now >= size]
     return value.astype(np.int64)
 
 
@@ -235,13 +241,12 @@ def _mix(a: int, b: int) -> int:
     return z ^ z >> 31
 
 
-def _mixed(a: np.ndarray | np.uint64, b: np.ndarray | np.uint64) -> np.ndarray:
+def _mixed(a: np.ndarray | np.uint64, b: np.ndarray) -> np.ndarray:
     """`_mix` of many words at once."""
-    with np.errstate(over='ignore'):
-        z = a + (b + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-        return z ^ z >> np.uint64(31)
+    z = a + (b + ONE) * GOLDEN
+    z = (z ^ z >> SHIFTS[0]) * FACTORS[0]
+    z = (z ^ z >> SHIFTS[1]) * FACTORS[1]
+    return z ^ z >> SHIFTS[2]
 
 
 def _rows(seed: int, use: str, n: np.ndarray, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
