@@ -14,12 +14,14 @@ from scepter.core.config import Config
 from scepter.core.errors import DataError
 from scepter.core.images import save_png
 from scepter.core.registry import DATASETS
+from scepter.models.condition import Condition
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / 'examples' / 'emoji'))
 
-from emoji_data import all_emoji, draw, name_of, open_font, with_article  # noqa: E402
+from emoji_data import TINTS, all_emoji, draw, draw_all, in_colour, name_of, open_font, with_article  # noqa: E402
 from nearest import Real, judge  # noqa: E402
+from whole_picture import WholePicture  # noqa: E402
 
 INK = {0x1F600: (1.0, 0.8, 0.1), 0x1F34E: (0.9, 0.1, 0.1), 0x1F34F: (0.3, 0.8, 0.2), 0x2764: (0.9, 0.1, 0.1), 0x1F499: (0.1, 0.2, 0.9),
        0x1F49A: (0.1, 0.7, 0.2), 0x1F44D: (1.0, 0.8, 0.2)}
@@ -57,10 +59,25 @@ def font_file(tmp_path_factory) -> str:
 
 
 def test_a_font_tells_its_emoji_by_name(font_file):
-    names = [name for _, name in all_emoji(open_font(font_file))]
+    names = [emoji.name for emoji in all_emoji(open_font(font_file), tinted=False)]
     assert {'grinning face', 'red apple', 'green apple', 'red heart', 'thumbs up sign', 'thumbs up sign dark skin'} <= set(names)
     assert len(names) == len(INK) + len(TONES), 'skin tones alone are no emoji, and only the thumb has them'
-    assert not any('skin' in name for _, name in all_emoji(open_font(font_file), sequences=False))
+    assert not any('skin' in emoji.name for emoji in all_emoji(open_font(font_file), sequences=False))
+
+
+def test_what_has_neither_colour_nor_skin_by_name_is_there_in_each_tint(font_file):
+    tinted = [emoji for emoji in all_emoji(open_font(font_file)) if emoji.tint is not None]
+    assert {emoji.name for emoji in tinted} == {f'{tint} grinning face' for tint in TINTS}
+    for emoji, picture in zip(tinted, draw_all(tinted, open_font(font_file), 32)):
+        assert picture[0, 0].min() > 250 and picture[16, 16].argmax() == np.argmax(TINTS[emoji.tint])
+
+
+def test_a_tint_leaves_each_pixel_as_light_as_it_was():
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    weights = np.array([0.299, 0.587, 0.114])
+    for colour in TINTS.values():
+        assert np.abs(in_colour(pixels, colour) @ weights - pixels @ weights).max() < 1
+        assert (in_colour(np.full((1, 1, 3), 255, np.uint8), colour) == 255).all()
 
 
 @pytest.mark.parametrize('character, name', [('❤', 'red heart'), ('☎', 'telephone'), ('⚫', 'medium black circle'), ('1', None),
@@ -91,6 +108,7 @@ def test_some_prompts_say_less(font_file):
     assert all(whole[i]['prompt'].split(' ', 1)[1] == name for i, name in enumerate(names))
     prompts = [short[i]['prompt'].split(' ', 1)[1] for i in range(len(short)) for _ in range(5)]
     assert all(set(prompt.split()) <= set(names[i // 5].split()) for i, prompt in enumerate(prompts)) and len(set(prompts)) > len(names)
+    assert all(prompt.startswith(whole.emoji[i // 5].tint or '') for i, prompt in enumerate(prompts)), 'a tint is always said'
 
 
 def test_without_a_font_it_says_how_to_get_one(monkeypatch, tmp_path):
@@ -103,14 +121,26 @@ def test_without_a_font_it_says_how_to_get_one(monkeypatch, tmp_path):
 
 def test_the_nearest_emoji_is_the_one_that_was_drawn(font_file, tmp_path):
     real, font = Real.of_the_font(font_file), open_font(font_file)
-    for i, (text, name) in enumerate(all_emoji(font)):
-        picture = torch.from_numpy(draw(text, font, 64).copy()).permute(2, 0, 1) / 255
+    for i, (name, pixels) in enumerate(zip(real.names, draw_all(real.emoji, font, 64))):
+        picture = torch.from_numpy(pixels).permute(2, 0, 1) / 255
         save_png(picture, tmp_path / 'right' / f'{i}.png', {'prompt': with_article(name)})
         save_png(torch.ones_like(picture), tmp_path / 'blank' / f'{i}.png', {'prompt': with_article(name)})
     right, blank = judge(tmp_path / 'right', real), judge(tmp_path / 'blank', real)
     for split in ('trained', 'held_out'):
         assert right[split]['pictures'] and right[split]['top1'] == right[split]['variant'] == 1
         assert blank[split]['top1'] <= 0.5 and blank[split]['variant'] <= 0.6
+
+
+def test_a_prompt_is_its_words_whatever_their_order_and_padding():
+    torch.manual_seed(0)
+    network = WholePicture(Config({'CHANNELS': 2, 'SIZE': 4, 'WIDTH': 16, 'CONTEXT_DIM': 8}))
+    x, t, words = torch.randn(3, 2, 4, 4), torch.tensor([10, 500, 999]), torch.randn(3, 5, 8)
+    mask = torch.arange(5) < torch.tensor([[2], [3], [5]])
+    out = network(x, t, Condition(words, mask=mask))
+    assert out.shape == x.shape
+    torch.testing.assert_close(network(x, t, Condition(words.masked_fill(~mask[..., None], 9.0).flip(1), mask=mask.flip(1))), out)
+    torch.testing.assert_close(network(x[:1], t[:1], words[:1, :2]), out[:1])
+    assert not torch.allclose(network(x, t, Condition(words + 1, mask=mask)), out, atol=1e-3)
 
 
 def test_both_stages_train_and_draw(font_file, tmp_path):
@@ -120,6 +150,6 @@ def test_both_stages_train_and_draw(font_file, tmp_path):
     stage1 = f'SOLVER.MODEL.FIRST_STAGE_MODEL.PRETRAINED_MODEL={tmp_path}/autoencoder/checkpoints/step-00000002'
     assert run_train.main(['--cfg', str(recipes / 'emoji.yaml'), f'SOLVER.WORK_DIR={tmp_path}/diffusion', stage1, *common,
                            f'SOLVER.CACHE.FOLDER={tmp_path}/cache',
-                           'SOLVER.MODEL.DIFFUSION_MODEL.MODEL_CHANNELS=32']) == 0
+                           'SOLVER.MODEL.DIFFUSION_MODEL.WIDTH=32']) == 0
     image = scepter.load(tmp_path / 'diffusion')('a red apple', sample_steps=2).images[0]
     assert image.size == (64, 64)

@@ -1,31 +1,31 @@
 """Which real emoji a drawn picture is nearest to: how well it is what its prompt asked for."""
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from emoji_data import TONES, all_emoji, draw, open_font, split_of, with_article
+from emoji_data import COLOURS, TONES, Emoji, all_emoji, draw_all, open_font, split_of, with_article
 from PIL import Image
 
 from scepter.core.images import read_settings
 
-COLOURS = ('red', 'orange', 'yellow', 'green', 'blue', 'purple', 'brown', 'black', 'white')
 SIDE = 32     # pixels of the pictures that are compared
 
 
 class Real:
     """All emoji of the font as they are compared.    pictures [N, 32 * 32 * 3] float32 in 0..1"""
 
-    def __init__(self, names: list[str], pictures: np.ndarray):
-        self.names, self.pictures = names, pictures
-        self.held_out = np.array([split_of(name) == 'held_out' for name in names])
-        self.objects = [object_of(name) for name in names]
+    def __init__(self, emoji: list[Emoji], pictures: np.ndarray):
+        self.emoji, self.names, self.pictures = emoji, [e.name for e in emoji], pictures
+        self.held_out = np.array([split_of(e) == 'held_out' for e in emoji])
+        self.objects = [object_of(name) for name in self.names]
 
     @classmethod
     def of_the_font(cls, path: str | None = None) -> Real:
         font = open_font(path)
         emoji = all_emoji(font)
-        return cls([name for _, name in emoji], flat([draw(text, font, 64) for text, _ in emoji]))
+        return cls(emoji, flat(draw_all(emoji, font, 64)))
 
 
 def object_of(name: str) -> str:
@@ -35,7 +35,7 @@ def object_of(name: str) -> str:
     return ' '.join(word for word in name.split() if word not in COLOURS)
 
 
-def flat(pictures: list[np.ndarray]) -> np.ndarray:
+def flat(pictures: Iterable[np.ndarray]) -> np.ndarray:
     """Pictures [H, W, 3] uint8, made small  ->  [N, 32 * 32 * 3] float32 in 0..1"""
     small = [np.asarray(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BOX)) for picture in pictures]
     return np.stack(small).reshape(len(small), -1).astype(np.float32) / 255
