@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -152,7 +153,7 @@ def test_nor_does_it_differ_on_two_processes(tmp_path, workers, use_pl, record_f
 @pytest.mark.parametrize('use_pl', [False, True])
 def test_nor_below_torchrun(tmp_path, use_pl, record_figure):
     words = [str(Path(sys.executable).with_name('torchrun')), '--nproc_per_node', '2', __file__, str(tmp_path), str(int(use_pl))]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(words, cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=280)
 
     assert done.returncode == 0, done.stderr[-4000:]
     assert found(tmp_path) == {name: [] for name in CUTS}
