@@ -85,13 +85,13 @@ def test_a_process_that_is_stuck_is_named_and_all_end(tmp_path, what, launcher, 
 
     how = 'is stuck: it has done nothing for' if what == 'sleep' else 'has given no sign of life for'
     first = first_of(said)
-    found = re.search(r'in step (\d+) \(step\)', first)      # of a halted one, that in which it was last heard of
+    found = re.search(r'in step (\d+) \((\w+)\)', first)      # of a halted one, where it was last heard of
     assert found, said[-40:]
     step = int(found.group(1))
     assert f'rank {rank} on {HOST} (pid ' in first and how in first and 0 < step < AT, said[-40:]
     assert code == (1 if 'torchrun' in launcher else 5)
     if what == 'sleep':
-        assert step == AT - 1 and f'ENV.LIMITS.STEP allows {LIMIT} s' in first
+        assert step == AT - 1 and found.group(2) == 'step' and f'ENV.LIMITS.STEP allows {LIMIT} s' in first
         assert any('trouble.py' in row and 'in <lambda>' in row for row in said)     # where it is
     else:
         assert 'stopped by a signal' in first

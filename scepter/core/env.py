@@ -184,8 +184,8 @@ def guarded(main: Callable[[], None]) -> int:
     try:
         main()
     except ScepterError as error:
-        who = '' if isinstance(error, PeerError) else _who()
-        get_logger().error(who + '\n'.join([str(error), *getattr(error, '__notes__', [])]))
+        begin = '' if isinstance(error, PeerError) else who()
+        get_logger().error(begin + '\n'.join([str(error), *getattr(error, '__notes__', [])]))
         note_traceback()
         return error.exit_code
     except KeyboardInterrupt:
@@ -199,12 +199,13 @@ def guarded(main: Callable[[], None]) -> int:
     except Exit as end:
         return int(end.code or 0)
     except Exception:
-        get_logger().exception(f'{_who()}an error that should not happen')
+        get_logger().exception(f'{who()}an error that should not happen')
         return 1
     return 0
 
 
-def _who() -> str:
+def who() -> str:
+    """How a line of an error begins: which process speaks, where there are several."""
     return f'rank {we.rank} on {socket.gethostname()}: ' if we.is_distributed else ''
 
 

@@ -28,7 +28,7 @@ from scepter.core.disk.atomic import NO_SPACE, Digest
 from scepter.core.disk.manifests import FORMAT, MANIFEST
 from scepter.core.disk.reading import folder_of, is_sound
 from scepter.core.disk.tensors import is_finite, nbytes, write_tensors, writing_order
-from scepter.core.env import we
+from scepter.core.env import we, who
 from scepter.core.errors import CheckpointError, PeerError
 from scepter.core.logger import get_logger
 from scepter.core.shards import GivenUp, Rounds, Share, share_of
@@ -184,13 +184,13 @@ def together(work: Callable[[], Result], line: Any) -> list[Result]:
         raise
     except Exception as caught:
         error = caught
-    told = None if error is None else (isinstance(error, CheckpointError), str(error) or type(error).__name__)
+    told = None if error is None else (isinstance(error, CheckpointError), who() + (str(error) or type(error).__name__))
     everybody = we.gather((result, told), line)
     if error is not None:
         raise error
-    for rank, (_, told) in enumerate(everybody):
+    for _, told in everybody:
         if told is not None:
-            raise (CheckpointError if told[0] else PeerError)(f'rank {rank}: {told[1]}')
+            raise (CheckpointError if told[0] else PeerError)(told[1])
     return [result for result, _ in everybody]
 
 
