@@ -477,28 +477,34 @@ def latents(args: argparse.Namespace) -> None:
         for i in range(count):
             Image.new('RGB', (8, 8), (i % 256, i // 256, 0)).save(folder / f'{i:05d}.png')
         (folder / 'metadata.csv').write_text('file_name,text\n' + ''.join(f'{i:05d}.png,picture {i}\n' for i in range(count)))
-        pictures = DATASETS.build({'NAME': 'ImageTextFolderDataset', 'DATA_FOLDER': str(folder), 'BATCH_SIZE': batch})
         moments = torch.randn(count, 8, side, side)
-        rows = Pictures(pictures, Path(name) / 'cache', encoder='none')
-        done = iter(moments.split(16))
-        rows.fill(lambda images: next(done)[:len(images)], 16)
-        rows.look()
-        ours, peer = CachedDataset(pictures, rows), torch.utils.data.TensorDataset(moments)
-        what, more = f'loader, cached moments of {side * 8} px', {'rows': count, 'megabytes': round(moments.nbytes / 1e6)}
 
-        def against(beside: str, epoch: Callable[[], None], peer: Any, workers: int) -> None:
+        def cached(*transforms: dict[str, Any]) -> CachedDataset:
+            pictures = DATASETS.build({'NAME': 'ImageTextFolderDataset', 'DATA_FOLDER': str(folder), 'BATCH_SIZE': batch,
+                                       'TRANSFORMS': list(transforms)})
+            rows = Pictures(pictures, Path(name) / 'cache', encoder='none')
+            rows.fill(lambda images: torch.randn(len(images), *moments.shape[1:]), 16)
+            rows.look()
+            return CachedDataset(pictures, rows)
+
+        what, more = f'loader, cached moments of {side * 8} px', {'rows': count, 'megabytes': round(moments.nbytes / 1e6)}
+        ours, peer = cached(), torch.utils.data.TensorDataset(moments)
+
+        def against(beside: str, epoch: Callable[[], None], peer: Any, workers: int = 0) -> None:
             compare(f'{what} / {beside}', epoch, epoch_of_peer(peer, batch, workers), args.pairs, 'us/row', share=count / 1e6,
                     workers=workers, **more)
 
         def first_epoch() -> None:
-            rows.look()    # forgets which rows are known to be sound
+            ours.pictures.look()    # forgets which rows are known to be sound
             epoch_of_ours(ours, count)()
 
         for workers in (0, 2):
             against('TensorDataset', epoch_of_ours(ours, count, workers), peer, workers)
-        against('TensorDataset, first epoch', first_epoch, peer, 0)
+        against('TensorDataset, first epoch', first_epoch, peer)
+        mirrored = cached({'NAME': 'RecordedCrop', 'SIZE': 8, 'FLIP': 0.5})
+        against('TensorDataset, ours mirrored by chance, with sizes and cuts', epoch_of_ours(mirrored, count), peer)
         if importlib.util.find_spec('codewithgpu'):
-            against('codewithgpu', epoch_of_ours(ours, count), records(Path(name) / 'records', moments), 0)
+            against('codewithgpu', epoch_of_ours(ours, count), records(Path(name) / 'records', moments))
 
 
 def records(folder: Path, moments: torch.Tensor) -> Any:
