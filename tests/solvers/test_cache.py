@@ -37,16 +37,18 @@ CROP = {'NAME': 'RecordedCrop', 'SIZE': 16, 'FLIP': 0.5}
 
 @DATASETS.register_class()
 class TinyWordings(BaseDataset):
-    """Eight pictures that no file holds, each with words that are drawn, and a label."""
+    """Eight pictures that no file holds, or clips, each with words that are drawn, and a label."""
 
     SIDE: int = param(16)
+    FRAMES: int | None = param(None)
 
     def __len__(self) -> int:
         return 8
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         words = f'{random.choice(["a", "one"])} gray {index}'
-        return {'image': torch.full((3, self.SIDE, self.SIDE), index / 4 - 1), 'prompt': words, 'label': index}
+        picture = torch.full((3, *([self.FRAMES] if self.FRAMES else []), self.SIDE, self.SIDE), index / 4 - 1)
+        return {'video' if self.FRAMES else 'image': picture, 'prompt': words, 'label': index}
 
 
 @pytest.fixture(scope='module')
@@ -226,13 +228,15 @@ def test_words_that_are_drawn_are_read_by_the_text_encoder_itself(tmp_path, vae,
     assert not any(p.is_meta for p in solver.model.cond_stage_model.parameters())
 
 
-def test_nova_trains_from_it_too(tmp_path):
+@pytest.mark.parametrize(('network', 'frames'), [(NETWORK, None), ({**NETWORK, 'VIDEO_BASE_SIZE': [3, 2, 2]}, 3)],
+                         ids=['pictures', 'clips'])
+def test_nova_trains_from_it_too(tmp_path, network, frames):
     coder = tiny.autoencoder(1, 1, 1, 1, channels=2)
     save_file(randomize(MODELS.build(coder)).state_dict(), tmp_path / 'vae.safetensors')
-    model = {'NAME': 'NovaModel', 'NETWORK': NETWORK, 'FIRST_STAGE_MODEL': {**coder, 'PRETRAINED_MODEL': str(tmp_path / 'vae.safetensors')}}
+    model = {'NAME': 'NovaModel', 'NETWORK': network, 'FIRST_STAGE_MODEL': {**coder, 'PRETRAINED_MODEL': str(tmp_path / 'vae.safetensors')}}
     for name in ('pictures', 'cached'):
         cfg = config(tmp_path / name, tmp_path, None, 2, tmp_path / 'cache' if name == 'cached' else None, MODEL=model, NAME='BaseSolver',
-                     TRAIN_DATA={'NAME': 'TinyWordings', 'SIDE': 64, 'BATCH_SIZE': 2})
+                     TRAIN_DATA={'NAME': 'TinyWordings', 'SIDE': 64, 'FRAMES': frames, 'BATCH_SIZE': 2})
         cfg.SOLVER.pop('SAMPLE_ARGS')
         solver = tiny.run(cfg)
 

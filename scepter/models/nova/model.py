@@ -206,7 +206,11 @@ class NovaModel(TrainModule):
         return text[:limit]
 
     def encoders(self) -> dict[Literal['picture', 'prompt'], Encoder]:
-        return {'picture': Encoder('first_stage_model', self.space.moments)} if self.first_stage_model is not None else {}
+        return {'picture': Encoder('first_stage_model', self._moments)} if self.first_stage_model is not None else {}
+
+    def _moments(self, x: Tensor) -> Tensor:
+        """What the autoencoder says of pictures or clips; one of pictures is asked frame by frame.    [B, 3, (T,) H, W] -> [B, 2C, ...]"""
+        return by_frames(self.space.moments, x) if self.space.time_factor is None else self.space.moments(x)
 
     @property
     def space(self) -> LatentSpace:
@@ -218,8 +222,8 @@ class NovaModel(TrainModule):
         """An image or a clip in -1..1 -> its latent, drawn from the posterior, of variance about 1."""
         if self.first_stage_model is None:
             raise ValueError('the batch has pictures, but FIRST_STAGE_MODEL is null: name an autoencoder, or cache its moments')
-        if x.ndim == 5 and self.space.time_factor is None:    # pictures, one by one; the draw is of whole clips, which have the keys
-            return self.space.draw(by_frames(lambda image: self.first_stage_model.encode(image).latent_dist.parameters, x))
+        if x.ndim == 5 and self.space.time_factor is None:    # the draw is of whole clips, which have the keys
+            return self.space.draw(self._moments(x))
         return self.space.encode(x)
 
     # ---------------------------------------------------------------- drawing
