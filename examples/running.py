@@ -56,7 +56,7 @@ def plot_losses(path: Path, *work_dirs: Path) -> None:
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, len(work_dirs), figsize=(4.5 * len(work_dirs), 3.2), layout='constrained', squeeze=False)
     for axis, work_dir in zip(axes[0], work_dirs):
-        rows = [json.loads(line) for line in (work_dir / 'log.jsonl').read_text().splitlines()]
+        rows = [row for line in (work_dir / 'log.jsonl').read_text().splitlines() if 'train/loss' in (row := json.loads(line))]
         axis.plot([r['step'] for r in rows], [r['train/loss'] for r in rows], color='black')
         axis.set(title=work_dir.name, xlabel='step', ylabel='loss', yscale='log')
         axis.grid(alpha=0.3, which='both')
