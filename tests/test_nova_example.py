@@ -60,18 +60,19 @@ def test_the_digits_are_trained_and_drawn_in_as_many_sets_as_are_asked_for(tmp_p
     assert seen == [(number, 4) for number in range(1, 5)]
 
 
-def test_the_clips_are_trained_and_measured_and_drawn(tmp_path):
-    words = ['SOLVER.EVAL_INTERVAL=2', 'SOLVER.EVAL_DATA.COUNT=4', 'SOLVER.SAMPLE_ARGS.SAMPLE_STEPS=2', 'SOLVER.SAMPLE_ARGS.SETS=2']
+def test_the_clips_are_trained_and_measured_and_drawn(demo, tmp_path):
+    words = ['SOLVER.EVAL_INTERVAL=2', 'SOLVER.EVAL_DATA.COUNT=4', 'SOLVER.SAMPLE_ARGS.SAMPLE_STEPS=2', 'SOLVER.SAMPLE_ARGS.SETS=2',
+             'SOLVER.TRAIN_DATA.COUNT=8']
     run = train_both(tmp_path, 'moving_autoencoder', 'moving_digits', *words)
     rows = [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
     assert [0 <= row['val/direction'] <= 1 for row in rows if 'val/direction' in row] == [True]
+    demo.plot_losses(tmp_path / 'loss.png', tmp_path / 'moving_autoencoder', run)    # lines of evaluations have no loss
     clip = scepter.load(run)('two and six move up').results[0]['video']
     assert clip.shape == (3, 5, 64, 64) and clip.isfinite().all()
 
 
 def test_clips_that_move_as_they_were_told_are_told_from_all_others(moving, demo):
     dataset = DATASETS.build({'NAME': 'MovingDigitsDataset', 'SPLIT': 'test', 'COUNT': 40})
-    torch.manual_seed(0)
     clips = [{'video': clip['video'] / 2 + 0.5, 'prompt': clip['prompt']} for clip in map(dataset.__getitem__, range(40))]
     backwards = [{**clip, 'video': clip['video'].flip(1)} for clip in clips]
     still = [{**clip, 'video': clip['video'][:, :1].expand(-1, 5, -1, -1)} for clip in clips]
@@ -86,17 +87,31 @@ def test_clips_that_move_as_they_were_told_are_told_from_all_others(moving, demo
     assert (judged['direction'], judged['clips'], {*judged['of_way'].values()}) == (0.5, 80, {0.5})
 
 
-def test_a_clip_shows_the_digits_of_its_prompt_moving_by_steps_of_one_size(moving):
-    dataset = DATASETS.build({'NAME': 'MovingDigitsDataset', 'FRAMES': 3, 'COUNT': 8})
+def test_digits_are_read_where_they_should_be_and_nowhere_else(moving, demo):
+    dataset = DATASETS.build({'NAME': 'MovingDigitsDataset', 'SPLIT': 'test', 'COUNT': 40})
+    clips = [{'video': clip['video'] / 2 + 0.5, 'prompt': clip['prompt']} for clip in map(dataset.__getitem__, range(40))]
+    late = [{**clip, 'video': clip['video'].roll(1, 1)} for clip in clips]    # the last frame first, and each other one too late
+
+    assert min(demo.judge_clips(clips)['read_in_frame']) > 0.95
+    assert max(demo.judge_clips(late)['read_in_frame']) < 0.5
+
+
+def test_a_clip_follows_from_its_number_and_moves_by_steps_of_one_size(moving):
     import moving_digits
-    for index in range(len(dataset)):
-        torch.manual_seed(index)
-        clip = dataset[index]
-        torch.manual_seed(index)
-        assert torch.equal(clip['video'], dataset[0]['video'])    # by its key, and by nothing else
+    dataset = DATASETS.build({'NAME': 'MovingDigitsDataset', 'FRAMES': 3, 'COUNT': 8})
+    clips = [dataset[index] for index in range(len(dataset))]
+    for index, clip in enumerate(clips):
+        assert torch.equal(clip['video'], dataset[index]['video']) and dataset.beside(index) == {'prompt': clip['prompt']}
+        assert not any(torch.equal(clip['video'], other['video']) for other in clips[:index])
         way = torch.tensor(moving_digits.WAYS[clip['prompt'].split()[-1]])
         steps = moving_digits.centroids_of(clip['video'] / 2 + 0.5).diff(dim=0)
         torch.testing.assert_close(steps, (moving_digits.STEP * way.float()).expand(2, -1), rtol=0, atol=1e-3)
+
+
+def test_training_never_sees_the_pairs_of_the_test(moving):
+    seen, tested = ({tuple(dataset.beside(i)['prompt'].split()[:3:2]) for i in range(len(dataset))} for dataset in (
+        DATASETS.build({'NAME': 'MovingDigitsDataset', 'SPLIT': split, 'COUNT': 2000}) for split in ('train', 'test')))
+    assert (len(seen), len(tested), seen & tested) == (90, 10, set())
 
 
 def test_the_demo_reads_pictures_of_its_size_and_shows_a_column_for_each_word(demo, tmp_path):

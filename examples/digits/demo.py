@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 RECIPES = Path(__file__).resolve().parent
 sys.path[:0] = [str(RECIPES.parents[1]), str(RECIPES.parent), str(RECIPES)]
@@ -70,10 +71,8 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------------ judging
 def judge(folder: Path, pixels: int = 32) -> dict:
     """Read every picture with a classifier of real digits, and compare how much pictures of a class differ.    pixels: their side"""
-    from sklearn.svm import SVC
     size = 8
-    images, labels = load_digits('train', size)
-    reader = SVC(gamma=0.02, C=10).fit(flat(images), labels)
+    reader = reader_of_digits(size)
     test_images, test_labels = load_digits('test', size)
     shown, shown_labels = load_digits('all', pixels)     # as the networks see them, and made small in the same way as what they draw
     drawn, wanted, wording = load_drawn(folder, size)
@@ -86,6 +85,13 @@ def judge(folder: Path, pixels: int = 32) -> dict:
             'reader_accuracy': float((reader.predict(flat(test_images)) == test_labels.numpy()).mean()),
             'accuracy_of_digit': {word: float(right[wanted == i].mean()) for i, word in enumerate(WORDS)},
             'accuracy_of_wording': {WORDINGS[i].format('...'): float(right[wording == i].mean()) for i in sorted(set(wording))}}
+
+
+def reader_of_digits(size: int) -> Any:
+    """A classifier that knows the digits of the training set, as pictures of this side; `predict` takes what `flat` gives."""
+    from sklearn.svm import SVC
+    images, labels = load_digits('train', size)
+    return SVC(gamma=0.02, C=10).fit(flat(images), labels)
 
 
 def load_drawn(folder: Path, size: int) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
