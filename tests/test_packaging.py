@@ -85,4 +85,4 @@ def test_an_installed_wheel_runs_its_tools_from_anywhere(tmp_path):
         assert f'usage: scepter {command} ' in run(command, '--help').stdout, run(command, '--help').stderr
     assert run('docs', '--schema', 'config.schema.json').returncode == 0 and (tmp_path / 'config.schema.json').is_file()
     assert run('train', '--cfg', 'sd15.yaml', '--check').returncode == 0
-    assert run('checkpoint', 'list', 'nowhere').returncode == 4
+    assert run('checkpoint', 'ls', 'nowhere').returncode == 4
