@@ -67,7 +67,7 @@ def pictures(out: Path, seed: int) -> None:
 
 def clips(out: Path, seed: int) -> None:
     """Two digits that move, in pairs that training never saw together: which clips move as they were told, and which digits are read."""
-    print(f'Two short trainings and 120 clips: 8 to 12 minutes on two CPU cores, 1.5 GB of memory, 150 MB in {out}', flush=True)
+    print(f'Two short trainings and 120 clips: 8 to 15 minutes on two CPU cores, 1.5 GB of memory, 150 MB in {out}', flush=True)
     seconds = train_both(out, 'moving_autoencoder', 'moving_digits', seed)
     shutil.rmtree(out / 'clips', ignore_errors=True)
     begin, pipe = time.monotonic(), load(out / 'moving_digits')
