@@ -1,14 +1,16 @@
 """examples/emoji with a font of its own: a few glyphs in colour, and ligatures for skin tones, as the real fonts have them."""
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-import scepter
 from scepter import run_train
 from scepter.core.config import Config
 from scepter.core.errors import DataError
@@ -143,7 +145,19 @@ def test_a_prompt_is_its_words_whatever_their_order_and_padding():
     assert not torch.allclose(network(x, t, Condition(words + 1, mask=mask)), out, atol=1e-3)
 
 
-def test_both_stages_train_and_draw(font_file, tmp_path):
+@pytest.fixture(scope='module')
+def demo() -> ModuleType:
+    """examples/emoji/demo.py; other examples have a file of that name."""
+    spec = importlib.util.spec_from_file_location('emoji_demo', ROOT / 'examples' / 'emoji' / 'demo.py')
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before = [*sys.path]
+    spec.loader.exec_module(module)
+    sys.path[:] = before
+    return module
+
+
+def test_both_stages_train_and_draw(demo, font_file, tmp_path):
     common = ['--max_steps', '2', 'SOLVER.DTYPE=float32', 'SOLVER.TRAIN_DATA.BATCH_SIZE=4', f'SOLVER.TRAIN_DATA.FONT={font_file}']
     recipes = ROOT / 'examples' / 'emoji'
     assert run_train.main(['--cfg', str(recipes / 'autoencoder.yaml'), f'SOLVER.WORK_DIR={tmp_path}/autoencoder', *common]) == 0
@@ -151,5 +165,6 @@ def test_both_stages_train_and_draw(font_file, tmp_path):
     assert run_train.main(['--cfg', str(recipes / 'emoji.yaml'), f'SOLVER.WORK_DIR={tmp_path}/diffusion', stage1, *common,
                            f'SOLVER.CACHE.FOLDER={tmp_path}/cache',
                            'SOLVER.MODEL.DIFFUSION_MODEL.WIDTH=32']) == 0
-    image = scepter.load(tmp_path / 'diffusion')('a red apple', sample_steps=2).images[0]
-    assert image.size == (64, 64)
+    demo.draw_prompts(tmp_path / 'diffusion', tmp_path / 'drawn', 1, 2, *demo.NETWORK, '--prompt', 'a red apple', '--num_samples', '2')
+    drawn = [Image.open(file) for file in (tmp_path / 'drawn').glob('*.png')]
+    assert [picture.size for picture in drawn] == [(64, 64)] * 2, 'by a process that knows the network from its own command alone'
