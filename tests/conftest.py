@@ -2,9 +2,11 @@
 
 And collects what tests measure: with --record, docs/reliability.md tells it afterwards (tests/figures.py).
 """
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -43,6 +45,20 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     all_found = [figure for of_test in found.values() for figure in of_test] + missed
     if session.config.getoption('--record') and all_found:
         figures.write(all_found)
+
+
+@pytest.fixture(scope='session')
+def demo_of() -> Callable[[str], ModuleType]:
+    """The demo.py of an example; several have a file of that name."""
+    def load(example: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f'{example}_demo', Path(__file__).parents[1] / 'examples' / example / 'demo.py')
+        assert spec is not None and spec.loader is not None
+        module, before = importlib.util.module_from_spec(spec), [*sys.path]
+        spec.loader.exec_module(module)
+        sys.path[:] = before
+        return module
+
+    return load
 
 
 @pytest.fixture

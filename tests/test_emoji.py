@@ -1,8 +1,8 @@
 """examples/emoji with a font of its own: a few glyphs in colour, and ligatures for skin tones, as the real fonts have them."""
 from __future__ import annotations
 
-import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -146,15 +146,8 @@ def test_a_prompt_is_its_words_whatever_their_order_and_padding():
 
 
 @pytest.fixture(scope='module')
-def demo() -> ModuleType:
-    """examples/emoji/demo.py; other examples have a file of that name."""
-    spec = importlib.util.spec_from_file_location('emoji_demo', ROOT / 'examples' / 'emoji' / 'demo.py')
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    before = [*sys.path]
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module
+def demo(demo_of: Callable[[str], ModuleType]) -> ModuleType:
+    return demo_of('emoji')
 
 
 def test_both_stages_train_and_draw(demo, font_file, tmp_path):

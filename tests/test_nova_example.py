@@ -1,9 +1,8 @@
 """examples/nova: its recipes train and draw, shrunken; its figures tell right from wrong; those for GPUs are of the published sizes."""
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -25,15 +24,8 @@ TINY = ['SOLVER.MODEL.NETWORK.ARCH=[vit_d2w64,vit_d2w64,mlp_d1w64]', 'SOLVER.TRA
 
 
 @pytest.fixture(scope='module')
-def demo() -> ModuleType:
-    """examples/nova/demo.py; another example has a file of that name."""
-    spec = importlib.util.spec_from_file_location('nova_demo', NOVA / 'demo.py')
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    before = [*sys.path]
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module
+def demo(demo_of: Callable[[str], ModuleType]) -> ModuleType:
+    return demo_of('nova')
 
 
 @pytest.fixture(scope='module')
