@@ -33,6 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(lambda: run(args))
 
 
+def show(text: str) -> None:
+    """Print it; who reads may have seen enough (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or Python complains once more when it ends
+
+
 def command_line() -> argparse.ArgumentParser:
     """The options of this command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -65,13 +73,13 @@ def run(args: argparse.Namespace) -> None:
     set_up_logging(None, int(os.environ.get('RANK', 0)) if args.launcher == 'torchrun' else 0, args.debug)
     cfg = load(args) if args.cfg else Config()
     if args.explain and not args.template and needs_no_component(args.explain):
-        print(explain(cfg, args.explain))
+        show(explain(cfg, args.explain))
         return
     import scepter.components  # noqa: F401  fills the registries; from here on torch is needed
     from scepter.solvers import lightning
     if args.template or args.explain:
         check(carry_out_imports(cfg, args.imports)[1], cfg.file or 'the config')
-        print(template(args.template).rstrip() if args.template else explain(cfg, args.explain))
+        show(template(args.template).rstrip() if args.template else explain(cfg, args.explain))
         return
     imports = check_experiment(cfg, args.imports)
     if Env(cfg.get('ENV', {})).USE_PL:

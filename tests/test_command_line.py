@@ -325,6 +325,12 @@ def test_a_template_writes_out_sections_and_default_parts(capsys: pytest.Capture
     assert '    REC_LOSS:\n      NAME: ReconstructLoss\n' in (text := capsys.readouterr().out) and '      LOSS_TYPE: l1\n' in text
 
 
+def test_who_reads_a_template_may_stop_before_its_end():
+    line = f'{sys.executable} scepter/run_train.py --template FrozenCLIPEmbedder | true; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(['bash', '-c', line], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, '')
+
+
 def test_template_of_an_unknown_name_tells_the_nearest(capsys: pytest.CaptureFixture):
     assert main('--template', 'DiffusionUnet') == 2
     assert 'did you mean DiffusionUNet?' in capsys.readouterr().err
